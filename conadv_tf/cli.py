@@ -1,0 +1,92 @@
+"""The command line: flags → gin → one run. The only module that reads flags (SPEC section 6)."""
+
+import os
+import sys
+
+# Before TensorFlow is imported: its start-up chatter would bury our one line. Set it yourself to see it.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import tensorflow as tf
+from absl import app, flags, logging
+
+from conadv_tf import configure, distribute, records, report, run
+from conadv_tf.errors import ConfigError, DataError, RunError
+
+DEFAULT_RECIPE = "digits_conadv.gin"
+
+FLAGS = flags.FLAGS
+flags.DEFINE_multi_string("gin_file", [], "A recipe, as given or below gin/; repeatable, later over earlier.")
+flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pixels=4"; repeatable, over all files.')
+flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an accelerator type such as v3-512.")
+flags.DEFINE_string("strategy", "auto", f"One of {', '.join(distribute.STRATEGIES)}.")
+flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
+flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
+flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and stop.")
+
+
+def main() -> None:
+    """Entry point of `python train.py` and `conadv-train`."""
+    app.run(_main, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        rest = FLAGS(arguments)
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: settings are flags, --name=value")
+    except flags.Error as error:
+        _fail(ConfigError(f"{' '.join(str(error).split())} (python train.py --help lists the flags)"))
+    return rest
+
+
+def _main(_: list[str]) -> None:
+    _quiet()
+    try:
+        _train()
+    except (ConfigError, DataError, RunError) as error:
+        _fail(error)
+    except tf.errors.OpError as error:
+        translated = records.data_error(error)
+        if translated is None:
+            raise
+        _fail(translated)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _quiet() -> None:
+    """TensorFlow and absl report saving and tracing as news; a run's own lines should stand alone."""
+    if FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)
+        tf.get_logger().setLevel("WARNING")
+
+
+def _train() -> None:
+    gin_files = FLAGS.gin_file or [DEFAULT_RECIPE]
+    configure.configure(gin_files, FLAGS.gin_param)
+    recipe = configure.recipe_name(gin_files)
+    strategy = distribute.make_strategy(FLAGS.strategy, FLAGS.tpu)
+    built = run.build(recipe, strategy, FLAGS.data_dir)
+    _check_effect()
+    print(run.describe(built), flush=True)
+    if not FLAGS.preflight:
+        print(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
+
+
+def _check_effect() -> None:
+    """A flag that changes nothing is a mistake; a recipe may set more than this run needs."""
+    idle = configure.bindings_without_effect()
+    asked = [name for name in idle if any(binding.startswith(name) for binding in FLAGS.gin_param)]
+    if asked:
+        raise ConfigError(f"--gin_param sets {asked[0]}, which this run does not use: drop it, or choose what uses it")
+    if idle:
+        print(f"  not used by this run: {', '.join(idle)}")
+
+
+def _fail(error: ConfigError | DataError | RunError) -> None:
+    """Ends with the error's exit code and one line; with --v=1 the traceback comes first."""
+    if FLAGS.is_parsed() and logging.get_verbosity() >= 1 and error.__traceback__:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)

@@ -1,0 +1,179 @@
+"""Strict gin: every name, parameter, type and macro in the recipes must mean something (SPEC section 6)."""
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+
+import gin
+from gin import config as gin_config
+
+from conadv_tf.errors import ConfigError
+
+# Width at which gin writes every binding on one line.
+ONE_LINE = 100_000
+
+# What may change when a run is resumed: how it is executed and reported, not what it computes.
+EXECUTION_SETTINGS = (
+    "mirrored.logical_cpus",
+    "train.checkpoint_every_epochs",
+    "train.evaluate_every_epochs",
+    "train.jit_compile",
+    "train.steps_per_execution",
+)
+
+
+def recipe_folder() -> str:
+    """Where the recipes lie: gin/ beside the package in a checkout, inside it when installed."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside, beside = os.path.join(package, "gin"), os.path.join(os.path.dirname(package), "gin")
+    return inside if os.path.isdir(inside) else beside
+
+
+def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
+    """Parses recipes and bindings, later ones over earlier ones, and locks the configuration.
+
+    Args:
+      gin_files: paths, as given or below gin/.
+      gin_params: bindings such as "attack.epsilon_pixels=4".
+
+    Raises:
+      ConfigError: for a missing file, an unknown name, a misspelt parameter, a value of the wrong type or an
+        unused macro.
+    """
+    gin.clear_config()
+    gin.add_config_file_search_path(recipe_folder())
+    for path in gin_files:
+        _parse(lambda path=path: gin.parse_config_file(path, skip_unknown=False), path)
+    for binding in gin_params:
+        _parse(lambda binding=binding: gin.parse_config(binding, skip_unknown=False), f"--gin_param={binding!r}")
+    _check_macros()
+    _parse(gin.finalize, "the configuration")
+    for name, function, parameter, value in _bindings():
+        _check_type(f"{name}.{parameter}", function, parameter, value)
+
+
+def recipe_name(gin_files: Sequence[str]) -> str:
+    """"96k_conadv" for ["gin/96k_conadv.gin"]; several are joined by "+"."""
+    return "+".join(os.path.splitext(os.path.basename(path))[0] for path in gin_files)
+
+
+def operative_config() -> str:
+    """Every setting that had an effect so far, defaults included, as gin text with one binding a line."""
+    lines = gin.operative_config_str(max_line_length=ONE_LINE).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#")).strip() + "\n"
+
+
+def difference(saved: str, current: str) -> tuple[str, str, str] | None:
+    """The first setting in which two operative configurations differ, but for how they are executed.
+
+    Returns:
+      (name, saved value, current value), "unset" for a missing one; None if they compute the same.
+    """
+    old, new = _settings(saved), _settings(current)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and name not in EXECUTION_SETTINGS:
+            return name, old.get(name, "unset"), new.get(name, "unset")
+    return None
+
+
+def bindings_without_effect() -> list[str]:
+    """Names bound by recipes or flags that nothing in this run has read."""
+    read = _settings(operative_config())
+    names = [f"{name}.{parameter}" for name, _, parameter, _ in _bindings()]
+    return [name for name in names if name not in read]
+
+
+def _parse(parse, source: str) -> None:
+    logging.disable(logging.ERROR)  # gin logs what it is about to raise
+    try:
+        parse()
+    except OSError as error:
+        missing = re.search(r"Unable to open file: (.*?)\. Searched", str(error))
+        path = missing.group(1) if missing else source
+        raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}") from error
+    except Exception as error:  # gin raises ValueError, TypeError, SyntaxError, RuntimeError and its own
+        raise ConfigError(f"{source}: {_explanation(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _explanation(error: Exception) -> str:
+    """gin's message on one line, with the nearest right name where a wrong one is the cause."""
+    text = str(error)
+    cause = text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
+    place = re.search(r"In (?:file|bindings string) (.*)$", text, re.MULTILINE)
+    where = f" ({place.group(0).strip()})" if place and "bindings" not in place.group(0) else ""
+    unknown = re.search(r"No configurable matching '([^']+)'", text)
+    misspelt = re.search(r"[Cc]onfigurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
+    if unknown:
+        return f"{cause}{where}: {_suggestion(unknown.group(1), _configurables())}"
+    if misspelt:
+        return f"{cause}{where}: {_suggestion(misspelt.group(2), _parameters(misspelt.group(1)))}"
+    if isinstance(error, SyntaxError):
+        return f"{cause}{where}: write name.parameter = value, with quotes around text"
+    return cause + where
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(known))}"
+
+
+def _recipes() -> list[str]:
+    folder = recipe_folder()
+    return [
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if file.endswith(".gin")
+    ]
+
+
+def _configurables() -> list[str]:
+    """Names of our own configurables, the parts of a recipe."""
+    registry = gin_config._REGISTRY
+    return [c.name for c in registry.values() if c.wrapped.__module__.startswith("conadv_tf")]
+
+
+def _parameters(name: str) -> list[str]:
+    function = gin.get_configurable(name.split(".")[-1])
+    return [p for p in inspect.signature(function).parameters if p != "self"]
+
+
+def _bindings() -> Iterator[tuple[str, typing.Callable, str, typing.Any]]:
+    """(name, function or class, parameter, value) of each binding but macros. gin has no public list of them."""
+    for (_, selector), parameters in gin_config._CONFIG.items():
+        configurable = gin_config._REGISTRY[selector]
+        if selector not in ("gin.macro", "gin.constant"):
+            for parameter, value in parameters.items():
+                yield configurable.name, configurable.wrapped, parameter, value
+
+
+def _check_macros() -> None:
+    text = gin.config_str(max_line_length=ONE_LINE)
+    defined = re.findall(r"^([A-Za-z_]\w*) = ", text, re.MULTILINE)
+    for name in defined:
+        if not re.search(rf"%{name}\b", text):
+            raise ConfigError(f"the macro {name} is defined but nothing uses it: write %{name} where it is meant, or drop it")
+
+
+def _check_type(name: str, function: typing.Callable, parameter: str, value) -> None:
+    target = function.__init__ if inspect.isclass(function) else function
+    expected = typing.get_type_hints(target).get(parameter)
+    choices = typing.get_args(expected) or (expected,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in choices)
+    if expected is None or isinstance(value, gin_config.ConfigurableReference) or not all(map(inspect.isclass, kinds)):
+        return
+    accepted = kinds + ((int,) if float in kinds else ())
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
+
+
+def _settings(operative: str) -> dict[str, str]:
+    lines = (line.split(" = ", 1) for line in operative.splitlines() if " = " in line and not line.startswith("#"))
+    return {name: value for name, value in lines}

@@ -1,0 +1,134 @@
+"""From --tpu and --strategy to a tf.distribute strategy, and the collectives replicas need."""
+
+import os
+import re
+
+import gin
+import tensorflow as tf
+
+from conadv_tf.errors import ConfigError, RunError
+
+STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
+ACCELERATOR_TYPE = re.compile(r"^(v\d+[a-z]*|v5litepod)-(\d+)$")
+
+
+def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
+    """The strategy for --strategy and --tpu (SPEC section 6).
+
+    Args:
+      strategy: one of STRATEGIES; "auto" takes a TPU if --tpu is given, several workers if TF_CONFIG names
+        them, all GPUs if there are several, otherwise one device.
+      tpu: "local", the name of a TPU, a grpc:// address, or an accelerator type such as "v3-512".
+
+    Raises:
+      ConfigError: unknown strategy, or --tpu beside a strategy that is not for TPUs.
+      RunError: no TPU where one is asked for, or one of another type.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"--strategy={strategy} is not known: choose one of {', '.join(STRATEGIES)}")
+    if tpu and strategy not in ("auto", "tpu"):
+        raise ConfigError(f"--strategy={strategy} does not use a TPU, yet --tpu={tpu} asks for one: drop one of the two")
+    if tpu or strategy == "tpu":
+        return _tpu_strategy(tpu or "local")
+    gpus = tf.config.list_physical_devices("GPU")
+    if strategy == "multiworker" or (strategy == "auto" and os.environ.get("TF_CONFIG")):
+        return _multiworker_strategy()
+    if strategy == "mirrored" or (strategy == "auto" and len(gpus) > 1):
+        return _mirrored_strategy([f"GPU:{i}" for i in range(len(gpus))])
+    return tf.distribute.OneDeviceStrategy("GPU:0" if gpus else "CPU:0")
+
+
+def _multiworker_strategy() -> tf.distribute.Strategy:
+    if not os.environ.get("TF_CONFIG"):
+        raise ConfigError(
+            "--strategy=multiworker needs the environment variable TF_CONFIG with the cluster and this task: "
+            "set it on every worker"
+        )
+    return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+@gin.configurable("mirrored", denylist=["gpus"])
+def _mirrored_strategy(gpus: list[str], logical_cpus: int = 2) -> tf.distribute.Strategy:
+    """All GPUs, or without any `logical_cpus` equal parts of the CPU (to try replicas out)."""
+    if gpus:
+        return tf.distribute.MirroredStrategy(gpus)
+    if not isinstance(logical_cpus, int) or logical_cpus < 1:
+        raise ConfigError(f"mirrored.logical_cpus={logical_cpus!r} must be a whole number of at least 1")
+    split_cpu(logical_cpus)
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(logical_cpus)])
+
+
+def split_cpu(parts: int) -> None:
+    """Splits the CPU into `parts` logical devices, which is possible until TensorFlow's first operation.
+
+    Raises:
+      RunError: if TensorFlow already runs with fewer.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * parts)
+    except RuntimeError as error:
+        present = len(tf.config.list_logical_devices("CPU"))
+        if present < parts:
+            raise RunError(
+                f"{parts} logical CPUs are asked for, TensorFlow already runs with {present}: start a new process"
+            ) from error
+
+
+def parse_accelerator_type(tpu: str) -> tuple[str, int] | None:
+    """("v3", 512) for "v3-512"; None for a name, an address or "local"."""
+    match = ACCELERATOR_TYPE.match(tpu)
+    return (match.group(1), int(match.group(2))) if match else None
+
+
+def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
+    accelerator_type = tpu if parse_accelerator_type(tpu) else None
+    address = "local" if accelerator_type else tpu
+    attached = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
+    if accelerator_type and attached and attached != accelerator_type:
+        raise RunError(
+            f"--tpu={tpu}: the TPU attached to this machine is a {attached}: pass --tpu={attached}, or create a {tpu}"
+        )
+    try:
+        if address == "local" and not tf.config.list_physical_devices("TPU") and not _has_tpu_library():
+            raise ValueError("no TPU is attached to this machine")
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
+        if address != "local":
+            tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        strategy = tf.distribute.TPUStrategy(resolver)
+    except Exception as error:  # the resolver raises whatever its transport does
+        raise RunError(_no_tpu_message(tpu, error)) from error
+    return strategy
+
+
+def _has_tpu_library() -> bool:
+    return bool(os.environ.get("TPU_NAME") or os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
+
+
+def _no_tpu_message(tpu: str, error: Exception) -> str:
+    cause = " ".join(str(error).split())[:200]
+    kind = tpu if parse_accelerator_type(tpu) else "TYPE"
+    return (
+        f"--tpu={tpu} cannot be reached ({cause}): start on a TPU VM, or make one with "
+        f"tpu_scripts/create.sh --type={kind}; without a TPU leave --tpu out"
+    )
+
+
+def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:
+    """The mean of `value` (float32, any static shape) over groups of neighbouring replicas; differentiable.
+
+    Replicas [0, g) form the first group, [g, 2g) the second, and so on; g must divide their number
+    (`plan.py` checks). On a TPU this is one grouped all-reduce; elsewhere tf.distribute reduces over all
+    replicas only, so every group fills its own row of a matrix and reads that row back.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return value
+    replicas = context.num_replicas_in_sync
+    if isinstance(context.strategy, tf.distribute.TPUStrategy):
+        groups = [list(range(i, i + replicas_per_group)) for i in range(0, replicas, replicas_per_group)]
+        return tf.raw_ops.CrossReplicaSum(input=value, group_assignment=groups) / replicas_per_group
+    own = tf.one_hot(context.replica_id_in_sync_group // replicas_per_group, replicas // replicas_per_group)
+    rows = tf.tensordot(own, value, axes=0)
+    return tf.tensordot(own, context.all_reduce(tf.distribute.ReduceOp.SUM, rows), axes=1) / replicas_per_group

@@ -1,0 +1,22 @@
+"""Errors a user can cause, each one line: the value, the cause, the remedy.
+
+The command line prints them without a traceback (`cli.py`) and ends with `exit_code`.
+"""
+
+
+class ConfigError(ValueError):
+    """An impossible or misspelt setting, found before anything is trained. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(ValueError):
+    """Input data that is missing, damaged beyond the limit or labelled wrongly. Exit code 1."""
+
+    exit_code = 1
+
+
+class RunError(RuntimeError):
+    """A run that cannot start, continue or be saved. Exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,102 @@
+"""The arithmetic of a run: global batch → replicas × micro-batches × rows, epochs → updates (SPEC section 5)."""
+
+import dataclasses
+
+from conadv_tf.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a run is laid out.
+
+    Attributes:
+      global_batch_size: clean images per update, B.
+      num_replicas: K.
+      rows: images of one micro-batch on one replica; BN statistics are over these.
+      microbatches: micro-batches each replica accumulates into one update; K · microbatches · rows = B.
+      num_train: training images, N.
+      epochs, steps_per_epoch, total_steps: an epoch is ⌊N / B⌋ updates.
+    """
+
+    global_batch_size: int
+    num_replicas: int
+    rows: int
+    microbatches: int
+    num_train: int
+    epochs: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_train // self.global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def passes(self) -> float:
+        """How often the run sees each training image; a little below `epochs` where B does not divide N."""
+        return self.total_steps * self.global_batch_size / self.num_train
+
+    def remainder_note(self) -> str:
+        """What becomes of the images that fill no whole batch; empty where there are none."""
+        remainder = self.num_train % self.global_batch_size
+        if not remainder:
+            return ""
+        return (
+            f"{remainder} of {self.num_train:,} images fill no whole batch: they open the next epoch, so every image is "
+            f"seen once in each pass; {self.total_steps:,} updates are {self.passes:.1f} passes"
+        )
+
+
+def make_plan(global_batch_size: int, microbatch_size: int, num_replicas: int, num_train: int, epochs: int) -> Plan:
+    """The plan of a run.
+
+    A replica's share of the batch is one micro-batch if it has at most `microbatch_size` images, otherwise
+    as many of exactly that size as it takes.
+
+    Raises:
+      ConfigError: where the numbers do not divide, or there is less than one batch.
+    """
+    for name, value in (
+        ("global_batch_size", global_batch_size),
+        ("microbatch_size", microbatch_size),
+        ("epochs", epochs),
+    ):
+        if value < 1:
+            raise ConfigError(f"train.{name}={value} must be a whole number of at least 1")
+    if global_batch_size > num_train:
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} is more than the {num_train} training images: use at most that"
+        )
+    if global_batch_size % num_replicas:
+        below = global_batch_size // num_replicas * num_replicas
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} does not divide into {num_replicas} replicas: use "
+            f"{below or num_replicas} or {below + num_replicas}, or another number of replicas"
+        )
+    share = global_batch_size // num_replicas
+    rows = min(share, microbatch_size)
+    if share % rows:
+        raise ConfigError(
+            f"train.microbatch_size={microbatch_size} does not divide the {share} images of a replica "
+            f"(train.global_batch_size={global_batch_size} over {num_replicas}): use {_nearest_divisor(share, rows)}"
+        )
+    return Plan(global_batch_size, num_replicas, rows, share // rows, num_train, epochs)
+
+
+def check_batch_norm_groups(replicas_per_group: int, num_replicas: int, jit_compile: bool, on_tpu: bool) -> None:
+    """Raises ConfigError unless replicas can be grouped for distributed batch normalisation."""
+    if replicas_per_group < 1 or num_replicas % replicas_per_group:
+        raise ConfigError(
+            f"model.replicas_per_group={replicas_per_group} does not divide the {num_replicas} replicas: "
+            "use a divisor of them, 1 for statistics of each replica alone"
+        )
+    if replicas_per_group > 1 and jit_compile and not on_tpu:
+        raise ConfigError(
+            f"model.replicas_per_group={replicas_per_group} cannot be compiled off a TPU: set train.jit_compile=False"
+        )
+
+
+def _nearest_divisor(number: int, target: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - target))

@@ -1,0 +1,391 @@
+"""TFRecord files in the ImageNet schema, plain or GZIP, local or gs://: listed, indexed, read, examined.
+
+SPEC section 8. Files are indexed at load (where each record begins), so the number of records is known before
+training and a record keeps its number when an earlier one is damaged. Reading goes through tf.data; only a
+record that cannot be decoded is looked at again here, one by one, to say what is wrong with it.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import gzip
+import io
+import os
+import re
+import shutil
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from conadv_tf.errors import ConfigError, DataError
+
+_IMAGE, _LABEL = "image/encoded", "image/class/label"
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+_HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the checksum of the payload
+_READ_BYTES = 1 << 20
+
+
+class BadRecords:
+    """Records that could not be used, counted once each, over both splits.
+
+    `count` is their number, `limit` how many may be skipped, `reasons` maps (path, record) to what is wrong.
+    """
+
+    def __init__(self, limit: int):
+        if limit < 0:
+            raise ConfigError(f"data.max_bad_records={limit} is negative: 0 stops at the first bad record")
+        self.limit = limit
+        self.reasons: dict[tuple[str, int], str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        return len(self.reasons)
+
+    def per_file(self) -> dict[str, int]:
+        """Number of bad records of each file that has any."""
+        paths = [path for path, _ in self.reasons]
+        return {path: paths.count(path) for path in dict.fromkeys(paths)}
+
+    def add(self, path: str, record: int, reason: str) -> None:
+        """Counts a bad record, warns at the first of each file, raises DataError beyond the limit."""
+        with self._lock:
+            if (path, record) in self.reasons:
+                return
+            first_of_file = all(known != path for known, _ in self.reasons)
+            self.reasons[path, record] = reason
+        if self.count > self.limit:
+            raise DataError(
+                f"{path}, record {record}: {reason}; with it {self.count} bad records, more than "
+                f"data.max_bad_records={self.limit}: repair the file or raise data.max_bad_records")
+        if first_of_file:
+            logging.warning("%s, record %d: %s; skipped (further ones of this file are only counted)",
+                            path, record, reason)
+
+    def report(self) -> str:
+        """One line: how many in all, and in which files."""
+        files = ", ".join(f"{number} in {path}" for path, number in self.per_file().items())
+        return f"{self.count} bad records skipped (at most {self.limit}): {files or 'none'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """How a record becomes an example.
+
+    Attributes:
+      label_offset: the stored label of class 0.
+      num_classes: labels must lie in 0..num_classes-1 after the offset; None only forbids negative ones.
+    """
+
+    label_offset: int
+    num_classes: int | None
+
+    def parse(self, payload: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(JPEG string scalar, label int32 scalar); InvalidArgumentError at run time if unusable."""
+        features = tf.io.parse_single_example(payload, {
+            _IMAGE: tf.io.FixedLenFeature([], tf.string), _LABEL: tf.io.FixedLenFeature([], tf.int64)})
+        label = features[_LABEL] - self.label_offset
+        inside = (label >= 0) & (label < (self.num_classes or tf.int32.max))
+        with tf.control_dependencies([tf.debugging.Assert(inside, [label])]):
+            return features[_IMAGE], tf.cast(label, tf.int32)
+
+    def check_label(self, stored: int, path: str, record: int) -> int:
+        """The label after the offset; a DataError where it is out of range, which is never skipped."""
+        label = stored - self.label_offset
+        if 0 <= label < (self.num_classes or tf.int32.max):
+            return label
+        classes = f"0..{self.num_classes - 1}" if self.num_classes else "0, 1, 2, ..."
+        raise DataError(
+            f"{path}, record {record}: label {stored} minus data.label_offset={self.label_offset} is "
+            f"{label}, not in {classes}: set data.label_offset or data.num_classes to what the files carry")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFile:
+    """One TFRecord file and where its records lie.
+
+    Attributes:
+      path: local or gs://.
+      compression: "" or "GZIP", by the file's first bytes.
+      bounds: int64 [records + 1], positions in the uncompressed bytes; record i is bounds[i]..bounds[i + 1].
+    """
+
+    path: str
+    compression: str
+    bounds: np.ndarray
+
+    @property
+    def num_records(self) -> int:
+        return len(self.bounds) - 1
+
+    def read(self, record: int) -> bytes:
+        """The payload of one record, independent of all others; tf.errors.OpError where it is damaged."""
+        begin, end = int(self.bounds[record]), int(self.bounds[record + 1])
+        with _open(self.path) if not self.compression else io.BytesIO(_inflate(self.path)[0]) as stream:
+            stream.seek(begin)
+            framed = stream.read(end - begin)
+        # A file of this one record, so that TensorFlow checks its checksum.
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "record")
+            with open(path, "wb") as file:
+                file.write(framed)
+            return tf.data.TFRecordDataset(path).get_single_element().numpy()
+
+
+def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> list[str]:
+    """Files of the first pattern that matches any, sorted.
+
+    Args:
+      data_dir: local directory or gs:// prefix.
+      patterns: glob patterns below it, tried in turn.
+      setting: the gin name of `patterns`, for the message.
+
+    Raises:
+      DataError: the directory is missing, or nothing matches.
+    """
+    if not tf.io.gfile.isdir(data_dir):
+        raise DataError(f"data_dir={data_dir!r} is no directory: point --data_dir at the TFRecord files")
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if paths := sorted(tf.io.gfile.glob(os.path.join(data_dir, pattern))):
+            return paths
+    raise DataError(f"data_dir={data_dir!r} has no file matching {' or '.join(map(repr, patterns))}: "
+                    f"correct --data_dir or set {setting}")
+
+
+def _open(path: str) -> BinaryIO:
+    # GFile reads 512 KB at every seek; skipping from header to header wants a plain file.
+    return tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb")
+
+
+@functools.lru_cache(maxsize=1)
+def _inflate(path: str) -> tuple[bytes, str | None]:
+    """(uncompressed bytes as far as they can be read, what stopped it or None)."""
+    inflated, damage = io.BytesIO(), None
+    try:
+        with _open(path) as stored, gzip.GzipFile(fileobj=stored) as stream:
+            shutil.copyfileobj(stream, inflated)
+    except (EOFError, OSError, zlib.error) as error:
+        damage = f"damaged GZIP ({error})"
+    return inflated.getvalue(), damage
+
+
+def _walk(stream: BinaryIO, size: int) -> tuple[list[int], bool]:
+    """(bounds of the whole records, whether bytes remain that are no whole record)."""
+    bounds = [0]
+    while header := stream.read(_HEADER_BYTES):
+        end = bounds[-1] + _FRAME_BYTES + int.from_bytes(header[:8], "little")
+        if len(header) < _HEADER_BYTES or end > size:
+            return bounds, True
+        bounds.append(end)
+        stream.seek(end)
+    return bounds, False
+
+
+def _index_file(path: str, bad_records: BadRecords) -> RecordFile:
+    with _open(path) as stream:
+        compression = "GZIP" if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC else ""
+        size, damage = tf.io.gfile.stat(path).length, None
+        if compression:
+            content, damage = _inflate(path)
+            stream, size = io.BytesIO(content), len(content)
+        stream.seek(0)
+        bounds, torn = _walk(stream, size)
+    if size == 0 and not damage:
+        raise DataError(f"{path}: the file is empty: fetch it again, or take it out of the directory")
+    if torn or damage:
+        fault = damage or "truncated, or no TFRecord"
+        bad_records.add(path, len(bounds) - 1, f"{fault}; what follows is lost")
+    return RecordFile(path, compression, np.asarray(bounds, np.int64))
+
+
+def index_files(paths: Sequence[str], bad_records: BadRecords) -> list[RecordFile]:
+    """Finds the records of every file: by the headers in plain local ones, reading all of the others.
+
+    Raises:
+      DataError: a file that is empty or cannot be opened, no record at all, or more bad records than allowed.
+    """
+    try:
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            files = list(pool.map(lambda path: _index_file(path, bad_records), paths))
+    except (OSError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"cannot read the data: {reason}: check the file and its permissions") from error
+    if not any(file.num_records for file in files):
+        raise DataError(f"{paths[0]} and the files like it hold no whole record: fetch them again")
+    return files
+
+
+def raw_records(files: Sequence[RecordFile], order: tf.Tensor) -> tf.data.Dataset:
+    """Records of the files, in the given order of files, not yet parsed.
+
+    A damaged record hides the rest of its file from TensorFlow's reader; these come as empty payloads, so
+    that every record keeps its place and can be read again by its number.
+
+    Args:
+      files: indexed files.
+      order: int64 [any], indices into `files`.
+
+    Returns:
+      Dataset of (payload string, file int64, record int64), scalars.
+    """
+    paths = tf.constant([file.path for file in files])
+    compressions = tf.constant([file.compression for file in files])
+    counts = tf.constant([file.num_records for file in files], tf.int64)
+
+    def read(file: tf.Tensor) -> tf.data.Dataset:
+        payloads = tf.data.TFRecordDataset(paths[file], compressions[file], buffer_size=_READ_BYTES)
+        lost = tf.data.Dataset.from_tensors("").repeat()
+        whole = payloads.ignore_errors().concatenate(lost).take(counts[file])
+        return tf.data.Dataset.zip(
+            whole, tf.data.Dataset.from_tensors(file).repeat(), tf.data.Dataset.range(counts[file]))
+
+    return tf.data.Dataset.from_tensor_slices(order).flat_map(read)
+
+
+class Examiner:
+    """Looks again, one by one, at records that did not decode.
+
+    Attributes:
+      files: indexed files; their order gives the file numbers.
+      schema: how a record becomes an example.
+      image_shape: (H, W, 3) that every image must have, or None where images are resized.
+      bad_records: where the bad ones are counted.
+    """
+
+    def __init__(self, files: Sequence[RecordFile], schema: Schema, bad_records: BadRecords,
+                 image_shape: tuple[int, int, int] | None = None):
+        self.files, self.schema, self.bad_records = files, schema, bad_records
+        self.image_shape = image_shape
+
+    def payload_or_empty(self, file: int, record: int) -> bytes:
+        """The payload if the record is good; b"", and one more bad record, if not.
+
+        Raises:
+          DataError: label out of range, or more bad records than allowed.
+        """
+        path = self.files[file].path
+        try:
+            payload = self.files[file].read(record)
+            fault = self._fault(payload, path, record)
+        except (OSError, tf.errors.OpError) as error:
+            fault = f"unreadable ({str(error).splitlines()[0].split('} ')[-1].split(' [Op:')[0]})"
+        if fault is None:
+            return payload
+        self.bad_records.add(path, record, fault)
+        return b""
+
+    def _fault(self, payload: bytes, path: str, record: int) -> str | None:
+        try:
+            features = tf.train.Example.FromString(payload).features.feature
+        except ValueError:  # protobuf's DecodeError
+            return "not a tf.train.Example"
+        label, encoded = features[_LABEL].int64_list.value, features[_IMAGE].bytes_list.value
+        if len(label) != 1 or len(encoded) != 1:
+            return f"feature {_IMAGE if len(label) == 1 else _LABEL} is missing"
+        self.schema.check_label(label[0], path, record)
+        try:
+            shape = tuple(tf.io.decode_jpeg(encoded[0], channels=3).shape)
+        except tf.errors.InvalidArgumentError:
+            return "corrupt JPEG"
+        if self.image_shape not in (None, shape):
+            return (f"image of {shape[0]}x{shape[1]}, not {self.image_shape[0]}x{self.image_shape[1]} pixels "
+                    f"(data.image_size; data.in_memory=False resizes)")
+        return None
+
+    def next_good(self, file: int, record: int) -> bytes:
+        """The payload of this record or, if it is bad, of the next good one in the file, cyclically.
+
+        It depends on the record alone, not on what was read before, so a resumed run repeats it.
+
+        Raises:
+          DataError: see `payload_or_empty`, or the file has no good record.
+        """
+        count = self.files[file].num_records
+        for step in range(count):
+            if payload := self.payload_or_empty(file, (record + step) % count):
+                return payload
+        raise DataError(f"{self.files[file].path}: no good record among {count}: fetch the file again")
+
+
+def _first_shape(examiner: Examiner) -> tuple[int, int, int]:
+    payload = examiner.next_good(next(i for i, file in enumerate(examiner.files) if file.num_records), 0)
+    encoded = tf.train.Example.FromString(payload).features.feature[_IMAGE].bytes_list.value[0]
+    return tuple(tf.io.decode_jpeg(encoded, channels=3).shape)
+
+
+def _decoded(files: Sequence[RecordFile], schema: Schema, shape: tuple[int, int, int]) -> tf.data.Dataset:
+    """Batches of (row int64, image uint8, label int32) of the records that decode; row counts all records."""
+
+    def decode(row: tf.Tensor, raw: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+        encoded, label = schema.parse(raw[0])
+        return row, tf.ensure_shape(tf.io.decode_jpeg(encoded, channels=3), shape), label
+
+    records = raw_records(files, tf.range(len(files), dtype=tf.int64)).enumerate()
+    return records.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors().batch(512).prefetch(2)
+
+
+def read_into_memory(files: Sequence[RecordFile], schema: Schema, bad_records: BadRecords,
+                     image_shape: tuple[int, int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes every record of the files, in file order.
+
+    Args:
+      files: indexed files.
+      schema: how a record becomes an example.
+      bad_records: where bad ones are counted; they are left out.
+      image_shape: (H, W, 3) that every image must have; None takes the first image's.
+
+    Returns:
+      (images uint8 [n, H, W, 3], labels int32 [n]) of the n good records.
+
+    Raises:
+      DataError: label out of range, more bad records than allowed, or no good one.
+    """
+    examiner = Examiner(files, schema, bad_records, image_shape)
+    examiner.image_shape = shape = image_shape or _first_shape(examiner)
+    counts = [file.num_records for file in files]
+    images, labels = np.zeros((sum(counts), *shape), np.uint8), np.zeros(sum(counts), np.int32)
+    good = np.zeros(sum(counts), bool)
+    for rows, some_images, some_labels in _decoded(files, schema, shape).as_numpy_iterator():
+        images[rows], labels[rows], good[rows] = some_images, some_labels, True
+    first_row = np.cumsum([0, *counts])
+    for row in np.flatnonzero(~good):
+        file = int(np.searchsorted(first_row, row, side="right")) - 1
+        if payload := examiner.payload_or_empty(file, int(row - first_row[file])):
+            encoded, labels[row] = schema.parse(tf.constant(payload))
+            images[row], good[row] = tf.io.decode_jpeg(encoded, channels=3).numpy(), True
+    if not good.any():
+        raise DataError(f"{files[0].path} and the files like it hold no good record: fetch them again")
+    return images[good], labels[good]
+
+
+def reread(read: Callable[[int, int], bytes], file: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
+    """The payload, string scalar, that Python's `read` gives for a record of a file, both int64 scalars."""
+    payload = tf.numpy_function(
+        lambda *place: np.array(read(*map(int, place)), object), [file, record], tf.string)
+    return tf.ensure_shape(payload, [])
+
+
+def decode_or(stream: tf.data.Dataset, decode: Callable, second_look: Callable) -> tf.data.Dataset:
+    """Maps by `decode`, in parallel and in order; only elements on which it fails, by `second_look`."""
+
+    def one(*element: tf.Tensor) -> tf.data.Dataset:
+        single = tf.data.Dataset.from_tensors(element)
+        return single.map(decode).ignore_errors().concatenate(single.map(second_look)).take(1)
+
+    return stream.interleave(one, cycle_length=max(16, os.cpu_count() or 1), block_length=1,
+                             num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def data_error(error: BaseException) -> DataError | None:
+    """The DataError within an exception from iterating a pipeline, or None if there is none."""
+    if isinstance(error, DataError):
+        return error
+    found = re.search(r"DataError: ([^\n]+)", str(error))
+    return DataError(found.group(1)) if found else None

@@ -1,0 +1,289 @@
+"""A run from recipe to result: data → plan → model → fit → result.json and an exported network."""
+
+import dataclasses
+
+import gin
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf import callbacks, checkpoint, configure, methods, report
+from conadv_tf import data as data_module
+from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.lars import OPTIMIZERS
+from conadv_tf.plan import Plan, check_batch_norm_groups, make_plan
+from conadv_tf.resnet import ResNet
+from conadv_tf.schedule import warmup_poly_decay
+from conadv_tf.trainer import ConAdvModel
+
+PRECISIONS = ("float32", "mixed_bfloat16")
+PANEL_IMAGES = 6
+
+
+@gin.configurable("train")
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a recipe says about training.
+
+    Attributes:
+      method: "vanilla", "disadv" or "conadv".
+      optimizer: "lars" or "sgd".
+      global_batch_size: clean images per update, over all replicas and micro-batches.
+      microbatch_size: images one replica holds at a time; BN statistics are over these (SPEC section 5).
+      epochs: passes over the training set.
+      seed: of the initial weights, the order of the images, augmentation and attack.
+      precision: "float32", or "mixed_bfloat16" (float32 variables and losses).
+      jit_compile: XLA off a TPU as well; a TPU always compiles.
+      steps_per_execution: updates made without returning to Python.
+      evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
+    """
+
+    global_batch_size: int
+    method: str = "conadv"
+    optimizer: str = "lars"
+    microbatch_size: int = 64
+    epochs: int = 90
+    seed: int = 0
+    precision: str = "float32"
+    jit_compile: bool = False
+    steps_per_execution: int = 1
+    evaluate_every_epochs: int = 1
+    checkpoint_every_epochs: int = 1
+
+    def __post_init__(self):
+        for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"train.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
+        for name in ("steps_per_execution", "evaluate_every_epochs", "checkpoint_every_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**20:
+            raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run is made of, built and not yet trained."""
+
+    recipe: str
+    settings: Settings
+    strategy: tf.distribute.Strategy
+    data: data_module.ImageData
+    plan: Plan
+    model: ConAdvModel
+
+
+@gin.configurable("model", denylist=["data", "method", "seed", "dtype"])
+def make_network(
+    data: data_module.ImageData,
+    method: methods.Method,
+    seed: int,
+    dtype: str,
+    name: str = "digits_resnet",
+    batch_norm_momentum: float = 0.9,
+    batch_norm_epsilon: float = 1e-5,
+    replicas_per_group: int = 1,
+) -> ResNet:
+    """The network of a recipe: `name` from resnet.ARCHITECTURES, with the branches the method trains."""
+    if not 0 <= batch_norm_momentum < 1 or not batch_norm_epsilon > 0:
+        raise ConfigError(
+            f"model.batch_norm_momentum={batch_norm_momentum} must lie in [0, 1) and "
+            f"model.batch_norm_epsilon={batch_norm_epsilon} above 0: the paper's are 0.9 and 1e-5"
+        )
+    return ResNet(
+        name,
+        data.num_classes,
+        data.image_shape,
+        method.branches,
+        batch_norm_momentum,
+        batch_norm_epsilon,
+        replicas_per_group,
+        seed,
+        dtype,
+        name="network",
+    )
+
+
+def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None) -> Run:
+    """Builds what the gin configuration describes.
+
+    Raises:
+      ConfigError: for settings that do not fit together.
+      DataError: for missing or damaged data.
+    """
+    settings = Settings()
+    method = methods.make_method(settings.method)
+    data = data_module.load(data_dir=data_dir)
+    replicas = strategy.num_replicas_in_sync
+    plan = make_plan(
+        settings.global_batch_size, settings.microbatch_size, replicas, data.num_train, settings.epochs
+    )
+    if method.start_epoch >= plan.epochs:
+        raise ConfigError(
+            f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
+            "start earlier, or use train.method='vanilla'"
+        )
+    with strategy.scope():
+        network = make_network(data, method, settings.seed, settings.precision)
+        on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+        check_batch_norm_groups(network.replicas_per_group, replicas, settings.jit_compile, on_tpu)
+        model = ConAdvModel(network, method, plan.microbatches, settings.seed)
+        schedule = warmup_poly_decay(plan.steps_per_epoch, plan.total_steps)
+        model.compile(
+            OPTIMIZERS[settings.optimizer](schedule),
+            jit_compile=settings.jit_compile,
+            steps_per_execution=settings.steps_per_execution,
+        )
+    return Run(recipe, settings, strategy, data, plan, model)
+
+
+def describe(run: Run) -> str:
+    """The arithmetic of the run, one fact a line, for the person who starts it."""
+    plan, method = run.plan, run.model.method
+    schedule = run.model.optimizer.learning_rate
+    rates = [float(schedule(step)) for step in range(0, plan.total_steps, max(1, plan.total_steps // 1000))]
+    facts = [
+        ("recipe", run.recipe),
+        ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
+        ("network", f"{run.model.network.architecture}, {_count(run.model.network.trainable_variables):,} parameters"),
+        ("method", _method_text(method)),
+        (
+            "batch",
+            f"{plan.global_batch_size:,} = {plan.num_replicas} replica(s) × {plan.microbatches} micro-batch(es) × "
+            f"{plan.rows} images",
+        ),
+        ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
+        ("peak learning rate", f"{max(rates):.4g}"),
+        ("cost", f"{method.forward_units:g} forward passes over the batch an update (vanilla: 3)"),
+    ]
+    note = plan.remainder_note()
+    facts += [("remainder", note)] if note else []
+    return "\n".join(f"  {name:<20}{text}" for name, text in facts)
+
+
+def train(run: Run, model_dir: str) -> dict:
+    """Trains a run to its end in `model_dir`, resuming what is there; returns the result.
+
+    Raises:
+      ConfigError: if the folder holds another run.
+      RunError: if the folder cannot be used.
+      DataError: if the data turn out damaged beyond the limit.
+    """
+    folder = report.RunFolder(model_dir)
+    _check_same_run(folder)
+    finished = folder.read_result()
+    if finished:
+        print(f"{model_dir} holds this run, finished; nothing to train")
+        return finished
+    checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
+    first_epoch = checkpoints.restore() // run.plan.steps_per_epoch
+    folder.write_config(configure.operative_config())
+    if first_epoch:
+        print(f"resuming {model_dir} after epoch {first_epoch}")
+    _fit(run, folder, checkpoints, first_epoch)
+    result = _result(run, folder)
+    checkpoint.export(run.model.network, folder.file("export"))
+    folder.write_result(result)
+    return result
+
+
+def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints, first_epoch: int) -> None:
+    plan, settings = run.plan, run.settings
+    throughput = callbacks.Throughput(plan)
+    examples = run.data.examples("train", PANEL_IMAGES)
+    run.model.fit(
+        _train_batches(run, first_epoch),
+        epochs=plan.epochs,
+        initial_epoch=first_epoch,
+        steps_per_epoch=plan.steps_per_epoch,
+        verbose=0,
+        callbacks=[
+            throughput,
+            callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
+            callbacks.ProgressBar(plan, run.recipe, throughput, first_epoch),
+            callbacks.TensorBoard(folder, plan, examples),
+            callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
+            tf_keras.callbacks.TerminateOnNaN(),
+        ],
+    )
+    made = int(run.model.optimizer.iterations)
+    if made < plan.total_steps:
+        raise RunError(
+            f"training stopped after {made} of {plan.total_steps} updates with a loss that is not finite: lower "
+            "learning_rate.peak_learning_rate or lengthen learning_rate.warmup_epochs, in a new --model_dir"
+        )
+
+
+def _train_batches(run: Run, first_epoch: int):
+    plan = run.plan
+    start = first_epoch * plan.steps_per_epoch * plan.global_batch_size
+
+    def batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return run.data.train_batches(
+            plan.rows,
+            plan.num_replicas,
+            start_position=start,
+            seed=run.settings.seed,
+            num_hosts=context.num_input_pipelines,
+            host=context.input_pipeline_id,
+        )
+
+    return run.strategy.distribute_datasets_from_function(batches)
+
+
+def evaluate(run: Run, split: str) -> dict[str, float]:
+    """loss, top1 and top5 (shares in [0, 1]) over exactly every image of "train" or "test", not augmented."""
+    rows, replicas = run.plan.rows, run.plan.num_replicas
+
+    def batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return run.data.evaluation_batches(
+            split, rows, replicas, num_hosts=context.num_input_pipelines, host=context.input_pipeline_id
+        )
+
+    distributed = run.strategy.distribute_datasets_from_function(batches)
+    steps = run.data.evaluation_steps(split, rows, replicas)
+    return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True)
+
+
+def _result(run: Run, folder: report.RunFolder) -> dict:
+    plan, method = run.plan, run.model.method
+    return {
+        "recipe": run.recipe,
+        "method": method.name,
+        "schedule": method.schedule,
+        "tau": method.tau,
+        "epsilon": method.attack.epsilon_pixels if method.attack else None,
+        "dataset": run.data.name,
+        "model": run.model.network.architecture,
+        "seed": run.settings.seed,
+        "global_batch_size": plan.global_batch_size,
+        "num_replicas": plan.num_replicas,
+        "microbatches": plan.microbatches,
+        "epochs": plan.epochs,
+        "steps": plan.total_steps,
+        **report.evaluation_result(evaluate(run, "train"), evaluate(run, "test")),
+        **report.speed_result(folder.read_metrics()),
+        "versions": report.versions(),
+    }
+
+
+def _check_same_run(folder: report.RunFolder) -> None:
+    saved = folder.read_config()
+    changed = saved and configure.difference(saved, configure.operative_config())
+    if changed:
+        name, old, new = changed
+        raise ConfigError(
+            f"--model_dir={folder.path} holds a run with {name} = {old}, this one has {new}: pass another --model_dir, "
+            "or the old value"
+        )
+
+
+def _method_text(method: methods.Method) -> str:
+    if method.attack is None:
+        return method.name
+    schedule = f", schedule {method.schedule}, tau {method.tau}" if method.schedule else ""
+    return f"{method.name}{schedule}, epsilon {method.attack.epsilon_pixels:g} {method.attack.units}"
+
+
+def _count(variables: list[tf.Variable]) -> int:
+    return sum(int(np.prod(variable.shape)) for variable in variables)

@@ -1,0 +1,53 @@
+"""Learning rate: linear warm-up from 0 to the peak, then polynomial decay (SPEC section 3)."""
+
+import gin
+import tf_keras
+from official.modeling.optimization import lr_schedule
+
+from conadv_tf.errors import ConfigError
+
+
+@gin.configurable("learning_rate", denylist=["steps_per_epoch", "total_steps"])
+def warmup_poly_decay(
+    steps_per_epoch: int,
+    total_steps: int,
+    peak_learning_rate: float = 10.0,
+    warmup_epochs: float = 5,
+    end_learning_rate: float = 1e-4,
+    power: float = 2.0,
+) -> tf_keras.optimizers.schedules.LearningRateSchedule:
+    """The schedule of a run, a function of the number of updates made.
+
+    Args:
+      steps_per_epoch: updates in an epoch.
+      total_steps: updates in the run; the decay reaches `end_learning_rate` one step after the last.
+      peak_learning_rate: > 0.
+      warmup_epochs: ≥ 0 and shorter than the run; may be fractional.
+      end_learning_rate: ≥ 0.
+      power: of the decay polynomial, > 0.
+
+    Raises:
+      ConfigError: if one of these is out of range.
+    """
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if not peak_learning_rate > 0:
+        raise ConfigError(f"learning_rate.peak_learning_rate={peak_learning_rate} must be above 0")
+    if warmup_epochs < 0 or warmup_steps >= total_steps:
+        raise ConfigError(
+            f"learning_rate.warmup_epochs={warmup_epochs} is outside the run of {total_steps / steps_per_epoch:g} "
+            "epochs: shorten the warm-up or lengthen train.epochs"
+        )
+    if not 0 <= end_learning_rate <= peak_learning_rate or not power > 0:
+        raise ConfigError(
+            f"learning_rate.end_learning_rate={end_learning_rate} must lie in [0, {peak_learning_rate}] and "
+            f"learning_rate.power={power} above 0"
+        )
+    # This pair equals MLPerf's curve at every step; a PolynomialDecay without offset has a wrong peak.
+    decay = lr_schedule.PolynomialDecayWithOffset(
+        offset=warmup_steps,
+        initial_learning_rate=float(peak_learning_rate),
+        decay_steps=total_steps - warmup_steps + 1,
+        end_learning_rate=float(end_learning_rate),
+        power=float(power),
+    )
+    return lr_schedule.LinearWarmup(decay, warmup_steps, 0.0) if warmup_steps else decay

@@ -1,0 +1,169 @@
+"""Split batch normalisation: one layer, one set of γ, β and moving statistics per named branch.
+
+Clean images pass through the branch "main", adversarial ones through "adversarial" (AdvProp; SPEC
+section 1). Every call says which branch it uses, whether it normalises with the statistics of the batch
+or with the moving ones, and whether the moving ones learn from it, so that an attack can look through a
+branch without leaving a trace in it.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf import distribute
+from conadv_tf.errors import ConfigError
+
+MAIN = "main"
+ADVERSARIAL = "adversarial"
+MODES = ("batch", "moving")
+
+# A moving statistic and what a batch measured for it.
+Statistic = tuple[tf.Variable, tf.Tensor]
+
+_deferred: contextvars.ContextVar[list[Statistic] | None] = contextvars.ContextVar("deferred", default=None)
+
+
+@contextlib.contextmanager
+def deferred_statistics() -> Iterator[list[Statistic]]:
+    """Collects the batch statistics of the calls inside it instead of assigning them.
+
+    The trainer averages them over replicas and micro-batches in the same all-reduce as the gradients and
+    assigns once per update; a layer on its own would need one all-reduce per layer, and could not know
+    about micro-batches. Yields a list that receives (moving variable, batch value float32 [channels]).
+    """
+    statistics: list[Statistic] = []
+    token = _deferred.set(statistics)
+    try:
+        yield statistics
+    finally:
+        _deferred.reset(token)
+
+
+def moving_average(moving, statistic, momentum: float):
+    """m ← momentum · m + (1 − momentum) · s; all float32 [channels]."""
+    return moving * momentum + statistic * (1.0 - momentum)
+
+
+class SplitBatchNormalization(tf_keras.layers.Layer):
+    """Batch normalisation of [rows, height, width, channels] with any number of branches.
+
+    γ, β and the statistics are float32 under every policy; the output has the dtype of the input. The
+    moving variance is that of tf_keras' fused layer: Bessel-corrected, momentum on the old value.
+
+    Args:
+      branches: names of the branches, e.g. ("main", "adversarial", "augmented").
+      momentum: weight of the old value in the moving averages, 0 ≤ momentum < 1.
+      epsilon: added to the variance.
+      gamma_initializer: "ones", or "zeros" for the last layer of a residual block.
+      replicas_per_group: replicas that share batch statistics ("distributed BN"); 1 keeps them local.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[str] = (MAIN,),
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        gamma_initializer: str = "ones",
+        replicas_per_group: int = 1,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.branches = tuple(branches)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.gamma_initializer = gamma_initializer
+        self.replicas_per_group = replicas_per_group
+        self.gammas: dict[str, tf.Variable] = {}
+        self.betas: dict[str, tf.Variable] = {}
+        self.moving_means: dict[str, tf.Variable] = {}
+        self.moving_variances: dict[str, tf.Variable] = {}
+
+    def build(self, input_shape) -> None:
+        channels = (input_shape[-1],)
+        for branch in self.branches:
+            trained = {"dtype": tf.float32, "experimental_autocast": False}
+            averaged = {**trained, "trainable": False, "aggregation": tf.VariableAggregation.MEAN}
+            self.gammas[branch] = self.add_weight(
+                f"{branch}/gamma", channels, initializer=self.gamma_initializer, **trained
+            )
+            self.betas[branch] = self.add_weight(f"{branch}/beta", channels, initializer="zeros", **trained)
+            self.moving_means[branch] = self.add_weight(
+                f"{branch}/moving_mean", channels, initializer="zeros", **averaged
+            )
+            self.moving_variances[branch] = self.add_weight(
+                f"{branch}/moving_variance", channels, initializer="ones", **averaged
+            )
+        super().build(input_shape)
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        branch: str = MAIN,
+        mode: str = "batch",
+        update_statistics: bool = False,
+        synchronize: bool = True,
+    ) -> tf.Tensor:
+        """Normalises `inputs`.
+
+        Args:
+          inputs: float tensor [rows, height, width, channels].
+          branch: which γ, β and moving statistics to use.
+          mode: "batch" normalises with this batch's statistics, "moving" with the moving averages.
+          update_statistics: whether the moving averages learn this batch's statistics ("batch" only).
+          synchronize: False keeps the statistics local whatever `replicas_per_group` says: the attack
+            never talks to another replica (SPEC section 1).
+
+        Raises:
+          ConfigError: for a branch or mode there is not.
+        """
+        self._check(branch, mode)
+        gamma, beta = self.gammas[branch], self.betas[branch]
+        if mode == "moving":
+            return self._normalize(inputs, gamma, beta, self.moving_means[branch], self.moving_variances[branch])
+        if self.replicas_per_group > 1 and synchronize:
+            outputs, mean, variance = self._group_batch(inputs, gamma, beta)
+        else:
+            outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=inputs, scale=gamma, offset=beta, mean=[], variance=[], epsilon=self.epsilon, is_training=True
+            )
+        if update_statistics:
+            self._record(self.moving_means[branch], mean)
+            self._record(self.moving_variances[branch], variance)
+        return outputs
+
+    def _check(self, branch: str, mode: str) -> None:
+        if branch not in self.branches:
+            raise ConfigError(f"branch={branch!r}: this layer has the branches {self.branches}; build it with that one")
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}: batch normalisation knows {MODES}; choose one of them")
+
+    def _normalize(self, inputs, gamma, beta, mean, variance):
+        outputs, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=inputs, scale=gamma, offset=beta, mean=mean, variance=variance, epsilon=self.epsilon, is_training=False
+        )
+        return outputs
+
+    def _group_batch(self, inputs, gamma, beta):
+        """Statistics over the group of replicas; same definitions as the fused local kernel."""
+        values = tf.cast(inputs, tf.float32)
+        moments = tf.stack([tf.reduce_mean(values, [0, 1, 2]), tf.reduce_mean(tf.square(values), [0, 1, 2])])
+        mean, mean_of_squares = tf.unstack(distribute.group_mean(moments, self.replicas_per_group))
+        variance = mean_of_squares - tf.square(mean)
+        outputs = (values - mean) * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
+        count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]) * self.replicas_per_group, tf.float32)
+        return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
+
+    def _record(self, moving: tf.Variable, statistic: tf.Tensor) -> None:
+        statistics = _deferred.get()
+        statistic = tf.stop_gradient(statistic)
+        if statistics is None:
+            moving.assign(moving_average(moving, statistic, self.momentum))
+        else:
+            statistics.append((moving, statistic))
+
+    def get_config(self) -> dict:
+        names = ("branches", "momentum", "epsilon", "gamma_initializer", "replicas_per_group")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}

@@ -1,0 +1,343 @@
+"""The Keras model that trains a network by a method: train step, virtual pod, shadow copies, metrics.
+
+One update (SPEC sections 1 and 5), all of it inside one tf.function:
+
+    for each micro-batch, on each replica:  method.gradients → gradients, BN statistics, metrics; summed
+    one all-reduce of that sum over the replicas
+    shadow ring: θ_{t−τ} ← θ_{t−τ+1} ← … ← θ_t;  moving statistics;  optimizer: θ_{t+1}
+"""
+
+import functools
+from collections.abc import Sequence
+
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf import methods
+from conadv_tf.errors import ConfigError
+from conadv_tf.lars import is_adapted
+from conadv_tf.losses import SmoothedCrossEntropy
+from conadv_tf.resnet import ResNet
+from conadv_tf.split_batchnorm import MAIN, deferred_statistics, moving_average
+
+MONITORS = ("learning_rate", "gradient_norm", "trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "drift")
+
+
+class ConAdvModel(tf_keras.Model):
+    """Trains `network` by `method` under `compile` and `fit`, on any strategy.
+
+    Build it, like the optimizer, inside `strategy.scope()`. Data are batches (images, labels): images
+    [rows, H, W, C] in [0, 255] of any numeric dtype, labels int [rows]. With `microbatches` > 1 every update
+    takes that many batches from the iterator, and `steps_per_epoch` counts updates.
+
+    Logs of training: the method's metrics and MONITORS, means over the epoch's updates so far (drift is
+    ‖θ_t − θ_{t−τ}‖ / ‖θ_t‖), and `input_wait_seconds`, which the last call spent waiting for data. Logs of
+    evaluation: loss, top1, top5; a third element of the data weighs the images.
+
+    Args:
+      network: a ResNet with the method's branches.
+      method: see methods.py.
+      microbatches: batches accumulated into one update, on each replica (SPEC section 5).
+      seed: of the attack's random starts.
+
+    Raises:
+      ConfigError: if the network lacks a branch, or microbatches < 1.
+    """
+
+    def __init__(self, network: ResNet, method: methods.Method, microbatches: int = 1, seed: int = 0, **kwargs):
+        super().__init__(**kwargs)
+        missing = [branch for branch in method.branches if branch not in network.branches]
+        if missing:
+            raise ConfigError(
+                f"method {method.name!r} trains the BN branches {missing}, which the network lacks: "
+                f"build it with branches={method.branches}"
+            )
+        if microbatches < 1:
+            raise ConfigError(f"microbatches={microbatches} must be at least 1")
+        self.network = network.create_variables()
+        self.method = method
+        self.microbatches = microbatches
+        self.seed = seed
+        self.shadows = [shadow_copy(network) for _ in range(method.tau)]
+        self._active = method
+        self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
+        self._train_mean = tf_keras.metrics.MeanTensor("training", shape=(len(self._log_names(method)),))
+
+    # Keras' interface
+
+    def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Logits of the main branch; float32 [rows, classes]."""
+        return self.network(images, training=training, branch=MAIN)
+
+    def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
+        """As in Keras; the loss is SmoothedCrossEntropy() unless given, and sees (labels, logits)."""
+        super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
+
+    def fit(self, *args, callbacks: Sequence[tf_keras.callbacks.Callback] | None = None, **kwargs):
+        """As in Keras; the epoch decides whether the adversarial half has begun (`Method.start_epoch`)."""
+        start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
+        return super().fit(*args, callbacks=[start, *(callbacks or [])], **kwargs)
+
+    @property
+    def metrics(self) -> list[tf_keras.metrics.Metric]:
+        return [self._train_mean, *self._test_means.values()]
+
+    def make_train_function(self, force: bool = False):
+        """One call makes `steps_per_execution` updates without returning to Python."""
+        if self.train_function is None or force:
+            compiled = functools.cache(self._compiled_execution)
+            self.train_function = lambda iterator: compiled(self._active.name)(iterator)
+        return self.train_function
+
+    def train_step(self, data) -> dict[str, tf.Tensor]:
+        """One update from one batch per replica; runs on every replica."""
+        self._apply(self._active, self._contributions(self._active, data, tf.constant(0)))
+        return self._train_logs()
+
+    def test_step(self, data) -> dict[str, tf.Tensor]:
+        """Adds one batch to the evaluation; rows of weight 0 count nothing."""
+        images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
+        labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
+        logits = self.network(images, training=False)
+        top5 = tf.math.in_top_k(labels, logits, k=min(5, self.network.num_classes))
+        correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
+        self._test_means["loss"].update_state(self._example_losses(labels, logits), weights)
+        self._test_means["top1"].update_state(tf.cast(correct, tf.float32), weights)
+        self._test_means["top5"].update_state(tf.cast(top5, tf.float32), weights)
+        return {name: mean.result() for name, mean in self._test_means.items()}
+
+    # One update
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._active = self.method if epoch >= self.method.start_epoch else methods.vanilla()
+
+    def _compiled_execution(self, method_name: str):
+        del method_name  # the cache key: one program per method
+        method = self._active
+        self.create_optimizer_variables()
+        with self.distribute_strategy.scope():
+            accumulators = _Accumulators(self._contribution_shapes(method)) if self.microbatches > 1 else None
+        execution = functools.partial(self._execute, method, accumulators)
+        return execution if self.run_eagerly else tf.function(execution, autograph=False)
+
+    def _execute(self, method: methods.Method, accumulators: "_Accumulators | None", iterator):
+        def body(step, waited):
+            return step + 1, waited + self._update(method, accumulators, iterator)
+
+        steps = tf.cast(self._steps_per_execution, tf.int64)
+        zero = (tf.constant(0, tf.int64), tf.constant(0.0, tf.float64))
+        _, waited = tf.while_loop(lambda step, _: step < steps, body, zero, parallel_iterations=1)
+        return {**self._train_logs(), "input_wait_seconds": waited}
+
+    def _update(self, method: methods.Method, accumulators: "_Accumulators | None", iterator) -> tf.Tensor:
+        """One update; returns the seconds spent waiting for its data."""
+        strategy = self.distribute_strategy
+        self._train_counter.assign_add(1)
+        if accumulators is None:
+            data, waited = _timed_next(iterator)
+            strategy.run(self.train_step, args=(data,))
+            return waited
+
+        def accumulate(data, index):
+            accumulators.add(self._contributions(method, data, index))
+
+        def body(index, waited):
+            data, seconds = _timed_next(iterator)
+            strategy.run(accumulate, args=(data, index))
+            return index + 1, waited + seconds
+
+        zero = (tf.constant(0), tf.constant(0.0, tf.float64))
+        _, waited = tf.while_loop(lambda index, _: index < self.microbatches, body, zero, parallel_iterations=1)
+        strategy.run(lambda: self._apply(method, accumulators.take()))
+        return waited
+
+    def _contributions(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
+        """One micro-batch's share of the update: gradients, BN statistics and metrics, over their number.
+
+        Summed over micro-batches and replicas this is the mean of each. Runs in a replica.
+        """
+        if self._jit_compile and not isinstance(self.distribute_strategy, tf.distribute.TPUStrategy):
+            compute = tf.function(functools.partial(self._shares, method), jit_compile=True, autograph=False)
+            return compute(data, microbatch)
+        return self._shares(method, data, microbatch)
+
+    def _shares(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
+        images, labels, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
+        images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
+        batch = methods.Batch(images, labels, self._microbatch_seed(microbatch))
+        with deferred_statistics() as statistics:
+            gradients, metrics = method.gradients(self.network, self._stale(), self._example_losses, batch)
+        by_variable = {variable.ref(): value for variable, value in statistics}
+        moving = [by_variable[variable.ref()] for variable in self.network.moving_statistics(method.branches)]
+        values = [tf.stack([metrics[name] for name in method.metric_names])]
+        share = 1.0 / (self.microbatches * tf.distribute.get_replica_context().num_replicas_in_sync)
+        return [share * tf.cast(value, tf.float32) for value in gradients + moving + values]
+
+    def _microbatch_seed(self, microbatch: tf.Tensor) -> tf.Tensor:
+        """int32 [2] from the run's seed, the update and the micro-batch's place in the global batch.
+
+        That place does not depend on how the batch is split into replicas and micro-batches.
+        """
+        replica = tf.distribute.get_replica_context()
+        place = microbatch * replica.num_replicas_in_sync + tf.cast(replica.replica_id_in_sync_group, tf.int32)
+        step_seed = tf.random.fold_in([self.seed, 0], tf.cast(self.optimizer.iterations, tf.int32))
+        return tf.random.fold_in(step_seed, place)
+
+    def _apply(self, method: methods.Method, contributions: list[tf.Tensor]) -> None:
+        """Averages over replicas and updates everything that changes; runs in a replica."""
+        replica = tf.distribute.get_replica_context()
+        *averages, values = replica.all_reduce(tf.distribute.ReduceOp.SUM, contributions)
+        variables = self.network.trainable_variables
+        gradients, statistics = averages[: len(variables)], averages[len(variables) :]
+        self._train_mean.update_state(self._log_values(method, values, gradients))
+        replica.merge_call(self._push_weights)
+        replica.merge_call(functools.partial(self._assign_statistics, method), args=(statistics,))
+        self.optimizer.apply_gradients(
+            zip(gradients, variables, strict=True), experimental_aggregate_gradients=False
+        )
+
+    def _push_weights(self, strategy: tf.distribute.Strategy) -> None:
+        """Moves the ring of shadow copies one update on: the newest becomes θ_t. No communication."""
+        ring = [leaf_variables(network) for network in (*self.shadows, self.network)]
+        for older, newer in zip(ring, ring[1:], strict=False):
+            for shadow, weights in zip(older, newer, strict=True):
+                strategy.extended.update(shadow, lambda v, w: v.assign(w), args=(weights,), group=False)
+
+    def _assign_statistics(self, method, strategy: tf.distribute.Strategy, statistics: list) -> None:
+        average = functools.partial(moving_average, momentum=self.network.batch_norm_momentum)
+        for moving, value in zip(self.network.moving_statistics(method.branches), statistics, strict=True):
+            strategy.extended.update(moving, lambda v, s: v.assign(average(v, s)), args=(value,), group=False)
+
+    # Helpers
+
+    def _stale(self) -> ResNet:
+        """The network at θ_{t−τ}."""
+        return self.shadows[0] if self.shadows else self.network
+
+    def _example_losses(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        function = self.loss.call if isinstance(self.loss, tf_keras.losses.Loss) else self.loss
+        return function(labels, logits)
+
+    def _contribution_shapes(self, method: methods.Method) -> list:
+        variables = self.network.trainable_variables + self.network.moving_statistics(method.branches)
+        return [variable.shape for variable in variables] + [(len(method.metric_names),)]
+
+    def _log_names(self, method: methods.Method) -> tuple[str, ...]:
+        return method.metric_names + MONITORS
+
+    def _log_values(self, method: methods.Method, values: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
+        """float32, in the order of `_log_names(self.method)`; 0 for a half that has not begun."""
+        absent = len(self.method.metric_names) - len(method.metric_names)
+        rate = self.optimizer.learning_rate
+        rate = rate(self.optimizer.iterations) if callable(rate) else rate
+        monitors = [tf.cast(rate, tf.float32), tf.linalg.global_norm(gradients)]
+        monitors += [*self._trust_ratios(gradients), self._drift()]
+        return tf.concat([values, tf.zeros(absent), tf.stack(monitors)], 0)
+
+    def _trust_ratios(self, gradients: list[tf.Tensor]):
+        """Smallest, median and largest LARS trust ratio of the adapted variables; 1 for other optimizers."""
+        if not hasattr(self.optimizer, "trust_ratio"):
+            return tf.ones(3)
+        pairs = zip(self.network.trainable_variables, gradients, strict=True)
+        ratios = tf.sort(tf.stack([self.optimizer.trust_ratio(v, g) for v, g in pairs if is_adapted(v)]))
+        count = ratios.shape[0]
+        return ratios[0], (ratios[(count - 1) // 2] + ratios[count // 2]) / 2.0, ratios[-1]
+
+    def _drift(self) -> tf.Tensor:
+        """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 without shadow copies (SPEC section 4)."""
+        if not self.shadows:
+            return tf.constant(0.0)
+        pairs = zip(leaf_variables(self.network), leaf_variables(self.shadows[0]), strict=True)
+        pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in pairs if now.trainable]
+        return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm(
+            [now for now, _ in pairs]
+        )
+
+    def _train_logs(self) -> dict[str, tf.Tensor]:
+        names = self._log_names(self.method)
+        return dict(zip(names, tf.unstack(self._train_mean.result(), len(names)), strict=True))
+
+    def create_optimizer_variables(self) -> None:
+        """Creates the slots before the first step: a traced step must not, and a checkpoint restores into them."""
+        with self.distribute_strategy.scope():
+            if isinstance(self.optimizer, tf_keras.optimizers.legacy.Optimizer):
+                self.optimizer._create_all_weights(self.network.trainable_variables)
+            else:
+                self.optimizer.build(self.network.trainable_variables)
+
+    def adversarial_examples(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        """x̂ as the next update would make them from `images` and `labels`; float32, of the images' shape.
+
+        Raises:
+          ConfigError: for a method without an attack.
+        """
+        if self.method.attack is None:
+            raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
+        batch = methods.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
+
+        @tf.function(autograph=False)
+        def attacked(batch):
+            arguments = (self.method.attack, self._stale(), self._example_losses)
+            return self.distribute_strategy.run(lambda rows: methods.attack_images(*arguments, rows), args=(batch,))
+
+        return self.distribute_strategy.experimental_local_results(attacked(batch))[0]
+
+
+class _Accumulators:
+    """Sums of contributions over micro-batches, each replica its own.
+
+    Not a Keras or checkpoint object: between updates it holds zeros.
+    """
+
+    def __init__(self, shapes: list):
+        self._sums = [
+            tf.Variable(
+                tf.zeros(shape),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+            for shape in shapes
+        ]
+
+    def add(self, contributions: list[tf.Tensor]) -> None:
+        for total, value in zip(self._sums, contributions, strict=True):
+            total.assign_add(value)
+
+    def take(self) -> list[tf.Tensor]:
+        """The sums; leaves zeros."""
+        taken = [tf.identity(total) for total in self._sums]
+        with tf.control_dependencies(taken):
+            for total in self._sums:
+                total.assign(tf.zeros_like(total))
+        return taken
+
+
+def shadow_copy(network: ResNet) -> ResNet:
+    """A network of the same weights in variables of its own, none of them trainable."""
+
+    def non_trainable(next_creator, **kwargs):
+        return next_creator(**{**kwargs, "trainable": False})
+
+    copy = ResNet.from_config({**network.get_config(), "name": f"shadow_{network.name}"})
+    with tf.variable_creator_scope(non_trainable):
+        copy.create_variables()
+    copy.trainable = False
+    for shadow, weights in zip(leaf_variables(copy), leaf_variables(network), strict=True):
+        shadow.assign(weights)
+    return copy
+
+
+def leaf_variables(network: ResNet) -> list[tf.Variable]:
+    """All variables, in an order that does not depend on which of them are trainable."""
+    leaves = [m for m in network.submodules if isinstance(m, tf_keras.layers.Layer) and not any(m.submodules)]
+    return [variable for leaf in leaves for variable in leaf.weights]
+
+
+def _timed_next(iterator):
+    """The next element and the seconds (float64) it took to arrive; host operations only."""
+    start = tf.timestamp()
+    with tf.control_dependencies([start]):
+        data = next(iterator)
+    with tf.control_dependencies(tf.nest.flatten(tf.distribute.get_strategy().experimental_local_results(data))):
+        return data, tf.timestamp() - start

@@ -1,0 +1,24 @@
+"""Eight logical CPUs in every test process, so that replicas can be tested without an accelerator."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Test processes share the machine with each other; more threads in each would only wait.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
+import gin
+import pytest
+import tensorflow as tf
+
+LOGICAL_CPUS = 8
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_between_tests():
+    gin.clear_config()
+    yield
+    gin.clear_config()

@@ -1,0 +1,665 @@
+"""The data pipeline against plain readings of the same files, and against damaged copies of them."""
+
+import gzip
+import io
+import itertools
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from conadv_tf import augment, data, records
+from conadv_tf.errors import ConfigError, DataError
+
+_FOLDER = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
+needs_files = pytest.mark.skipif(
+    not _FOLDER.is_dir(), reason=f"no sample data in {_FOLDER}: set CONADV_TEST_DATA to run this test")
+
+
+# Plain readings and writings of TFRecord files -----------------------------------------------------------
+
+
+def payloads(path: Path) -> list[bytes]:
+    """The records by the file format's definition, checksums not looked at."""
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    found, position = [], 0
+    while position < len(content):
+        length = struct.unpack("<Q", content[position:position + 8])[0]
+        found.append(content[position + 12:position + 12 + length])
+        position += length + 16
+    return found
+
+
+def plain_example(payload: bytes) -> tuple[np.ndarray, int]:
+    feature = tf.train.Example.FromString(payload).features.feature
+    encoded = feature["image/encoded"].bytes_list.value[0]
+    image = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    return image, feature["image/class/label"].int64_list.value[0]
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    return tf.io.encode_jpeg(image, quality=100).numpy()
+
+
+def example_bytes(encoded: bytes | None, label: int | None) -> bytes:
+    feature = {}
+    if encoded is not None:
+        feature["image/encoded"] = tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded]))
+    if label is not None:
+        feature["image/class/label"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[label]))
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def write(path: Path, records_: list[bytes], compression: str = "") -> None:
+    with tf.io.TFRecordWriter(str(path), compression) as writer:
+        for record in records_:
+            writer.write(record)
+
+
+def flip_byte(path: Path, record: int, byte: int = 100) -> None:
+    """Damages one payload byte of a plain file, so that the record's checksum is wrong."""
+    begin = sum(len(payload) + 16 for payload in payloads(path)[:record])
+    content = bytearray(path.read_bytes())
+    content[begin + 12 + byte] ^= 0xFF
+    path.write_bytes(content)
+
+
+def numbered(count: int, first: int = 0, size: int = 16) -> list[bytes]:
+    """Records whose label is their number and whose image is one grey level, 5 + 10 * (number % 25)."""
+    return [example_bytes(jpeg(np.full((size, size, 3), 5 + 10 * (number % 25), np.uint8)), number)
+            for number in range(first, first + count)]
+
+
+def make_folder(folder: Path, counts: tuple[int, ...] = (7, 6, 8), size: int = 16) -> Path:
+    firsts = np.cumsum((0, *counts))
+    for number, count in enumerate(counts):
+        write(folder / f"train-{number:05d}-of-{len(counts):05d}", numbered(count, int(firsts[number]), size))
+    write(folder / "validation-00000-of-00001", numbered(5, 0, size))
+    return folder
+
+
+def load(folder: Path, **arguments) -> data.ImageData:
+    return data.load(**{"source": "tfrecords", "data_dir": str(folder), "num_classes": 1000, **arguments})
+
+
+def stream(folder: Path, **arguments) -> data.ImageData:
+    return load(folder, **{"in_memory": False, "image_size": 8, "shuffle_buffer": 4, **arguments})
+
+
+def take(batches: tf.data.Dataset, count: int) -> tuple[np.ndarray, ...]:
+    """The rows of the first `count` batches, concatenated."""
+    taken = list(itertools.islice(batches.as_numpy_iterator(), count))
+    assert len(taken) == count
+    return tuple(np.concatenate(parts) for parts in zip(*taken, strict=True))
+
+
+def counting(size: int, augmentation: str = "none", test_size: int = 5) -> data.MemoryData:
+    """Data in memory whose labels are the example numbers."""
+    def split(count):
+        labels = np.arange(count, dtype=np.int32)
+        images = np.random.default_rng(0).integers(1, 256, (count, 8, 8, 1), np.uint8)
+        return images, labels
+
+    return data.MemoryData("counting", max(size, test_size), {"train": split(size), "test": split(test_size)},
+                           augmentation, records.BadRecords(0))
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory) -> data.ImageData:
+    return stream(make_folder(tmp_path_factory.mktemp("streamed")), augmentation="resized_crop_flip")
+
+
+@pytest.fixture(scope="module")
+def cifar() -> data.ImageData:
+    return data.load("tfrecords", data_dir=str(_FOLDER / "cifar10"), train_files="train-00000-*",
+                     test_files="test-00001-*", num_classes=10)
+
+
+# Order ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(1, 40), rows=st.integers(1, 9), seed=st.integers(0, 2**62))
+def test_each_pass_of_the_stream_has_every_image_once(size, rows, seed):
+    labels = take(counting(size).train_batches(rows, 1, seed=seed), -(-3 * size // rows))[1][:3 * size]
+    for epoch in labels.reshape(3, size):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
+
+
+def test_epochs_and_seeds_differ_in_order():
+    labels = take(counting(50).train_batches(10, 1), 10)[1]
+    assert (labels[:50] != labels[50:]).any()
+    assert (labels[:50] != take(counting(50).train_batches(10, 1, seed=1), 5)[1]).any()
+    np.testing.assert_array_equal(labels, take(counting(50).train_batches(10, 1), 10)[1])
+
+
+def test_streamed_passes_have_every_image_once_in_new_orders(streamed):
+    labels = take(streamed.train_batches(7, 1, seed=3), 9)[1].reshape(3, 21)
+    np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(21), (3, 1)))
+    assert (labels[0] != labels[1]).any()
+    assert (labels[1] != labels[2]).any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(start=st.integers(0, 130))
+def test_any_start_is_the_tail_of_the_whole(start):
+    source = counting(37, "crop_flip")
+    whole = take(source.train_batches(1, 1, seed=5), 150)
+    tail = take(source.train_batches(4, 1, start_position=start, seed=5), 5)
+    for one, other in zip(whole, tail, strict=True):
+        np.testing.assert_array_equal(one[start:start + 20], other)
+
+
+@pytest.mark.parametrize("start", [3, 20, 21, 50])
+def test_any_start_of_streamed_files_is_the_tail_of_the_whole(streamed, start):
+    whole = take(streamed.train_batches(5, 1, seed=5), 14)
+    tail = take(streamed.train_batches(4, 1, start_position=start, seed=5), 4)
+    for one, other in zip(whole, tail, strict=True):
+        np.testing.assert_array_equal(one[start:start + 16], other)
+
+
+def test_streamed_order_ignores_the_global_seed(streamed):
+    tf.random.set_seed(1)
+    one = take(streamed.train_batches(5, 1), 6)
+    tf.random.set_seed(2)
+    other = take(streamed.train_batches(5, 1), 6)
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_array_equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("source", ["memory", "stream"])
+@pytest.mark.parametrize(("rows", "replicas"), [(6, 1), (3, 2), (2, 3), (1, 6)])
+def test_layouts_give_the_same_images_in_the_same_order(streamed, source, rows, replicas):
+    loaded = streamed if source == "stream" else counting(20, "crop_flip")
+    reference = take(loaded.train_batches(6, 1, start_position=6, seed=2), 4)
+    other = take(loaded.train_batches(rows, replicas, start_position=6, seed=2), 24 // rows)
+    for one, two in zip(reference, other, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_hosts_in_memory_take_slices_of_one_stream():
+    source = counting(23, "crop_flip")
+    whole = source.train_batches(3, 4, start_position=12).take(12).as_numpy_iterator()
+    hosts = [source.train_batches(3, 4, start_position=12, num_hosts=2, host=host).as_numpy_iterator()
+             for host in range(2)]
+    for number, (images, labels) in enumerate(whole):
+        host_images, host_labels = next(hosts[number // 2 % 2])
+        np.testing.assert_array_equal(labels, host_labels)
+        np.testing.assert_array_equal(images, host_images)
+
+
+@pytest.mark.parametrize(("hosts", "shares"), [(3, (7, 6, 8)), (2, (11, 10)), (5, (5, 4, 4, 4, 4))])
+def test_hosts_own_disjoint_shares_of_streamed_files(streamed, hosts, shares):
+    seen = []
+    for host, share in enumerate(shares):
+        labels = take(streamed.train_batches(1, hosts, seed=1, num_hosts=hosts, host=host), 2 * share)[1]
+        np.testing.assert_array_equal(np.sort(labels[:share]), np.sort(labels[share:]))
+        seen.extend(labels[:share])
+    np.testing.assert_array_equal(np.sort(seen), np.arange(21))
+
+
+def test_a_streaming_host_resumes_in_its_own_share(streamed):
+    whole = take(streamed.train_batches(2, 2, num_hosts=2, host=1), 20)
+    tail = take(streamed.train_batches(2, 2, start_position=28, num_hosts=2, host=1), 5)
+    np.testing.assert_array_equal(whole[0][14:24], tail[0])
+    np.testing.assert_array_equal(whole[1][14:24], tail[1])
+
+
+def test_batches_have_static_shapes_and_no_autosharding(streamed):
+    for loaded, shape in ((streamed, (8, 8, 3)), (counting(9, "flip"), (8, 8, 1))):
+        train = loaded.train_batches(4, 2)
+        assert [tuple(spec.shape) for spec in train.element_spec] == [(4, *shape), (4,)]
+        assert [spec.dtype for spec in train.element_spec] == [tf.uint8, tf.int32]
+        evaluation = loaded.evaluation_batches("test", 4, 2)
+        assert [tuple(spec.shape) for spec in evaluation.element_spec] == [(4, *shape), (4,), (4,)]
+        assert evaluation.element_spec[2].dtype == tf.float32
+        policy = train.options().experimental_distribute.auto_shard_policy
+        assert policy == tf.data.experimental.AutoShardPolicy.OFF
+        assert train.options().deterministic
+
+
+def test_replicas_of_a_strategy_get_their_batches_in_turn():
+    cpus = tf.config.list_logical_devices("CPU")
+    strategy = tf.distribute.MirroredStrategy([cpu.name for cpu in cpus])
+    replicas = strategy.num_replicas_in_sync
+    batches = strategy.distribute_datasets_from_function(
+        lambda context: counting(20).train_batches(2, replicas))
+    values = strategy.experimental_local_results(next(iter(batches))[1])
+    np.testing.assert_array_equal(np.concatenate(values), take(counting(20).train_batches(2 * replicas, 1), 1)[1])
+
+
+# Evaluation ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 40), rows=st.integers(1, 7), hosts=st.integers(1, 3), per_host=st.integers(1, 3))
+def test_evaluation_has_every_image_once(size, rows, hosts, per_host):
+    source = counting(3, test_size=size)
+    check_evaluation(source, "test", size, rows, hosts, per_host)
+
+
+def check_evaluation(source, split, size, rows, hosts, per_host):
+    steps = source.evaluation_steps(split, rows, hosts * per_host, hosts)
+    seen = []
+    for host in range(hosts):
+        batches = source.evaluation_batches(split, rows, hosts * per_host, hosts, host)
+        assert len(list(batches)) == steps * per_host
+        images, labels, weights = take(batches, steps * per_host)
+        assert set(np.unique(weights)) <= {0, 1}
+        assert not images[weights == 0].any()
+        assert not labels[weights == 0].any()
+        seen.extend(labels[weights == 1])
+    np.testing.assert_array_equal(np.sort(seen), np.arange(size))
+
+
+@pytest.mark.parametrize(("hosts", "per_host"), [(1, 1), (1, 2), (2, 1), (3, 2), (5, 1)])
+def test_streamed_evaluation_has_every_image_once(streamed, hosts, per_host):
+    check_evaluation(streamed, "train", 21, 4, hosts, per_host)
+    check_evaluation(streamed, "test", 5, 4, hosts, per_host)
+
+
+def test_evaluation_is_in_order_and_not_augmented():
+    source = counting(10, "crop_flip")
+    images, labels, _ = take(source.evaluation_batches("train", 5, 2), 2)
+    np.testing.assert_array_equal(labels, np.arange(10))
+    np.testing.assert_array_equal(images, counting(10).examples("train", 10)[0])
+    assert (take(source.train_batches(10, 1), 1)[0] != images).any()
+
+
+# Right labels and pixels ---------------------------------------------------------------------------------
+
+
+def test_digits_are_the_fixed_stratified_split():
+    digits = data.load()
+    assert (digits.name, digits.num_classes, digits.image_shape) == ("digits", 10, (8, 8, 1))
+    assert (digits.num_train, digits.num_test, digits.bad_records.count) == (1437, 360, 0)
+    train, test = digits.examples("train", 1437), digits.examples("test", 360)
+    assert train[0].dtype == np.uint8
+    assert train[0].max() == 255
+    counts = np.bincount(np.concatenate([train[1], test[1]]))
+    np.testing.assert_allclose(np.bincount(test[1]) / counts, 360 / 1797, atol=0.005)
+    from sklearn.datasets import load_digits
+    plain = load_digits()
+    both = np.concatenate([train[0], test[0]])[..., 0] / 255 * 16
+    expected = sorted((*image.ravel().astype(int), label)
+                      for image, label in zip(plain.images, plain.target, strict=True))
+    found = sorted((*image.ravel().round().astype(int), label)
+                   for image, label in zip(both, np.concatenate([train[1], test[1]]), strict=True))
+    assert expected == found
+
+
+@needs_files
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar_equals_a_plain_reading(cifar, split):
+    path = _FOLDER / "cifar10" / {"train": "train-00000-of-00010.tfrecord.gz",
+                                  "test": "test-00001-of-00002.tfrecord.gz"}[split]
+    plain = payloads(path)
+    assert cifar.size(split) == len(plain) == 5000
+    assert (cifar.image_shape, cifar.num_classes) == ((32, 32, 3), 10)
+    images, labels = cifar.examples(split, 300)
+    for number in range(300):
+        image, label = plain_example(plain[number])
+        assert labels[number] == label
+        # Two JPEG decoders may differ by rounding.
+        assert np.abs(images[number].astype(int) - image).mean() < 2
+
+
+@needs_files
+def test_imagenet_sample_equals_a_plain_reading():
+    folder = _FOLDER / "imagenet_sample"
+    sample = data.load("tfrecords", data_dir=str(folder), label_offset=1, num_classes=1000, in_memory=False)
+    assert (sample.name, sample.num_train, sample.num_test) == ("imagenet_sample", 48, 12)
+    assert sample.image_shape == (224, 224, 3)
+    plain = [plain_example(payload) for path in sorted(folder.glob("train-*")) for payload in payloads(path)]
+    images, labels = sample.examples("train", 48)
+    np.testing.assert_array_equal(labels, [label - 1 for _, label in plain])
+    for found, (image, _) in zip(images, plain, strict=True):
+        height, width, _ = image.shape
+        square = round(0.875 * min(height, width))
+        top, left = (height - square + 1) // 2, (width - square + 1) // 2
+        cropped = image[top:top + square, left:left + square]
+        expected = tf.image.resize(cropped, (224, 224), "bicubic").numpy().clip(0, 255)
+        # Two JPEG decoders differ by rounding and by how they fill in colours.
+        assert np.abs(found - expected).mean() < 3
+    assert sample.bad_records.count == 0
+
+
+@needs_files
+def test_imagenet_sample_trains_on_every_image_once():
+    folder = _FOLDER / "imagenet_sample"
+    sample = data.load("tfrecords", data_dir=str(folder), label_offset=1, num_classes=1000, in_memory=False,
+                       image_size=64, augmentation="resized_crop_flip")
+    labels = [plain_example(payload)[1] - 1 for path in folder.glob("train-*") for payload in payloads(path)]
+    images, found = take(sample.train_batches(16, 1), 3)
+    np.testing.assert_array_equal(np.sort(found), np.sort(labels))
+    assert images.std(axis=(1, 2, 3)).min() > 5
+    grey = [plain_example(payload)[0] for payload in payloads(folder / "train-00000-of-00002")]
+    assert any((image == image[..., :1]).all() for image in grey)  # the sample does exercise grey JPEGs
+
+
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_compression_is_told_by_the_first_bytes(tmp_path, compression, in_memory):
+    write(tmp_path / "train-0.gz", numbered(6, size=8), compression)
+    write(tmp_path / "test-0", numbered(3, size=8), compression)
+    loaded = load(tmp_path, in_memory=in_memory, image_size=8)
+    assert (loaded.num_train, loaded.num_test) == (6, 3)
+    images, labels = loaded.examples("train", 10)
+    np.testing.assert_array_equal(labels, np.arange(6))
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 5 + 10 * np.arange(6), atol=1)
+
+
+def test_classes_are_counted_where_they_are_not_given(tmp_path):
+    assert load(make_folder(tmp_path), num_classes=None).num_classes == 21
+
+
+def test_synthetic_has_the_shape_of_imagenet():
+    synthetic = data.load("synthetic", image_size=16)
+    assert (synthetic.num_train, synthetic.num_test, synthetic.num_classes) == (1_281_167, 50_000, 1000)
+    images, labels = take(synthetic.train_batches(32, 1, start_position=1_281_150), 1)
+    assert images.shape == (32, 16, 16, 3)
+    again = take(data.load("synthetic", image_size=16).train_batches(32, 1, start_position=1_281_150), 1)
+    np.testing.assert_array_equal(images, again[0])
+    np.testing.assert_array_equal(labels, again[1])
+
+
+# Augmentation --------------------------------------------------------------------------------------------
+
+
+def test_crop_flip_gives_crops_of_the_padded_image_evenly():
+    source = counting(400, "crop_flip")
+    images, labels = take(source.train_batches(400, 1, seed=9), 2)
+    originals = source.examples("train", 400)[0]
+    padded = np.pad(originals, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    places = []
+    for image, label in zip(images, labels, strict=True):
+        places.append([(top, left, flip) for top in range(9) for left in range(9) for flip in (1, -1)
+                       if (image == padded[label, top:top + 8, left:left + 8][:, ::flip]).all()])
+    assert all(places)
+    top, left, flip = np.array([place[0] for place in places]).T
+    for offsets in (top, left):
+        assert np.bincount(offsets, minlength=9).min() > 50  # 89 expected
+    assert abs((flip == 1).mean() - 0.5) < 0.08
+    assert len({tuple(place[0]) for place in places}) > 140  # of 162
+    assert abs(np.corrcoef(top, left)[0, 1]) < 0.15
+
+
+def test_flip_mirrors_about_half_of_the_images_and_does_no_more():
+    source = counting(300, "flip")
+    images, labels = take(source.train_batches(300, 1), 1)
+    originals = source.examples("train", 300)[0][labels]
+    kept = (images == originals).all(axis=(1, 2, 3))
+    mirrored = (images == originals[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert (kept ^ mirrored).all()
+    assert 0.4 < kept.mean() < 0.6
+
+
+def test_crops_differ_between_epochs_and_seeds():
+    draws = [augment.permute(tf.range(2000, dtype=tf.int64), 2**31, seed, augment.AUGMENTATION,
+                             tf.fill([2000], tf.constant(epoch, tf.int64))).numpy() % 162
+             for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for one, other in itertools.combinations(draws, 2):
+        assert (one == other).mean() < 3 / 162  # 1 / 162 by chance
+
+
+def test_streamed_crops_are_of_the_offered_sizes_and_differ_between_epochs(tmp_path):
+    # A picture of two ramps shows where a crop begins and how large it is.
+    ramp = np.zeros((80, 120, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = 2 * np.arange(120), 3 * np.arange(80)[:, None]
+    write(tmp_path / "train-0", [example_bytes(jpeg(ramp), 0)])
+    write(tmp_path / "test-0", [example_bytes(jpeg(ramp), 0)])
+    images = take(stream(tmp_path, augmentation="resized_crop_flip", image_size=32).train_batches(50, 1), 4)[0]
+    columns, rows = images[..., 0].mean(axis=1) / 2, images[..., 1].mean(axis=2) / 3
+    width, height = (np.abs(values[:, -2] - values[:, 1]) * 32 / 29 for values in (columns, rows))
+    area, aspect = width * height / (80 * 120), width / height
+    assert 0.05 < area.min() < 0.2
+    assert 0.7 < area.max() < 1.1
+    assert 0.65 < aspect.min() < 0.9
+    assert 1.1 < aspect.max() < 1.6
+    assert 0.35 < (columns[:, 1] < columns[:, -2]).mean() < 0.65
+    assert len(np.unique(images.reshape(200, -1), axis=0)) > 190
+
+
+# Bad input -----------------------------------------------------------------------------------------------
+
+
+def raises_data_error(folder: Path, in_memory: bool, **arguments) -> str:
+    """Loads and reads two passes; the one line of the DataError that must come of it."""
+    with pytest.raises((DataError, tf.errors.OpError)) as caught:
+        loaded = (load if in_memory else stream)(folder, **arguments)
+        take(loaded.train_batches(7, 1), 6)
+    found = records.data_error(caught.value)
+    assert found is not None
+    assert "\n" not in str(found)
+    return str(found)
+
+
+def corrupt(encoded: bytes) -> bytes:
+    return encoded[:len(encoded) // 3]
+
+
+DAMAGES = {
+    "wrong checksum": lambda path: flip_byte(path, 2),
+    "corrupt JPEG": lambda path: replace_record(path, 2, corrupt(jpeg_of(path, 2)), 2),
+    "no JPEG": lambda path: replace_record(path, 2, b"not a picture\0\0", 2),
+    "no image": lambda path: replace_record(path, 2, None, 2),
+    "no label": lambda path: replace_record(path, 2, jpeg_of(path, 2), None),
+    "no example": lambda path: replace_payload(path, 2, b"\xff\xff nonsense"),
+}
+REASONS = {"wrong checksum": "corrupted record", "corrupt JPEG": "corrupt JPEG", "no JPEG": "corrupt JPEG",
+           "no image": "image/encoded is missing", "no label": "image/class/label is missing",
+           "no example": "not a tf.train.Example"}
+
+
+def jpeg_of(path: Path, record: int) -> bytes:
+    return tf.train.Example.FromString(payloads(path)[record]).features.feature["image/encoded"].bytes_list.value[0]
+
+
+def replace_record(path: Path, record: int, encoded: bytes | None, label: int | None) -> None:
+    replace_payload(path, record, example_bytes(encoded, label))
+
+
+def replace_payload(path: Path, record: int, payload: bytes) -> None:
+    content = payloads(path)
+    write(path, [*content[:record], payload, *content[record + 1:]])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_record_is_skipped_counted_and_reported(tmp_path, damage, in_memory, caplog):
+    path = make_folder(tmp_path) / "train-00000-of-00003"
+    DAMAGES[damage](path)
+    with caplog.at_level("WARNING"):
+        loaded = (load if in_memory else stream)(tmp_path, max_bad_records=1)
+        labels = take(loaded.train_batches(20 if in_memory else 21, 1), 2)[1].reshape(2, -1)
+        evaluated = loaded.examples("train", 30)[1]
+    np.testing.assert_array_equal(evaluated, [0, 1, *range(3, 21)])
+    for epoch in labels:
+        expected = [0, 1, *([] if in_memory else [3]), *range(3, 21)]  # the next one takes its place
+        np.testing.assert_array_equal(np.sort(epoch), expected)
+    assert loaded.bad_records.per_file() == {str(path): 1}
+    assert REASONS[damage] in loaded.bad_records.reasons[str(path), 2]
+    assert str(path) in caplog.text
+    assert "record 2" in caplog.text
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_record_beyond_the_limit_ends_the_run(tmp_path, damage, in_memory):
+    path = make_folder(tmp_path) / "train-00000-of-00003"
+    DAMAGES[damage](path)
+    line = raises_data_error(tmp_path, in_memory, max_bad_records=0)
+    assert str(path) in line
+    assert "record 2" in line
+    assert "max_bad_records=0" in line
+    assert REASONS[damage] in line
+
+
+def test_a_resumed_stream_replaces_a_bad_record_by_the_same_image(tmp_path):
+    flip_byte(make_folder(tmp_path) / "train-00000-of-00003", 2)
+    replace_record(tmp_path / "train-00001-of-00003", 5, b"", 12)  # the last one of its file
+    whole = take(stream(tmp_path, augmentation="resized_crop_flip").train_batches(1, 1), 40)
+    for start in (1, 8, 15, 30):
+        tail = take(stream(tmp_path, augmentation="resized_crop_flip").train_batches(5, 1, start), 2)
+        np.testing.assert_array_equal(whole[0][start:start + 10], tail[0])
+        np.testing.assert_array_equal(whole[1][start:start + 10], tail[1])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_two_bad_records_in_a_row_and_a_limit_over_all_files(tmp_path, in_memory):
+    make_folder(tmp_path)
+    for record in (1, 2):
+        flip_byte(tmp_path / "train-00000-of-00003", record)
+    flip_byte(tmp_path / "train-00001-of-00003", 0)
+    assert "3 bad records" in raises_data_error(tmp_path, in_memory, max_bad_records=2)
+    loaded = (load if in_memory else stream)(tmp_path, max_bad_records=3)
+    take(loaded.train_batches(7, 1), 3)
+    assert loaded.bad_records.count == 3
+    assert "2 in" in loaded.bad_records.report()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+def test_a_truncated_file_gives_its_whole_records(tmp_path, in_memory, compression):
+    make_folder(tmp_path)
+    path = tmp_path / "train-00001-of-00003"
+    write(path, numbered(6, 7), compression)
+    path.write_bytes(path.read_bytes()[:-60])
+    loaded = (load if in_memory else stream)(tmp_path, max_bad_records=1)
+    assert loaded.bad_records.count == 1
+    assert 15 <= loaded.num_train < 21
+    labels = take(loaded.train_batches(loaded.num_train, 1), 1)[1]
+    assert set(range(7)) | set(range(13, 21)) <= set(labels)
+    line = raises_data_error(tmp_path, in_memory, max_bad_records=0)
+    assert str(path) in line
+    assert "is lost" in line
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_empty_file_and_one_that_is_no_tfrecord(tmp_path, in_memory):
+    path = make_folder(tmp_path) / "train-00001-of-00003"
+    path.write_bytes(b"")
+    line = raises_data_error(tmp_path, in_memory)
+    assert str(path) in line
+    assert "empty" in line
+    path.write_text("<html>404, and certainly no TFRecord file</html>")
+    assert "no TFRecord" in raises_data_error(tmp_path, in_memory, max_bad_records=0)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(("arguments", "label"), [
+    ({"label_offset": 1}, "label 0 minus data.label_offset=1 is -1, not in 0..999"),
+    ({"num_classes": 20}, "label 20 minus data.label_offset=0 is 20, not in 0..19")])
+def test_a_label_out_of_range_is_never_skipped(tmp_path, in_memory, arguments, label):
+    line = raises_data_error(make_folder(tmp_path), in_memory, max_bad_records=100, **arguments)
+    assert label in line
+    assert "record " in line
+    assert "train-0000" in line
+    assert "set data.label_offset or data.num_classes" in line
+
+
+def test_a_label_out_of_range_stops_evaluation(tmp_path):
+    make_folder(tmp_path)
+    write(tmp_path / "validation-00000-of-00001", [example_bytes(jpeg(np.zeros((8, 8, 3), np.uint8)), 5000)])
+    with pytest.raises(tf.errors.OpError) as caught:
+        stream(tmp_path).examples("test", 1)
+    assert "label 5000" in str(records.data_error(caught.value))
+
+
+def test_a_bad_record_has_no_weight_in_streamed_evaluation(tmp_path):
+    path = make_folder(tmp_path) / "validation-00000-of-00001"
+    replace_record(path, 1, b"no picture", 1)
+    loaded = stream(tmp_path)
+    images, labels, weights = take(loaded.evaluation_batches("test", 4, 1), 2)
+    np.testing.assert_array_equal(weights, [1, 0, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(labels, [0, 0, 2, 3, 4, 0, 0, 0])
+    assert not images[1].any()
+    assert loaded.bad_records.count == 1
+
+
+def test_images_in_memory_must_be_of_one_size(tmp_path):
+    path = make_folder(tmp_path) / "train-00001-of-00003"
+    replace_record(path, 3, jpeg(np.zeros((16, 12, 3), np.uint8)), 10)
+    loaded = load(tmp_path, max_bad_records=1)
+    assert loaded.image_shape == (16, 16, 3)
+    assert "16x12, not 16x16" in loaded.bad_records.reasons[str(path), 3]
+    line = raises_data_error(tmp_path, True, image_size=32)
+    assert "16x16, not 32x32" in line
+    assert "data.image_size" in line
+
+
+def test_missing_files_and_directories(tmp_path):
+    with pytest.raises(DataError, match=r"is no directory: point --data_dir"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no file matching 'train-\*'"):
+        load(tmp_path)
+    write(tmp_path / "train-0", numbered(1))
+    with pytest.raises(DataError, match=r"'validation-\*' or 'test-\*'.*data.test_files"):
+        load(tmp_path)
+    write(tmp_path / "test-0", numbered(1))
+    with pytest.raises(DataError, match=r"'training-\*'.*data.train_files"):
+        load(tmp_path, train_files="training-*")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"source": "mnist"}, r"data.source='mnist'"),
+    ({"augmentation": "cutout"}, r"data.augmentation='cutout'"),
+    ({"augmentation": "resized_crop_flip"}, r"data.augmentation='resized_crop_flip'"),
+    ({"source": "tfrecords"}, r"data_dir=None"),
+    ({"data_dir": "/somewhere"}, r"data_dir='/somewhere'"),
+    ({"num_classes": 12}, r"data.num_classes=12"),
+    ({"image_size": 32}, r"data.image_size=32"),
+    ({"source": "tfrecords", "data_dir": "/", "in_memory": False}, r"data.num_classes=None"),
+    ({"source": "tfrecords", "data_dir": "/", "max_bad_records": -1}, r"data.max_bad_records=-1")])
+def test_impossible_settings(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        data.load(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [
+    {"rows_per_replica": 0}, {"num_replicas": 0}, {"num_hosts": 2}, {"host": 1}, {"start_position": -1}])
+def test_impossible_layouts(arguments):
+    with pytest.raises(ConfigError, match=f"{next(iter(arguments))}={next(iter(arguments.values()))}"):
+        counting(9).train_batches(**{"rows_per_replica": 2, "num_replicas": 3, **arguments})
+
+
+def test_unknown_split_and_unsplittable_start(streamed):
+    with pytest.raises(ConfigError, match="split='valid'"):
+        streamed.evaluation_steps("valid", 4, 1)
+    with pytest.raises(ConfigError, match="start_position=3"):
+        streamed.train_batches(1, 2, start_position=3, num_hosts=2)
+
+
+@needs_files
+def test_a_damaged_cifar_file(tmp_path):
+    content = (_FOLDER / "cifar10" / "test-00000-of-00002.tfrecord.gz").read_bytes()
+    (tmp_path / "test-0").write_bytes(content)
+    (tmp_path / "train-0").write_bytes(content[:len(content) // 2])
+    loaded = load(tmp_path, num_classes=10)
+    assert 2000 < loaded.num_train < 3000
+    assert loaded.num_test == 5000
+    assert list(loaded.bad_records.per_file().values()) == [1]
+    np.testing.assert_array_equal(loaded.examples("train", 2000)[1], loaded.examples("test", 2000)[1])
+
+
+@needs_files
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_damaged_imagenet_file(tmp_path, in_memory):
+    source = _FOLDER / "imagenet_sample" / "train-00000-of-00002"
+    path = tmp_path / "train-0"
+    path.write_bytes(source.read_bytes())
+    (tmp_path / "test-0").write_bytes(source.read_bytes())
+    flip_byte(path, 3, 9000)
+    arguments = {"label_offset": 1, "max_bad_records": 0}
+    line = raises_data_error(tmp_path, False, **arguments)
+    assert f"{path}, record 3: unreadable (corrupted record" in line
+    if in_memory:  # the photos differ in size, which memory does not take
+        assert "pixels" in raises_data_error(tmp_path, True, **arguments)
