@@ -91,7 +91,7 @@ class Attack:
         start_seed, coin_seed, target_seed = tf.unstack(tf.random.split(seed, 3))
         if self.goal == "random_target":
             labels = random_wrong_labels(labels, num_classes, target_seed)
-        epsilon, lower, upper = self._bounds()
+        epsilon, lower, upper = self._bounds(images.shape[-1])
         # δ is kept in units of ε, so that the projection is onto a unit ball whatever the units of ε are.
         coin = tf.random.stateless_uniform((), coin_seed)
         start = tf.random.stateless_uniform(tf.shape(images), start_seed, -1.0, 1.0)
@@ -101,10 +101,15 @@ class Attack:
             delta = self._projected(delta + self._relative_step() * direction)
         return tf.stop_gradient(tf.clip_by_value(images + epsilon * delta, lower, upper))
 
-    def _bounds(self):
+    def _bounds(self, channels: int):
         """ε and the range of the result in pixel levels: scalars, or float32 [channels]."""
         if self.units == "pixels":
             return self.epsilon_pixels, 0.0, 255.0
+        if channels != len(IMAGENET_MEAN):
+            raise ConfigError(
+                f"attack.units='release_units' normalises ImageNet's three channels, the images have {channels}: "
+                "use attack.units='pixels'"
+            )
         mean, stddev = 255.0 * tf.constant(IMAGENET_MEAN), 255.0 * tf.constant(IMAGENET_STDDEV)
         return self.epsilon_pixels * 2.0 / 255.0 * stddev, mean - stddev, mean + stddev
 

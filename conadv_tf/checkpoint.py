@@ -31,16 +31,22 @@ class Checkpoints:
         path = self._manager.latest_checkpoint
         if path:
             try:
-                status = self._checkpoint.restore(path)
-                status.assert_existing_objects_matched()
-                status.assert_consumed()
+                self._restore_whole(path)
             except (ValueError, AssertionError, tf.errors.OpError) as error:
                 cause = " ".join(str(error).split())[:300]
                 raise RunError(
                     f"checkpoint {path} does not fit this model, method or optimizer ({cause}): use the recipe that "
                     "wrote it, or another --model_dir"
                 ) from error
-        return int(self._model.optimizer.iterations)
+        return self._model.updates_made()
+
+    def _restore_whole(self, path: str) -> None:
+        status = self._checkpoint.restore(path)
+        try:
+            status.assert_existing_objects_matched()
+            status.assert_consumed()
+        finally:
+            status.expect_partial()  # the error says it; a warning a variable would bury it
 
     def save(self) -> str:
         """Saves under the number of updates made; returns the path.
@@ -49,7 +55,7 @@ class Checkpoints:
           RunError: if it cannot be written.
         """
         try:
-            return self._manager.save(checkpoint_number=int(self._model.optimizer.iterations))
+            return self._manager.save(checkpoint_number=self._model.updates_made())
         except (tf.errors.OpError, OSError) as error:
             cause = " ".join(str(error).split())[:200]
             raise RunError(f"cannot write a checkpoint to {self._directory} ({cause}): free or change --model_dir") from error

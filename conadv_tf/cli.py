@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 # Before TensorFlow is imported: its start-up chatter would bury our one line. Set it yourself to see it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -57,7 +58,7 @@ def _main(_: list[str]) -> None:
 
 def _quiet() -> None:
     """TensorFlow and absl report saving and tracing as news; a run's own lines should stand alone."""
-    if FLAGS["verbosity"].using_default_value:
+    if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
 
@@ -85,8 +86,9 @@ def _check_effect() -> None:
 
 
 def _fail(error: ConfigError | DataError | RunError) -> None:
-    """Ends with the error's exit code and one line; with --v=1 the traceback comes first."""
-    if FLAGS.is_parsed() and logging.get_verbosity() >= 1 and error.__traceback__:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
+    """Ends with the error's exit code and one line, with --v=1 after the traceback."""
+    if FLAGS.is_parsed() and logging.get_verbosity() >= 1:
+        traceback.print_exception(error)
+    # gin appends lines of its own about the call the error came from.
+    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
     sys.exit(error.exit_code)

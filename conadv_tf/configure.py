@@ -135,8 +135,7 @@ def _recipes() -> list[str]:
 
 def _configurables() -> list[str]:
     """Names of our own configurables, the parts of a recipe."""
-    registry = gin_config._REGISTRY
-    return [c.name for c in registry.values() if c.wrapped.__module__.startswith("conadv_tf")]
+    return [c.name for _, c in gin_config._REGISTRY.items() if c.wrapped.__module__.startswith("conadv_tf")]
 
 
 def _parameters(name: str) -> list[str]:

@@ -20,7 +20,7 @@ from conadv_tf import augment, records
 from conadv_tf.errors import ConfigError
 
 SPLITS = ("train", "test")
-_SYNTHETIC_EXAMPLES = (1_281_167, 50_000)  # ImageNet's
+_IMAGENET = 1_281_167, 50_000  # train and test images
 _SYNTHETIC_IMAGES = 256  # different ones; example i shows image i modulo this
 _DEFAULT_IMAGE_SIZE = 224
 
@@ -33,7 +33,7 @@ class Layout:
     rows_per_replica of them. Replicas belong to hosts in order, the same number to each.
 
     Raises:
-      ConfigError: counts below 1, host outside 0..num_hosts-1, or replicas that do not divide over the hosts.
+      ConfigError: a count below 1, an unknown host, or replicas that do not divide over the hosts.
     """
 
     rows_per_replica: int
@@ -52,10 +52,12 @@ class Layout:
 
     @property
     def replicas_per_host(self) -> int:
+        """Batches of a host in one micro global batch."""
         return self.num_replicas // self.num_hosts
 
     @property
     def rows_per_host(self) -> int:
+        """Images of a host in one micro global batch."""
         return self.replicas_per_host * self.rows_per_replica
 
     def positions(self, batch: tf.Tensor) -> tf.Tensor:
@@ -127,7 +129,7 @@ class ImageData(abc.ABC):
 
         Raises:
           ConfigError: see `Layout`; unknown split.
-          DataError: within a tf.errors exception while iterating (`records.data_error` finds it).
+          DataError: as in `train_batches`.
         """
         layout = Layout(rows_per_replica, num_replicas, num_hosts, host)
         steps = self.evaluation_steps(split, rows_per_replica, num_replicas, num_hosts)
@@ -142,7 +144,7 @@ class ImageData(abc.ABC):
         return -(-self._largest_share(split, num_hosts) // layout.rows_per_host)
 
     def size(self, split: str) -> int:
-        """Number of examples of the split."""
+        """Number of examples of the split, "train" or "test"."""
         return self.num_train if split == "train" else self.num_test
 
     def examples(self, split: str, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,15 +170,14 @@ class MemoryData(ImageData):
     """Splits held in one uint8 array each; see `ImageData`.
 
     Args beyond those of ImageData:
-      splits: name -> (images uint8 [n, H, W, C], labels int32 [n]); where the split has more examples than n,
-        example i shows image i mod n (synthetic data).
+      splits: name -> (images uint8 [n, H, W, C], labels int32 [n]); example i shows image i mod n.
       augmentation: one of "none", "flip", "crop_flip".
     """
 
     def __init__(self, name: str, num_classes: int, splits: dict[str, tuple[np.ndarray, np.ndarray]],
                  augmentation: str, bad_records: records.BadRecords, sizes: tuple[int, int] | None = None):
-        sizes = sizes or tuple(len(splits[split][1]) for split in SPLITS)
-        super().__init__(name, num_classes, splits["train"][0].shape[1:], sizes, bad_records)
+        own_sizes = len(splits["train"][1]), len(splits["test"][1])
+        super().__init__(name, num_classes, splits["train"][0].shape[1:], sizes or own_sizes, bad_records)
         self._augmentation = augmentation
         with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data copy them back for each batch
             self._splits = {split: tuple(map(tf.constant, arrays)) for split, arrays in splits.items()}
@@ -219,8 +220,7 @@ class StreamData(ImageData):
     seeded by them. Hosts own files h, h + H, ... or, where the files do not divide, records h, h + H, ...
 
     Args beyond those of ImageData:
-      files: split -> indexed files.
-      schema: how a record becomes an example.
+      files, schema: indexed files by split, and how a record becomes an example.
       image_size: height and width of every image after cropping and resizing, pixels.
       augmentation: one of "none" (the central crop), "flip" (mirrored at random), "resized_crop_flip".
       shuffle_buffer: records in the shuffle buffer.
@@ -228,8 +228,9 @@ class StreamData(ImageData):
 
     def __init__(self, name: str, files: dict[str, list[records.RecordFile]], schema: records.Schema,
                  image_size: int, augmentation: str, shuffle_buffer: int, bad_records: records.BadRecords):
-        sizes = tuple(sum(file.num_records for file in files[split]) for split in SPLITS)
-        super().__init__(name, schema.num_classes, (image_size, image_size, 3), sizes, bad_records)
+        train, test = (sum(file.num_records for file in files[split]) for split in SPLITS)
+        shape = image_size, image_size, 3
+        super().__init__(name, schema.num_classes or 0, shape, (train, test), bad_records)
         self._files, self._schema = files, schema
         self._augmentation, self._shuffle_buffer = augmentation, shuffle_buffer
         self._examiners = {split: records.Examiner(files[split], schema, bad_records) for split in SPLITS}
@@ -311,13 +312,13 @@ def _digits(name: str, num_classes: int | None, image_size: int | None, augmenta
 
     if num_classes not in (None, 10) or image_size not in (None, 8):
         raise ConfigError(f"data.num_classes={num_classes}, data.image_size={image_size}: digits have 10 "
-                          "classes and 8 pixels: drop the two settings")
+                          "classes and 8 pixels: drop the settings")
     digits = datasets.load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int32)
-    arrays = model_selection.train_test_split(
-        images, labels, test_size=360, stratify=labels, random_state=0)
-    splits = {"train": (arrays[0], arrays[2]), "test": (arrays[1], arrays[3])}
+    numbers = np.arange(len(labels))
+    train, test = model_selection.train_test_split(numbers, test_size=360, stratify=labels, random_state=0)
+    splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
     return MemoryData(name, 10, splits, augmentation, records.BadRecords(0))
 
 
@@ -327,19 +328,24 @@ def _synthetic(name: str, num_classes: int | None, image_size: int | None, augme
     random = np.random.default_rng(0)
     pool = (random.integers(0, 256, (_SYNTHETIC_IMAGES, size, size, 3), np.uint8),
             random.integers(0, classes, _SYNTHETIC_IMAGES, np.int32))
-    return MemoryData(name, classes, {"train": pool, "test": pool}, augmentation,
-                      records.BadRecords(0), _SYNTHETIC_EXAMPLES)
+    splits = {"train": pool, "test": pool}
+    return MemoryData(name, classes, splits, augmentation, records.BadRecords(0), _IMAGENET)
 
 
 def _memory(name: str, files: dict[str, list[records.RecordFile]], schema: records.Schema,
             image_size: int | None, augmentation: str, bad_records: records.BadRecords) -> MemoryData:
-    shape = image_size and (image_size, image_size, 3)
+    shape = (image_size, image_size, 3) if image_size else None
     splits = {}
     for split in SPLITS:
         splits[split] = records.read_into_memory(files[split], schema, bad_records, shape)
         shape = splits[split][0].shape[1:]
+    if bad_records.count:
+        logging.warning("%s", bad_records.report())
     num_classes = schema.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
     return MemoryData(name, num_classes, splits, augmentation, bad_records)
+
+
+_BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
 
 
 @gin.configurable("data", denylist=["data_dir"])
@@ -370,28 +376,24 @@ def load(source: str = "digits", name: str | None = None, data_dir: str | None =
       ConfigError: a setting that is unknown, missing, or does not fit the source.
       DataError: files missing or damaged beyond the limit, or a label out of range.
     """
-    built_in = {"digits": _digits, "synthetic": _synthetic}
-    if source not in (*built_in, "tfrecords"):
+    if source not in (*_BUILT_IN, "tfrecords"):
         raise ConfigError(f"data.source={source!r} is not known: choose digits, tfrecords or synthetic")
     streamed = source == "tfrecords" and not in_memory
     augment.check(augmentation, streamed)
-    if (data_dir is None) == (source == "tfrecords"):
+    if source in _BUILT_IN and data_dir is None:
+        return _BUILT_IN[source](name or source, num_classes, image_size, augmentation)
+    if source in _BUILT_IN or data_dir is None:
         raise ConfigError(f"data_dir={data_dir!r} does not fit data.source={source!r}: tfrecords need "
                           "--data_dir, digits and synthetic read no files")
-    if source in built_in:
-        return built_in[source](name or source, num_classes, image_size, augmentation)
-    if streamed and not (num_classes and shuffle_buffer > 0):
+    schema, name = records.Schema(label_offset, num_classes), name or os.path.basename(data_dir.rstrip("/"))
+    bad_records = records.BadRecords(max_bad_records)
+    if streamed and (not num_classes or shuffle_buffer < 1):
         raise ConfigError(f"data.num_classes={num_classes}, data.shuffle_buffer={shuffle_buffer}: data."
                           "in_memory=False needs the number of classes and a buffer of at least 1")
-    bad_records = records.BadRecords(max_bad_records)
     patterns = {"train": (train_files, "data.train_files"), "test": (test_files, "data.test_files")}
     files = {split: records.index_files(records.match_files(data_dir, *patterns[split]), bad_records)
              for split in SPLITS}
-    schema, name = records.Schema(label_offset, num_classes), name or os.path.basename(data_dir.rstrip("/"))
     if streamed:
         return StreamData(name, files, schema, image_size or _DEFAULT_IMAGE_SIZE, augmentation,
                           shuffle_buffer, bad_records)
-    loaded = _memory(name, files, schema, image_size, augmentation, bad_records)
-    if bad_records.count:
-        logging.warning("%s", bad_records.report())
-    return loaded
+    return _memory(name, files, schema, image_size, augmentation, bad_records)

@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from google.protobuf import message
 
 from conadv_tf.errors import ConfigError, DataError
 
@@ -34,7 +35,7 @@ _READ_BYTES = 1 << 20
 class BadRecords:
     """Records that could not be used, counted once each, over both splits.
 
-    `count` is their number, `limit` how many may be skipped, `reasons` maps (path, record) to what is wrong.
+    `limit` is how many may be skipped, `reasons` maps (path, record) to what is wrong.
     """
 
     def __init__(self, limit: int):
@@ -46,6 +47,7 @@ class BadRecords:
 
     @property
     def count(self) -> int:
+        """Number of bad records so far."""
         return len(self.reasons)
 
     def per_file(self) -> dict[str, int]:
@@ -122,6 +124,7 @@ class RecordFile:
 
     @property
     def num_records(self) -> int:
+        """Number of whole records."""
         return len(self.bounds) - 1
 
     def read(self, record: int) -> bytes:
@@ -284,7 +287,7 @@ class Examiner:
     def _fault(self, payload: bytes, path: str, record: int) -> str | None:
         try:
             features = tf.train.Example.FromString(payload).features.feature
-        except ValueError:  # protobuf's DecodeError
+        except message.DecodeError:
             return "not a tf.train.Example"
         label, encoded = features[_LABEL].int64_list.value, features[_IMAGE].bytes_list.value
         if len(label) != 1 or len(encoded) != 1:
@@ -384,8 +387,10 @@ def decode_or(stream: tf.data.Dataset, decode: Callable, second_look: Callable) 
 
 
 def data_error(error: BaseException) -> DataError | None:
-    """The DataError within an exception from iterating a pipeline, or None if there is none."""
-    if isinstance(error, DataError):
-        return error
-    found = re.search(r"DataError: ([^\n]+)", str(error))
+    """The DataError, of one line, that an exception from the pipeline is or carries; None if there is none.
+
+    TensorFlow wraps what its threads raise, and gin adds a line to what `data.load` raises.
+    """
+    text = f"DataError: {error}" if isinstance(error, DataError) else str(error)
+    found = re.search(r"DataError: ([^\n]+)", text)
     return DataError(found.group(1)) if found else None

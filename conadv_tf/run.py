@@ -206,7 +206,7 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
             tf_keras.callbacks.TerminateOnNaN(),
         ],
     )
-    made = int(run.model.optimizer.iterations)
+    made = run.model.updates_made()
     if made < plan.total_steps:
         raise RunError(
             f"training stopped after {made} of {plan.total_steps} updates with a loss that is not finite: lower "

@@ -149,10 +149,11 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
     def _group_batch(self, inputs, gamma, beta):
         """Statistics over the group of replicas; same definitions as the fused local kernel."""
         values = tf.cast(inputs, tf.float32)
-        moments = tf.stack([tf.reduce_mean(values, [0, 1, 2]), tf.reduce_mean(tf.square(values), [0, 1, 2])])
-        mean, mean_of_squares = tf.unstack(distribute.group_mean(moments, self.replicas_per_group))
-        variance = mean_of_squares - tf.square(mean)
-        outputs = (values - mean) * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
+        # Two exchanges: E[x²] − E[x]² in one would cancel where the mean is large, even below −epsilon.
+        mean = distribute.group_mean(tf.reduce_mean(values, [0, 1, 2]), self.replicas_per_group)
+        centered = values - mean
+        variance = distribute.group_mean(tf.reduce_mean(tf.square(centered), [0, 1, 2]), self.replicas_per_group)
+        outputs = centered * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
         count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]) * self.replicas_per_group, tf.float32)
         return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
 

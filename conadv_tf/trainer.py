@@ -146,9 +146,10 @@ class ConAdvModel(tf_keras.Model):
             strategy.run(accumulate, args=(data, index))
             return index + 1, waited + seconds
 
+        strategy.run(accumulators.clear)
         zero = (tf.constant(0), tf.constant(0.0, tf.float64))
         _, waited = tf.while_loop(lambda index, _: index < self.microbatches, body, zero, parallel_iterations=1)
-        strategy.run(lambda: self._apply(method, accumulators.take()))
+        strategy.run(lambda: self._apply(method, accumulators.sums()))
         return waited
 
     def _contributions(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
@@ -162,7 +163,9 @@ class ConAdvModel(tf_keras.Model):
         return self._shares(method, data, microbatch)
 
     def _shares(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
-        images, labels, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
+        images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
+        if weights is not None:
+            raise ConfigError("sample_weight in training: every image counts the same here: leave the weights out")
         images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
         batch = methods.Batch(images, labels, self._microbatch_seed(microbatch))
         with deferred_statistics() as statistics:
@@ -237,7 +240,7 @@ class ConAdvModel(tf_keras.Model):
     def _trust_ratios(self, gradients: list[tf.Tensor]):
         """Smallest, median and largest LARS trust ratio of the adapted variables; 1 for other optimizers."""
         if not hasattr(self.optimizer, "trust_ratio"):
-            return tf.ones(3)
+            return [tf.constant(1.0)] * 3
         pairs = zip(self.network.trainable_variables, gradients, strict=True)
         ratios = tf.sort(tf.stack([self.optimizer.trust_ratio(v, g) for v, g in pairs if is_adapted(v)]))
         count = ratios.shape[0]
@@ -256,6 +259,10 @@ class ConAdvModel(tf_keras.Model):
     def _train_logs(self) -> dict[str, tf.Tensor]:
         names = self._log_names(self.method)
         return dict(zip(names, tf.unstack(self._train_mean.result(), len(names)), strict=True))
+
+    def updates_made(self) -> int:
+        """Updates since the first initialisation, checkpoints included."""
+        return int(self.optimizer.iterations.numpy())
 
     def create_optimizer_variables(self) -> None:
         """Creates the slots before the first step: a traced step must not, and a checkpoint restores into them."""
@@ -286,7 +293,7 @@ class ConAdvModel(tf_keras.Model):
 class _Accumulators:
     """Sums of contributions over micro-batches, each replica its own.
 
-    Not a Keras or checkpoint object: between updates it holds zeros.
+    Not a Keras or checkpoint object: an update clears it first, so that nothing stays of one whose data ran out.
     """
 
     def __init__(self, shapes: list):
@@ -300,17 +307,16 @@ class _Accumulators:
             for shape in shapes
         ]
 
+    def clear(self) -> None:
+        for total in self._sums:
+            total.assign(tf.zeros_like(total))
+
     def add(self, contributions: list[tf.Tensor]) -> None:
         for total, value in zip(self._sums, contributions, strict=True):
             total.assign_add(value)
 
-    def take(self) -> list[tf.Tensor]:
-        """The sums; leaves zeros."""
-        taken = [tf.identity(total) for total in self._sums]
-        with tf.control_dependencies(taken):
-            for total in self._sums:
-                total.assign(tf.zeros_like(total))
-        return taken
+    def sums(self) -> list[tf.Tensor]:
+        return [tf.identity(total) for total in self._sums]
 
 
 def shadow_copy(network: ResNet) -> ResNet:

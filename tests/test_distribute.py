@@ -1,0 +1,73 @@
+"""Choosing a strategy, and means over groups of replicas."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conadv_tf import distribute, methods
+from conadv_tf.errors import ConfigError, RunError
+from helpers import mirrored
+
+
+def test_one_device_without_accelerators(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    assert isinstance(distribute.make_strategy(), tf.distribute.OneDeviceStrategy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"strategy": "horovod"}, ConfigError, "--strategy=horovod"),
+        ({"strategy": "mirrored", "tpu": "v3-8"}, ConfigError, "--tpu=v3-8"),
+        ({"strategy": "multiworker"}, ConfigError, "TF_CONFIG"),
+        ({"tpu": "v3-512"}, RunError, r"create\.sh --type=v3-512"),
+        ({"strategy": "tpu"}, RunError, "--tpu=local"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_in_one_line(arguments, error, named, monkeypatch):
+    for name in ("TF_CONFIG", "TPU_NAME", "TPU_ACCELERATOR_TYPE", "ACCELERATOR_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(error, match=named) as caught:
+        distribute.make_strategy(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slice_of_another_type_is_refused(monkeypatch):
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v3-32")
+    with pytest.raises(RunError, match="v3-32"):
+        distribute.make_strategy(tpu="v3-512")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("v3-512", ("v3", 512)), ("v5litepod-16", ("v5litepod", 16)), ("v5p-8", ("v5p", 8)), ("my-tpu", None)],
+)
+def test_accelerator_types_are_told_from_names(name, expected):
+    assert distribute.parse_accelerator_type(name) == expected
+    assert distribute.parse_accelerator_type("grpc://10.0.0.2:8470") is None
+
+
+def test_one_replica_is_its_own_group():
+    value = tf.constant([1.0, 2.0])
+    assert np.array_equal(distribute.group_mean(value, 1), value)
+
+
+@pytest.mark.parametrize(("group", "expected"), [(1, [0, 1, 2, 3]), (2, [0.5, 0.5, 2.5, 2.5]), (4, [1.5] * 4)])
+def test_group_means_are_over_neighbouring_replicas(group, expected):
+    strategy = mirrored(4)
+
+    def replica():
+        place = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)
+        return distribute.group_mean(tf.stack([place, 10.0 * place]), group)
+
+    results = strategy.experimental_local_results(tf.function(lambda: strategy.run(replica))())
+    np.testing.assert_allclose(np.stack(results), np.outer(expected, [1.0, 10.0]), rtol=1e-6)
+
+
+def test_methods_are_known_by_name():
+    assert [methods.make_method(name).name for name in methods.METHODS] == ["vanilla", "disadv", "conadv"]
+    assert methods.make_method("conadv").tau == 1
+    assert methods.make_method("conadv").schedule == "shadow"
+    with pytest.raises(ConfigError, match="train.method='sharpness'"):
+        methods.make_method("sharpness")

@@ -1,0 +1,232 @@
+"""The compiled update: how often it is traced, start_epoch, XLA and bfloat16."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conadv_tf import lars, methods
+from conadv_tf.attack import Attack
+from helpers import (
+    assert_close,
+    assert_identical,
+    fit,
+    make_model,
+    mirrored,
+    named_variables,
+    random_batches,
+    snapshot,
+)
+
+STILL = Attack(random_start_probability=0.0)
+
+
+@pytest.fixture
+def traces(monkeypatch) -> dict[str, int]:
+    """How often the gradients of a method were traced, by method name, for methods made by `counted`."""
+    counts = {"vanilla": 0, "conadv": 0}
+
+    def counting(name, gradients):
+        def traced(*arguments):
+            counts[name] += 1
+            return gradients(*arguments)
+
+        return traced
+
+    monkeypatch.setattr(methods, "vanilla_gradients", counting("vanilla", methods.vanilla_gradients))
+    make = methods.adversarial_gradients
+    monkeypatch.setattr(methods, "adversarial_gradients", lambda *given: counting("conadv", make(*given)))
+    return counts
+
+
+def batches(updates: int):
+    return random_batches(updates, 6, seed=3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_fifty_updates_are_traced_once(traces, microbatches):
+    model = make_model(methods.conadv(tau=2), microbatches=microbatches)
+    images, labels = batches(4)
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).repeat()
+    model.fit(data, steps_per_epoch=10, epochs=5, verbose=0)
+    assert traces == {"vanilla": 0, "conadv": 1}
+    assert model.optimizer.iterations == 50
+
+
+def test_updates_on_replicas_are_traced_once_for_each(traces):
+    model = make_model(methods.conadv(), strategy=mirrored(2))
+    images, labels = batches(2)
+    fit(model, images, labels, 4)
+    fit(model, images, labels, 4, initial=4)
+    assert traces["conadv"] == 2
+
+
+def test_a_start_epoch_makes_two_programs_and_runs_vanilla_before(traces):
+    model = make_model(methods.conadv(half=methods.AdversarialHalf(start_epoch=2)))
+    images, labels = batches(4)
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).repeat()
+    model.fit(data, steps_per_epoch=5, epochs=2, verbose=0)
+    assert traces == {"vanilla": 1, "conadv": 0}
+    model.fit(data, steps_per_epoch=5, epochs=6, initial_epoch=2, verbose=0)
+    model.fit(data, steps_per_epoch=5, epochs=1, verbose=0)  # back to the start
+    assert traces == {"vanilla": 1, "conadv": 1}
+
+
+def test_several_updates_in_one_call_are_traced_once(traces):
+    model = make_model(methods.conadv(), steps_per_execution=5)
+    images, labels = batches(4)
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).repeat()
+    model.fit(data, steps_per_epoch=25, epochs=2, verbose=0)
+    assert traces["conadv"] == 1
+    assert model.optimizer.iterations == 50
+
+
+def test_before_its_start_epoch_an_update_is_the_vanilla_update_bit_for_bit():
+    images, labels = batches(4)
+    late = methods.conadv(half=methods.AdversarialHalf(start_epoch=3))
+    model, vanilla = make_model(late), make_model(methods.vanilla())
+    bare = make_model(methods.vanilla(), branches=("main",), trained=False)
+    bare_late = make_model(late, trained=False)
+    for other in (model, vanilla, bare, bare_late):
+        logs = fit(other, images, labels, 3)
+        assert logs[-1]["loss"] == logs[-1]["clean_loss"]
+    assert_identical(network_of(model), network_of(vanilla))
+    alone = network_of(bare)
+    assert_identical({name: value for name, value in network_of(bare_late).items() if name in alone}, alone)
+    # From then on it is adversarial, with a ring of weights that the vanilla updates kept up to date.
+    before = network_of(model)
+    assert_identical(  # θ_2 is two updates of the vanilla run
+        {n: v.numpy() for n, v in named_variables(model.shadows[0]).items()}, network_after_two(images, labels)
+    )
+    [log] = fit(model, images, labels, 1, initial=3)
+    assert log["loss"] != log["clean_loss"]
+    name = "stem/adversarial/gamma"
+    assert not np.array_equal(network_of(model)[name], before[name])
+
+
+def network_of(model) -> dict[str, np.ndarray]:
+    return {name: variable.numpy() for name, variable in named_variables(model.network).items()}
+
+
+def network_after_two(images, labels) -> dict[str, np.ndarray]:
+    model = make_model(methods.vanilla())
+    fit(model, images, labels, 2)
+    return network_of(model)
+
+
+def losses(updates: int = 10, **settings) -> np.ndarray:
+    network = {"dtype": settings.pop("dtype", "float32")}
+    model = make_model(methods.conadv(STILL), lars.LARS(4.0), network=network, **settings)
+    images, labels = random_batches(2, 16, seed=3)
+    logs = fit(model, images, labels, updates)
+    return np.array([log["loss"] for log in logs])
+
+
+@pytest.fixture(scope="module")
+def float32_losses() -> np.ndarray:
+    curve = losses()
+    assert curve[-2:].mean() < 0.9 * curve[:2].mean()
+    return curve
+
+
+def test_xla_gives_the_same_loss_curve(float32_losses):
+    np.testing.assert_allclose(losses(jit_compile=True), float32_losses, rtol=2e-3)
+
+
+def test_bfloat16_gives_nearly_the_same_loss_curve(float32_losses):
+    curve = losses(dtype="mixed_bfloat16")
+    assert np.isfinite(curve).all()
+    assert not np.array_equal(curve, float32_losses)
+    np.testing.assert_allclose(curve, float32_losses, rtol=0.05)
+
+
+def test_xla_with_bfloat16_micro_batches_and_delay_trains():
+    curve = losses(updates=4, dtype="mixed_bfloat16", jit_compile=True, microbatches=2)
+    assert np.isfinite(curve).all()
+
+
+def test_a_run_is_reproduced_bit_for_bit_and_another_seed_is_another_run():
+    images, labels = batches(3)
+    runs = []
+    for seed in (1, 1, 2):
+        model = make_model(methods.conadv(), seed=seed)
+        fit(model, images, labels, 3)
+        runs.append(snapshot(model))
+    assert_identical(runs[0], runs[1])
+    assert any(not np.array_equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_random_starts_differ_between_updates_and_between_micro_batches():
+    images, labels = random_batches(1, 6)
+    seen = []
+
+    def spy(network, stale, loss, batch):
+        tf.py_function(lambda seed: seen.append(tuple(seed.numpy())), [batch.seed], [])
+        return methods.vanilla_gradients(network, stale, loss, batch)
+
+    method = dataclasses.replace(methods.vanilla(), gradients=spy)
+    model = make_model(method, microbatches=3)
+    fit(model, images, labels, 4)
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_logs_describe_the_update():
+    model = make_model(methods.conadv(), lars.LARS(2.0, weight_decay=0.0))
+    images, labels = batches(1)
+    before = network_of(model)
+    [log] = fit(model, images, labels, 1)
+    assert log["learning_rate"] == 2.0
+    assert log["drift"] == 0.0
+    assert log["input_wait_seconds"] >= 0
+    # v = lr λ g at the first update, so ‖g‖ and λ follow from the momentum slots.
+    gradients = {}
+    for name, variable in named_variables(model.network).items():
+        if "/moving_" not in name:
+            velocity = np.float64(model.optimizer.get_slot(variable, "momentum").numpy())
+            weight_norm = np.linalg.norm(before[name])
+            # ‖v‖ = lr · η ‖w‖ for adapted variables: λ = lr·η‖w‖ / (lr ‖g‖).
+            gradients[name] = (velocity, weight_norm)
+    for name, (velocity, weight_norm) in gradients.items():
+        if name.endswith("kernel"):
+            np.testing.assert_allclose(np.linalg.norm(velocity), 2.0 * 0.001 * weight_norm, rtol=1e-4)
+    low, middle, high = (log[f"trust_ratio_{which}"] for which in ("min", "median", "max"))
+    assert 0 < low < middle < high
+    weighted = 0.5 * (log["clean_loss"] + log["adversarial_loss"])
+    np.testing.assert_allclose(log["loss"], weighted, rtol=1e-6)
+
+
+def test_trust_ratios_and_gradient_norm_are_those_of_the_update():
+    images, labels = batches(1)
+    sgd = make_model(methods.disadv(), lars.make_sgd(1.0, momentum=0.0, weight_decay=0.0))
+    before = network_of(sgd)
+    [plain] = fit(sgd, images, labels, 1)
+    trained = {name for name in before if "/moving_" not in name}
+    gradient = {name: np.float64(before[name]) - network_of(sgd)[name] for name in trained}
+    total = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+    np.testing.assert_allclose(plain["gradient_norm"], total, rtol=1e-4)
+    ratios = sorted(
+        0.001 * np.linalg.norm(before[n]) / (np.linalg.norm(gradient[n]) + 5e-4 * np.linalg.norm(before[n]))
+        for n in trained
+        if n.endswith("kernel")
+    )
+    [log] = fit(make_model(methods.disadv(), lars.LARS(1.0)), images, labels, 1)
+    logged = [log[f"trust_ratio_{which}"] for which in ("min", "median", "max")]
+    np.testing.assert_allclose(logged, [ratios[0], np.median(ratios), ratios[-1]], rtol=1e-3)
+
+
+def test_a_late_half_logs_zeros_until_it_begins():
+    model = make_model(methods.conadv(half=methods.AdversarialHalf(start_epoch=1)))
+    images, labels = batches(2)
+    first, second = fit(model, images, labels, 2)
+    assert first.keys() == second.keys()
+    assert first["adversarial_loss"] == 0.0
+    assert second["adversarial_loss"] > 0.0
+
+
+def test_costs_are_those_of_the_specification():
+    assert methods.vanilla().forward_units == 3
+    assert methods.disadv().forward_units == 8
+    assert methods.conadv().forward_units == 8
+    assert methods.conadv(Attack(steps=3)).forward_units == 12
+    assert methods.disadv(half=methods.AdversarialHalf(fraction=0.5)).forward_units == 5.5
+    assert_close({"moving": methods.conadv(Attack(batch_norm="moving")).forward_units}, {"moving": 7.5}, 0)

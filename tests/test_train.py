@@ -1,0 +1,290 @@
+"""The command line through real processes: to the end, again, killed and resumed, and every way to get it wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags as flags_module
+from absl.testing import flagsaver
+
+from conadv_tf import cli
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--gin_param=train.epochs=6", "--gin_param=learning_rate.warmup_epochs=1"]
+RESULT_FIELDS = {
+    "recipe",
+    "method",
+    "schedule",
+    "tau",
+    "epsilon",
+    "dataset",
+    "model",
+    "seed",
+    "global_batch_size",
+    "num_replicas",
+    "microbatches",
+    "epochs",
+    "steps",
+    "train_top1",
+    "test_top1",
+    "test_top5",
+    "generalization_gap",
+    "images_per_second",
+    "wall_seconds",
+    "versions",
+}
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *flags]
+
+
+def train(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def weights(model_dir: Path) -> dict[str, np.ndarray]:
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(model_dir / "checkpoints")))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The default recipe, shortened, in an empty folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    outcome = train(*SHORT, cwd=folder)
+    assert outcome.returncode == 0, outcome.stderr
+    return folder / "runs" / "digits_conadv"
+
+
+def test_run_leaves_everything_the_contract_names(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert set(result) == RESULT_FIELDS
+    assert (result["steps"], result["epochs"], result["global_batch_size"]) == (78, 6, 110)
+    assert result["generalization_gap"] == pytest.approx(result["train_top1"] - result["test_top1"])
+    # 360 test images: a share over exactly every image is a multiple of 1/360.
+    assert result["test_top1"] * 3.6 == pytest.approx(round(result["test_top1"] * 3.6), abs=1e-3)
+    assert "attack.epsilon_pixels = 8" in (finished / "config.gin").read_text()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["step"] == 78
+    assert lines[2]["drift"] > 0
+    assert list((finished / "tensorboard").glob("events*"))
+
+
+def test_second_run_prints_the_result_and_trains_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    outcome = train(*SHORT, cwd=finished.parents[1])
+    assert outcome.returncode == 0
+    assert "nothing to train" in outcome.stdout
+    assert f"{json.loads((finished / 'result.json').read_text())['test_top1']:.2f} %" in outcome.stdout
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert after == {path: stamp for path, stamp in before.items() if path.is_file()}
+
+
+def test_tensorboard_has_every_promised_tag(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    tags = set(events.Tags()["tensors"])
+    assert tags >= {
+        "clean/loss",
+        "clean/top1",
+        "adversarial/loss",
+        "adversarial/top1",
+        "optimizer/learning_rate",
+        "optimizer/gradient_norm",
+        "conadv/drift",
+        "conadv/panel",
+        "trust_ratio/min",
+        "trust_ratio/median",
+        "trust_ratio/max",
+        "speed/images_per_second",
+        "speed/input_wait_share",
+        "gamma/main",
+        "gamma/adversarial",
+        "test/top1",
+    }
+    assert [event.step for event in events.Tensors("clean/loss")] == [13, 26, 39, 52, 65, 78]
+
+
+def test_exported_network_predicts_without_conadv_tf(finished, tmp_path):
+    """A bare TensorFlow process, the package out of reach, gets the run's own test accuracy."""
+    script = tmp_path / "predict.py"
+    script.write_text(
+        "import sys, numpy as np, tensorflow as tf\n"
+        "assert not any(name.startswith('conadv_tf') for name in sys.modules)\n"
+        "model = tf.saved_model.load(sys.argv[1])\n"
+        "assert not any('adversarial' in v.name for v in model.network_variables)\n"
+        "data = np.load(sys.argv[2])\n"
+        "outputs = model.signatures['serving_default'](images=tf.constant(data['images'], tf.float32))\n"
+        "assert abs(outputs['probabilities'].numpy().sum(1) - 1).max() < 1e-5\n"
+        "print('top1', 100 * (outputs['logits'].numpy().argmax(1) == data['labels']).mean())\n"
+    )
+    from conadv_tf import data as data_module
+
+    images, labels = data_module.load().examples("test", 360)
+    np.savez(tmp_path / "test.npz", images=images, labels=labels)
+    outcome = subprocess.run(
+        [sys.executable, "-I", str(script), str(finished / "export"), str(tmp_path / "test.npz")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    expected = json.loads((finished / "result.json").read_text())["test_top1"]
+    assert float(outcome.stdout.split()[1]) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "disadv", "conadv"])
+def test_killed_run_resumes_to_the_same_weights_bit_for_bit(method, tmp_path):
+    flags = [*SHORT, f"--gin_param=train.method='{method}'"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(*flags, f"--model_dir={whole}").returncode == 0
+    process = subprocess.Popen(command(*flags, f"--model_dir={killed}"), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (killed / "checkpoints" / "ckpt-26.index").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+    outcome = train(*flags, f"--model_dir={killed}")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "resuming" in outcome.stdout
+    one, other = weights(whole), weights(killed)
+    assert one.keys() == other.keys()
+    for name in one:
+        if name != "save_counter/.ATTRIBUTES/VARIABLE_VALUE":
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    epochs = [json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4, 5, 6]
+
+
+def test_mirrored_and_virtual_pod_reach_the_same_result(tmp_path):
+    layout = ["--gin_param=train.global_batch_size=108", "--gin_param=train.microbatch_size=27", *SHORT]
+    pod = train(
+        *layout, "--strategy=mirrored", "--gin_param=mirrored.logical_cpus=2", f"--model_dir={tmp_path / 'pod'}"
+    )
+    one = train(*layout, f"--model_dir={tmp_path / 'one'}")
+    assert pod.returncode == one.returncode == 0, pod.stderr + one.stderr
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("pod", "one")]
+    assert [(r["num_replicas"], r["microbatches"]) for r in results] == [(2, 2), (1, 4)]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("pod", "one")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
+
+
+MISTAKES = {
+    "unknown flag": (["--gin_fil=x"], 2, "gin_fil"),
+    "stray argument": (["digits_conadv.gin"], 2, "digits_conadv.gin"),
+    "missing recipe": (["--gin_file=96k_conadw.gin"], 2, "did you mean 96k_conadv.gin"),
+    "misspelt parameter": (["--gin_param=attack.epsilon_pixel=4"], 2, "did you mean epsilon_pixels"),
+    "unknown configurable": (["--gin_param=atack.epsilon_pixels=4"], 2, "did you mean attack"),
+    "unused macro": (["--gin_param=EPSILON=4"], 2, "EPSILON"),
+    "no value": (["--gin_param=train.epochs="], 2, "train.epochs"),
+    "bare word": (["--gin_param=train.method=conadv"], 2, "quotes"),
+    "wrong type": (["--gin_param=train.epochs='90'"], 2, "must be int"),
+    "setting without effect": (["--gin_param=sgd.momentum=0.5"], 2, "sgd.momentum"),
+    "unknown method": (["--gin_param=train.method='conadw'"], 2, "vanilla, disadv, conadv"),
+    "unknown schedule": (["--gin_param=conadv.schedule='shade'"], 2, "shadow"),
+    "negative epsilon": (["--gin_param=attack.epsilon_pixels=-1"], 2, "epsilon_pixels=-1"),
+    "negative tau": (["--gin_param=conadv.tau=-1"], 2, "tau=-1"),
+    "zero batch": (["--gin_param=train.global_batch_size=0"], 2, "global_batch_size=0"),
+    "batch beyond the data": (["--gin_param=train.global_batch_size=2000"], 2, "1437"),
+    "indivisible micro-batch": (["--gin_param=train.microbatch_size=64"], 2, "use 55"),
+    "indivisible replicas": (
+        ["--strategy=mirrored", "--gin_param=mirrored.logical_cpus=4"],
+        2,
+        "use 108 or 112",
+    ),
+    "warm-up beyond the run": (["--gin_param=learning_rate.warmup_epochs=90"], 2, "warmup_epochs=90"),
+    "smoothing of 1": (["--gin_param=loss.label_smoothing=1.0"], 2, "label_smoothing=1.0"),
+    "unknown network": (["--gin_param=model.name='resnet51'"], 2, "resnet50"),
+    "network of other channels": (["--gin_param=model.name='resnet50'"], 2, "channels"),
+    "unknown strategy": (["--strategy=mirror"], 2, "mirrored"),
+    "TPU beside another strategy": (["--strategy=mirrored", "--tpu=local"], 2, "drop one"),
+    "multiworker without a cluster": (["--strategy=multiworker"], 2, "TF_CONFIG"),
+    "no TPU of this type": (["--tpu=v3-512"], 1, "v3-512"),
+    "no data folder": (["--gin_file=cifar10_conadv.gin"], 2, "--data_dir"),
+    "empty data folder": (["--gin_file=cifar10_conadv.gin", "--data_dir={empty}"], 1, "train-*"),
+    "data folder for digits": (["--data_dir={empty}"], 2, "digits"),
+    "unwritable model_dir": (["--model_dir=/proc/run"], 1, "/proc/run"),
+}
+
+
+def call_command_line(*flags: str) -> None:
+    """The command line inside this process: as a subprocess each mistake would cost an import of TensorFlow."""
+    with flagsaver.flagsaver():
+        flags_module.FLAGS.unparse_flags()
+        cli._main(cli._parse_flags(["train.py", *flags]))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_at_once_with_one_line(mistake, tmp_path, monkeypatch, capfd):
+    flags, code, expected = MISTAKES[mistake]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        call_command_line(*[flag.format(empty=tmp_path / "empty") for flag in flags])
+    assert ended.value.code == code
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert expected in line
+    assert not (tmp_path / "runs").exists(), "a refused run must leave nothing behind"
+
+
+@pytest.mark.parametrize("mistake", ["unknown flag", "misspelt parameter", "no TPU of this type", "negative epsilon"])
+def test_mistake_is_all_that_a_user_sees(mistake, tmp_path):
+    flags, code, expected = MISTAKES[mistake]
+    outcome = train(*flags, cwd=tmp_path)
+    assert outcome.returncode == code
+    (line,) = outcome.stderr.strip().splitlines()
+    assert expected in line
+    assert "Traceback" not in outcome.stdout
+
+
+def test_traceback_only_with_v1(tmp_path):
+    outcome = train("--gin_param=train.epochs=0", "--v=1", cwd=tmp_path)
+    assert outcome.returncode == 2
+    assert "Traceback" in outcome.stderr
+    assert outcome.stderr.strip().splitlines()[-1].startswith("error: train.epochs=0")
+
+
+@pytest.mark.parametrize(
+    "flag", ["conadv.tau=2", "train.method='disadv'", "attack.epsilon_pixels=4", "train.seed=1"]
+)
+def test_model_dir_of_another_experiment_is_refused(flag, finished):
+    before = (finished / "config.gin").read_text()
+    outcome = train(*SHORT, f"--gin_param={flag}", f"--model_dir={finished}")
+    assert outcome.returncode == 2
+    assert "pass another --model_dir" in outcome.stderr
+    assert (finished / "config.gin").read_text() == before
+
+
+def test_checkpoint_of_another_network_is_refused(finished, tmp_path):
+    """Checkpoints that arrived without their config.gin, in a run of another shape."""
+    model_dir = tmp_path / "stolen"
+    (model_dir / "checkpoints").mkdir(parents=True)
+    for path in (finished / "checkpoints").iterdir():
+        os.link(path, model_dir / "checkpoints" / path.name)
+    for flag in ("train.method='vanilla'", "conadv.tau=2"):
+        outcome = train(*SHORT, f"--gin_param={flag}", f"--model_dir={model_dir}")
+        assert outcome.returncode == 1
+        assert "does not fit this model" in outcome.stderr
+        assert len(outcome.stderr.strip().splitlines()) == 1
+
+
+def test_preflight_builds_and_trains_nothing(tmp_path):
+    outcome = train("--preflight", cwd=tmp_path)
+    assert outcome.returncode == 0
+    assert "1,170 = 90 epochs × 13" in outcome.stdout
+    assert not (tmp_path / "runs").exists()
