@@ -1,4 +1,7 @@
-"""python train.py --gin_file=96k_conadv.gin --tpu=v3-512 --data_dir=gs://… --model_dir=gs://…"""
+"""Trains a recipe; conadv_tf/cli.py has the flags.
+
+python train.py --gin_file=96k_conadv.gin --tpu=v3-512 --data_dir=gs://bucket/imagenet --model_dir=gs://bucket/run
+"""
 
 from conadv_tf.cli import main
 

@@ -68,7 +68,9 @@ def batches(name: str, rows: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices((images, labels)).batch(rows, drop_remainder=True).repeat().prefetch(2)
 
 
-def measure(models: dict[str, tf_keras.Model], data: tf.data.Dataset, steps: int, rounds: int) -> dict[str, list[float]]:
+def measure(
+    models: dict[str, tf_keras.Model], data: tf.data.Dataset, steps: int, rounds: int
+) -> dict[str, list[float]]:
     """Milliseconds a step of every contestant in every round; the first fit of each, which compiles, is left out."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
@@ -88,7 +90,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     times = measure(
-        contestants(arguments.network), batches(arguments.network, arguments.batch), arguments.steps, arguments.rounds
+        contestants(arguments.network),
+        batches(arguments.network, arguments.batch),
+        arguments.steps,
+        arguments.rounds,
     )
     print("| | ms a step | images/s | × plain fit | × vanilla (quartiles) |\n|---|---|---|---|---|")
     rows = {}

@@ -73,7 +73,13 @@ class Attack:
             )
 
     def adversarial_examples(
-        self, logits: LogitsFunction, num_classes: int, loss, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor
+        self,
+        logits: LogitsFunction,
+        num_classes: int,
+        loss,
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        seed: tf.Tensor,
     ) -> tf.Tensor:
         """x̂ for a batch; pure, local to the replica, every shape static where those of the inputs are.
 

@@ -29,8 +29,10 @@ _ROUNDS = 8
 def check(augmentation: str, streamed: bool) -> None:
     """Raises ConfigError where images in memory, or streamed ones, do not offer this augmentation."""
     if augmentation not in (STREAMED if streamed else IN_MEMORY):
-        raise ConfigError(f"data.augmentation={augmentation!r} is not offered here: images in memory take "
-                          f"{', '.join(IN_MEMORY)}; data.in_memory=False takes {', '.join(STREAMED)}")
+        raise ConfigError(
+            f"data.augmentation={augmentation!r} is not offered here: images in memory take "
+            f"{', '.join(IN_MEMORY)}; data.in_memory=False takes {', '.join(STREAMED)}"
+        )
 
 
 def permute(index: tf.Tensor, size: int, seed: int, stream: int, epoch: tf.Tensor) -> tf.Tensor:
@@ -49,7 +51,8 @@ def permute(index: tf.Tensor, size: int, seed: int, stream: int, epoch: tf.Tenso
     fixed = tf.broadcast_to(tf.constant([seed, stream], tf.int64), [tf.size(index), 2])
     seeds = tf.concat([fixed, epoch[:, None]], axis=1)
     return tf.raw_ops.RandomIndexShuffle(
-        index=index, seed=seeds, max_index=tf.constant(size - 1, tf.int64), rounds=_ROUNDS)
+        index=index, seed=seeds, max_index=tf.constant(size - 1, tf.int64), rounds=_ROUNDS
+    )
 
 
 def batch(images: tf.Tensor, augmentation: str, index: tf.Tensor, seed: int, epoch: tf.Tensor) -> tf.Tensor:
@@ -96,9 +99,15 @@ def _resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
 def _random_crop(encoded: tf.Tensor, image_size: int, seed: tf.Tensor) -> tf.Tensor:
     # The "object" is the whole image: a positive min_object_covered would raise the smallest area.
     begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.io.extract_jpeg_shape(encoded), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed,
-        min_object_covered=0.0, aspect_ratio_range=ASPECT_RANGE, area_range=AREA_RANGE, max_attempts=10,
-        use_image_if_no_bounding_boxes=True)
+        tf.io.extract_jpeg_shape(encoded),
+        tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=ASPECT_RANGE,
+        area_range=AREA_RANGE,
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
     window = tf.concat([begin[:2], size[:2]], axis=0)
     return _resize(tf.image.decode_and_crop_jpeg(encoded, window, channels=3), image_size)
 

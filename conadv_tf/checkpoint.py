@@ -58,7 +58,9 @@ class Checkpoints:
             return self._manager.save(checkpoint_number=self._model.updates_made())
         except (tf.errors.OpError, OSError) as error:
             cause = " ".join(str(error).split())[:200]
-            raise RunError(f"cannot write a checkpoint to {self._directory} ({cause}): free or change --model_dir") from error
+            raise RunError(
+                f"cannot write a checkpoint to {self._directory} ({cause}): free or change --model_dir"
+            ) from error
 
 
 def export(network: ResNet, directory: str) -> None:

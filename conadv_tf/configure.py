@@ -57,7 +57,7 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
 
 
 def recipe_name(gin_files: Sequence[str]) -> str:
-    """"96k_conadv" for ["gin/96k_conadv.gin"]; several are joined by "+"."""
+    """The name of a run: "96k_conadv" for ["gin/96k_conadv.gin"]; several are joined by "+"."""
     return "+".join(os.path.splitext(os.path.basename(path))[0] for path in gin_files)
 
 
@@ -102,7 +102,7 @@ def _parse(parse, source: str) -> None:
 
 
 def _explanation(error: Exception) -> str:
-    """gin's message on one line, with the nearest right name where a wrong one is the cause."""
+    """Gin's message on one line, with the nearest right name where a wrong one is the cause."""
     text = str(error)
     cause = text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
     place = re.search(r"In (?:file|bindings string) (.*)$", text, re.MULTILINE)
@@ -157,7 +157,9 @@ def _check_macros() -> None:
     defined = re.findall(r"^([A-Za-z_]\w*) = ", text, re.MULTILINE)
     for name in defined:
         if not re.search(rf"%{name}\b", text):
-            raise ConfigError(f"the macro {name} is defined but nothing uses it: write %{name} where it is meant, or drop it")
+            raise ConfigError(
+                f"the macro {name} is defined but nothing uses it: write %{name} where it is meant, or drop it"
+            )
 
 
 def _check_type(name: str, function: typing.Callable, parameter: str, value) -> None:

@@ -27,7 +27,9 @@ def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribu
     if strategy not in STRATEGIES:
         raise ConfigError(f"--strategy={strategy} is not known: choose one of {', '.join(STRATEGIES)}")
     if tpu and strategy not in ("auto", "tpu"):
-        raise ConfigError(f"--strategy={strategy} does not use a TPU, yet --tpu={tpu} asks for one: drop one of the two")
+        raise ConfigError(
+            f"--strategy={strategy} does not use a TPU, yet --tpu={tpu} asks for one: drop one of the two"
+        )
     if tpu or strategy == "tpu":
         return _tpu_strategy(tpu or "local")
     gpus = tf.config.list_physical_devices("GPU")

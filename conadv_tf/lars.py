@@ -36,7 +36,12 @@ class LARS(tfm_lars.LARS):
         **kwargs,
     ):
         super().__init__(
-            learning_rate, momentum=momentum, weight_decay_rate=weight_decay, eeta=trust_coefficient, name=name, **kwargs
+            learning_rate,
+            momentum=momentum,
+            weight_decay_rate=weight_decay,
+            eeta=trust_coefficient,
+            name=name,
+            **kwargs,
         )
 
     def _resource_apply_dense(self, grad, param, apply_state=None):

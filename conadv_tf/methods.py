@@ -83,7 +83,9 @@ class AdversarialHalf:
         if not 0 <= self.weight <= 1:
             raise ConfigError(f"adversarial.weight={self.weight} is outside [0, 1]: the paper's is 0.5")
         if not 0 < self.fraction <= 1:
-            raise ConfigError(f"adversarial.fraction={self.fraction} is outside (0, 1]: 1 makes every image adversarial")
+            raise ConfigError(
+                f"adversarial.fraction={self.fraction} is outside (0, 1]: 1 makes every image adversarial"
+            )
         if not isinstance(self.start_epoch, int) or self.start_epoch < 0:
             raise ConfigError(f"adversarial.start_epoch={self.start_epoch!r} must be a whole number of at least 0")
 
@@ -93,9 +95,7 @@ def training_pass(network: ResNet, branch: str, loss, images, labels):
     with tf.GradientTape() as tape:
         logits = network(images, branch=branch, mode="batch", update_statistics=True)
         value = tf.reduce_mean(loss(labels, logits))
-    gradients = tape.gradient(
-        value, network.trainable_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
+    gradients = tape.gradient(value, network.trainable_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     correct = tf.equal(tf.argmax(logits, 1, output_type=labels.dtype), labels)
     return gradients, value, tf.reduce_mean(tf.cast(correct, tf.float32))
 
@@ -146,7 +146,9 @@ def attacked_rows(fraction: float, rows: int | None) -> int | None:
     if fraction == 1:
         return None
     if rows is None:
-        raise ConfigError(f"adversarial.fraction={fraction} needs batches of a fixed size: batch with drop_remainder=True")
+        raise ConfigError(
+            f"adversarial.fraction={fraction} needs batches of a fixed size: batch with drop_remainder=True"
+        )
     count = round(fraction * rows)
     if count < 1:
         raise ConfigError(

@@ -44,8 +44,8 @@ class Plan:
         if not remainder:
             return ""
         return (
-            f"{remainder} of {self.num_train:,} images fill no whole batch: they open the next epoch, so every image is "
-            f"seen once in each pass; {self.total_steps:,} updates are {self.passes:.1f} passes"
+            f"{remainder} of {self.num_train:,} images fill no whole batch: they open the next epoch, so each pass "
+            f"sees every image once; {self.total_steps:,} updates are {self.passes:.1f} passes"
         )
 
 
@@ -64,10 +64,10 @@ def make_plan(global_batch_size: int, microbatch_size: int, num_replicas: int, n
         ("epochs", epochs),
     ):
         if value < 1:
-            raise ConfigError(f"train.{name}={value} must be a whole number of at least 1")
+            raise ConfigError(f"train.{name}={value} must be at least 1; a recipe such as batch/8k.gin sets it")
     if global_batch_size > num_train:
         raise ConfigError(
-            f"train.global_batch_size={global_batch_size} is more than the {num_train} training images: use at most that"
+            f"train.global_batch_size={global_batch_size} exceeds the {num_train} training images: use no more"
         )
     if global_batch_size % num_replicas:
         below = global_batch_size // num_replicas * num_replicas

@@ -65,10 +65,15 @@ class BadRecords:
         if self.count > self.limit:
             raise DataError(
                 f"{path}, record {record}: {reason}; with it {self.count} bad records, more than "
-                f"data.max_bad_records={self.limit}: repair the file or raise data.max_bad_records")
+                f"data.max_bad_records={self.limit}: repair the file or raise data.max_bad_records"
+            )
         if first_of_file:
-            logging.warning("%s, record %d: %s; skipped (further ones of this file are only counted)",
-                            path, record, reason)
+            logging.warning(
+                "%s, record %d: %s; skipped (further ones of this file are only counted)",
+                path,
+                record,
+                reason,
+            )
 
     def report(self) -> str:
         """One line: how many in all, and in which files."""
@@ -90,8 +95,10 @@ class Schema:
 
     def parse(self, payload: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(JPEG string scalar, label int32 scalar); InvalidArgumentError at run time if unusable."""
-        features = tf.io.parse_single_example(payload, {
-            _IMAGE: tf.io.FixedLenFeature([], tf.string), _LABEL: tf.io.FixedLenFeature([], tf.int64)})
+        features = tf.io.parse_single_example(
+            payload,
+            {_IMAGE: tf.io.FixedLenFeature([], tf.string), _LABEL: tf.io.FixedLenFeature([], tf.int64)},
+        )
         label = features[_LABEL] - self.label_offset
         inside = (label >= 0) & (label < (self.num_classes or tf.int32.max))
         with tf.control_dependencies([tf.debugging.Assert(inside, [label])]):
@@ -105,7 +112,8 @@ class Schema:
         classes = f"0..{self.num_classes - 1}" if self.num_classes else "0, 1, 2, ..."
         raise DataError(
             f"{path}, record {record}: label {stored} minus data.label_offset={self.label_offset} is "
-            f"{label}, not in {classes}: set data.label_offset or data.num_classes to what the files carry")
+            f"{label}, not in {classes}: set data.label_offset or data.num_classes to what the files carry"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +166,10 @@ def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> l
     for pattern in patterns:
         if paths := sorted(tf.io.gfile.glob(os.path.join(data_dir, pattern))):
             return paths
-    raise DataError(f"data_dir={data_dir!r} has no file matching {' or '.join(map(repr, patterns))}: "
-                    f"correct --data_dir or set {setting}")
+    raise DataError(
+        f"data_dir={data_dir!r} has no file matching {' or '.join(map(repr, patterns))}: "
+        f"correct --data_dir or set {setting}"
+    )
 
 
 def _open(path: str) -> BinaryIO:
@@ -247,7 +257,8 @@ def raw_records(files: Sequence[RecordFile], order: tf.Tensor) -> tf.data.Datase
         lost = tf.data.Dataset.from_tensors("").repeat()
         whole = payloads.ignore_errors().concatenate(lost).take(counts[file])
         return tf.data.Dataset.zip(
-            whole, tf.data.Dataset.from_tensors(file).repeat(), tf.data.Dataset.range(counts[file]))
+            whole, tf.data.Dataset.from_tensors(file).repeat(), tf.data.Dataset.range(counts[file])
+        )
 
     return tf.data.Dataset.from_tensor_slices(order).flat_map(read)
 
@@ -262,8 +273,13 @@ class Examiner:
       bad_records: where the bad ones are counted.
     """
 
-    def __init__(self, files: Sequence[RecordFile], schema: Schema, bad_records: BadRecords,
-                 image_shape: tuple[int, int, int] | None = None):
+    def __init__(
+        self,
+        files: Sequence[RecordFile],
+        schema: Schema,
+        bad_records: BadRecords,
+        image_shape: tuple[int, int, int] | None = None,
+    ):
         self.files, self.schema, self.bad_records = files, schema, bad_records
         self.image_shape = image_shape
 
@@ -298,8 +314,10 @@ class Examiner:
         except tf.errors.InvalidArgumentError:
             return "corrupt JPEG"
         if self.image_shape not in (None, shape):
-            return (f"image of {shape[0]}x{shape[1]}, not {self.image_shape[0]}x{self.image_shape[1]} pixels "
-                    f"(data.image_size; data.in_memory=False resizes)")
+            return (
+                f"image of {shape[0]}x{shape[1]}, not {self.image_shape[0]}x{self.image_shape[1]} pixels "
+                f"(data.image_size; data.in_memory=False resizes)"
+            )
         return None
 
     def next_good(self, file: int, record: int) -> bytes:
@@ -334,8 +352,12 @@ def _decoded(files: Sequence[RecordFile], schema: Schema, shape: tuple[int, int,
     return records.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors().batch(512).prefetch(2)
 
 
-def read_into_memory(files: Sequence[RecordFile], schema: Schema, bad_records: BadRecords,
-                     image_shape: tuple[int, int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+def read_into_memory(
+    files: Sequence[RecordFile],
+    schema: Schema,
+    bad_records: BadRecords,
+    image_shape: tuple[int, int, int] | None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes every record of the files, in file order.
 
     Args:
@@ -370,8 +392,7 @@ def read_into_memory(files: Sequence[RecordFile], schema: Schema, bad_records: B
 
 def reread(read: Callable[[int, int], bytes], file: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
     """The payload, string scalar, that Python's `read` gives for a record of a file, both int64 scalars."""
-    payload = tf.numpy_function(
-        lambda *place: np.array(read(*map(int, place)), object), [file, record], tf.string)
+    payload = tf.numpy_function(lambda *place: np.array(read(*map(int, place)), object), [file, record], tf.string)
     return tf.ensure_shape(payload, [])
 
 
@@ -382,8 +403,13 @@ def decode_or(stream: tf.data.Dataset, decode: Callable, second_look: Callable) 
         single = tf.data.Dataset.from_tensors(element)
         return single.map(decode).ignore_errors().concatenate(single.map(second_look)).take(1)
 
-    return stream.interleave(one, cycle_length=max(16, os.cpu_count() or 1), block_length=1,
-                             num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return stream.interleave(
+        one,
+        cycle_length=max(16, os.cpu_count() or 1),
+        block_length=1,
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
 
 
 def data_error(error: BaseException) -> DataError | None:

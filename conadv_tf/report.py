@@ -89,6 +89,7 @@ def speed_result(epochs: list[dict]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
+    """Of what the weights depend on."""
     return {
         "conadv_tf": __version__,
         "tensorflow": tf.__version__,

@@ -89,7 +89,14 @@ class ResidualBlock(tf_keras.layers.Layer):
     """Two 3×3 convolutions or a bottleneck of three; the last γ starts at 0, so the block starts as identity."""
 
     def __init__(
-        self, filters: int, strides: int, bottleneck: bool, project: bool, seeds: Iterator[int], norm: dict, **kwargs
+        self,
+        filters: int,
+        strides: int,
+        bottleneck: bool,
+        project: bool,
+        seeds: Iterator[int],
+        norm: dict,
+        **kwargs,
     ):
         super().__init__(**kwargs)
 

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import callbacks, checkpoint, configure, methods, report
+from conadv_tf import callbacks, checkpoint, configure, methods, pipeline, report
 from conadv_tf import data as data_module
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.lars import OPTIMIZERS
@@ -28,7 +28,7 @@ class Settings:
     Attributes:
       method: "vanilla", "disadv" or "conadv".
       optimizer: "lars" or "sgd".
-      global_batch_size: clean images per update, over all replicas and micro-batches.
+      global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
       microbatch_size: images one replica holds at a time; BN statistics are over these (SPEC section 5).
       epochs: passes over the training set.
       seed: of the initial weights, the order of the images, augmentation and attack.
@@ -38,7 +38,7 @@ class Settings:
       evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
     """
 
-    global_batch_size: int
+    global_batch_size: int = 0
     method: str = "conadv"
     optimizer: str = "lars"
     microbatch_size: int = 64
@@ -51,6 +51,10 @@ class Settings:
     checkpoint_every_epochs: int = 1
 
     def __post_init__(self):
+        if self.global_batch_size is None:
+            raise ConfigError(
+                "train.global_batch_size is not set: add a recipe that does, e.g. --gin_file=batch/8k.gin"
+            )
         for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"train.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
@@ -68,14 +72,14 @@ class Run:
     recipe: str
     settings: Settings
     strategy: tf.distribute.Strategy
-    data: data_module.ImageData
+    data: pipeline.ImageData
     plan: Plan
     model: ConAdvModel
 
 
 @gin.configurable("model", denylist=["data", "method", "seed", "dtype"])
 def make_network(
-    data: data_module.ImageData,
+    data: pipeline.ImageData,
     method: methods.Method,
     seed: int,
     dtype: str,
@@ -115,9 +119,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None) -
     method = methods.make_method(settings.method)
     data = data_module.load(data_dir=data_dir)
     replicas = strategy.num_replicas_in_sync
-    plan = make_plan(
-        settings.global_batch_size, settings.microbatch_size, replicas, data.num_train, settings.epochs
-    )
+    plan = make_plan(settings.global_batch_size, settings.microbatch_size, replicas, data.num_train, settings.epochs)
     if method.start_epoch >= plan.epochs:
         raise ConfigError(
             f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
@@ -145,7 +147,10 @@ def describe(run: Run) -> str:
     facts = [
         ("recipe", run.recipe),
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
-        ("network", f"{run.model.network.architecture}, {_count(run.model.network.trainable_variables):,} parameters"),
+        (
+            "network",
+            f"{run.model.network.architecture}, {_count(run.model.network.trainable_variables):,} parameters",
+        ),
         ("method", _method_text(method)),
         (
             "batch",
@@ -234,14 +239,14 @@ def _train_batches(run: Run, first_epoch: int):
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """loss, top1 and top5 (shares in [0, 1]) over exactly every image of "train" or "test", not augmented."""
     rows, replicas = run.plan.rows, run.plan.num_replicas
+    hosts: list[int] = []
 
     def batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        return run.data.evaluation_batches(
-            split, rows, replicas, num_hosts=context.num_input_pipelines, host=context.input_pipeline_id
-        )
+        hosts.append(context.num_input_pipelines)
+        return run.data.evaluation_batches(split, rows, replicas, hosts[0], context.input_pipeline_id)
 
     distributed = run.strategy.distribute_datasets_from_function(batches)
-    steps = run.data.evaluation_steps(split, rows, replicas)
+    steps = run.data.evaluation_steps(split, rows, replicas, hosts[0])
     return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True)
 
 

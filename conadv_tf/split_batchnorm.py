@@ -127,7 +127,13 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             outputs, mean, variance = self._group_batch(inputs, gamma, beta)
         else:
             outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-                x=inputs, scale=gamma, offset=beta, mean=[], variance=[], epsilon=self.epsilon, is_training=True
+                x=inputs,
+                scale=gamma,
+                offset=beta,
+                mean=[],
+                variance=[],
+                epsilon=self.epsilon,
+                is_training=True,
             )
         if update_statistics:
             self._record(self.moving_means[branch], mean)
@@ -142,7 +148,13 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
 
     def _normalize(self, inputs, gamma, beta, mean, variance):
         outputs, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs, scale=gamma, offset=beta, mean=mean, variance=variance, epsilon=self.epsilon, is_training=False
+            x=inputs,
+            scale=gamma,
+            offset=beta,
+            mean=mean,
+            variance=variance,
+            epsilon=self.epsilon,
+            is_training=False,
         )
         return outputs
 

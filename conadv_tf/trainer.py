@@ -8,7 +8,8 @@ One update (SPEC sections 1 and 5), all of it inside one tf.function:
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 import tf_keras
@@ -20,7 +21,14 @@ from conadv_tf.losses import SmoothedCrossEntropy
 from conadv_tf.resnet import ResNet
 from conadv_tf.split_batchnorm import MAIN, deferred_statistics, moving_average
 
-MONITORS = ("learning_rate", "gradient_norm", "trust_ratio_min", "trust_ratio_median", "trust_ratio_max", "drift")
+MONITORS = (
+    "learning_rate",
+    "gradient_norm",
+    "trust_ratio_min",
+    "trust_ratio_median",
+    "trust_ratio_max",
+    "drift",
+)
 
 
 class ConAdvModel(tf_keras.Model):
@@ -59,6 +67,7 @@ class ConAdvModel(tf_keras.Model):
         self.microbatches = microbatches
         self.seed = seed
         self.shadows = [shadow_copy(network) for _ in range(method.tau)]
+        self.train_function: Callable | None = None
         self._active = method
         self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
         self._train_mean = tf_keras.metrics.MeanTensor("training", shape=(len(self._log_names(method)),))
@@ -195,14 +204,12 @@ class ConAdvModel(tf_keras.Model):
         self._train_mean.update_state(self._log_values(method, values, gradients))
         replica.merge_call(self._push_weights)
         replica.merge_call(functools.partial(self._assign_statistics, method), args=(statistics,))
-        self.optimizer.apply_gradients(
-            zip(gradients, variables, strict=True), experimental_aggregate_gradients=False
-        )
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True), experimental_aggregate_gradients=False)
 
     def _push_weights(self, strategy: tf.distribute.Strategy) -> None:
         """Moves the ring of shadow copies one update on: the newest becomes θ_t. No communication."""
         ring = [leaf_variables(network) for network in (*self.shadows, self.network)]
-        for older, newer in zip(ring, ring[1:], strict=False):
+        for older, newer in itertools.pairwise(ring):
             for shadow, weights in zip(older, newer, strict=True):
                 strategy.extended.update(shadow, lambda v, w: v.assign(w), args=(weights,), group=False)
 
@@ -250,8 +257,8 @@ class ConAdvModel(tf_keras.Model):
         """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 without shadow copies (SPEC section 4)."""
         if not self.shadows:
             return tf.constant(0.0)
-        pairs = zip(leaf_variables(self.network), leaf_variables(self.shadows[0]), strict=True)
-        pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in pairs if now.trainable]
+        variables = zip(leaf_variables(self.network), leaf_variables(self.shadows[0]), strict=True)
+        pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in variables if now.trainable]
         return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm(
             [now for now, _ in pairs]
         )

@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 import tensorflow as tf
+
 from conadv_tf import attack, lars, methods, resnet, trainer
 
 BRANCHES = ("main", "adversarial")
@@ -48,7 +49,12 @@ def make_model(
 def scramble(network: resnet.ResNet, seed: int = 11) -> None:
     """Gives everything but the kernels, which start random, values that are neither 0 nor 1."""
     random = np.random.default_rng(seed)
-    ranges = {"gamma": (0.5, 1.5), "beta": (-0.3, 0.3), "moving_mean": (-0.5, 0.5), "moving_variance": (0.5, 2.0)}
+    ranges = {
+        "gamma": (0.5, 1.5),
+        "beta": (-0.3, 0.3),
+        "moving_mean": (-0.5, 0.5),
+        "moving_variance": (0.5, 2.0),
+    }
     for name, variable in sorted(named_variables(network).items()):
         kind = name.rsplit("/", 1)[1]
         if kind in ranges:

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from conadv_tf import methods
-from conadv_tf.attack import Attack, random_wrong_labels
-from conadv_tf.errors import ConfigError
 from helpers import assert_identical, fit, make_model, random_batches, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from conadv_tf import methods
+from conadv_tf.attack import Attack, random_wrong_labels
+from conadv_tf.errors import ConfigError
 
 ATTACKS = st.builds(
     Attack,
@@ -200,7 +201,7 @@ def test_impossible_halves_are_refused_by_name_and_value(setting, value):
 def test_release_units_are_refused_for_grey_images():
     model = make_model(methods.disadv(Attack(units="release_units")))
     images, labels = random_batches(1, 2)
-    with pytest.raises(ConfigError, match="release_units.* have 1"):
+    with pytest.raises(ConfigError, match=r"release_units.* have 1"):
         model.adversarial_examples(images[0], labels[0])
 
 

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conadv_tf import augment, data, records
+from conadv_tf import augment, data, pipeline, records
 from conadv_tf.errors import ConfigError, DataError
 
 _FOLDER = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
 needs_files = pytest.mark.skipif(
-    not _FOLDER.is_dir(), reason=f"no sample data in {_FOLDER}: set CONADV_TEST_DATA to run this test")
+    not _FOLDER.is_dir(), reason=f"no sample data in {_FOLDER}: set CONADV_TEST_DATA to run this test"
+)
 
 
 # Plain readings and writings of TFRecord files -----------------------------------------------------------
@@ -31,8 +32,8 @@ def payloads(path: Path) -> list[bytes]:
     content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     found, position = [], 0
     while position < len(content):
-        length = struct.unpack("<Q", content[position:position + 8])[0]
-        found.append(content[position + 12:position + 12 + length])
+        length = struct.unpack("<Q", content[position : position + 8])[0]
+        found.append(content[position + 12 : position + 12 + length])
         position += length + 16
     return found
 
@@ -73,8 +74,10 @@ def flip_byte(path: Path, record: int, byte: int = 100) -> None:
 
 def numbered(count: int, first: int = 0, size: int = 16) -> list[bytes]:
     """Records whose label is their number and whose image is one grey level, 5 + 10 * (number % 25)."""
-    return [example_bytes(jpeg(np.full((size, size, 3), 5 + 10 * (number % 25), np.uint8)), number)
-            for number in range(first, first + count)]
+    return [
+        example_bytes(jpeg(np.full((size, size, 3), 5 + 10 * (number % 25), np.uint8)), number)
+        for number in range(first, first + count)
+    ]
 
 
 def make_folder(folder: Path, counts: tuple[int, ...] = (7, 6, 8), size: int = 16) -> Path:
@@ -100,15 +103,21 @@ def take(batches: tf.data.Dataset, count: int) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate(parts) for parts in zip(*taken, strict=True))
 
 
-def counting(size: int, augmentation: str = "none", test_size: int = 5) -> data.MemoryData:
+def counting(size: int, augmentation: str = "none", test_size: int = 5) -> pipeline.MemoryData:
     """Data in memory whose labels are the example numbers."""
+
     def split(count):
         labels = np.arange(count, dtype=np.int32)
         images = np.random.default_rng(0).integers(1, 256, (count, 8, 8, 1), np.uint8)
         return images, labels
 
-    return data.MemoryData("counting", max(size, test_size), {"train": split(size), "test": split(test_size)},
-                           augmentation, records.BadRecords(0))
+    return pipeline.MemoryData(
+        "counting",
+        max(size, test_size),
+        {"train": split(size), "test": split(test_size)},
+        augmentation,
+        records.BadRecords(0),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +127,13 @@ def streamed(tmp_path_factory) -> data.ImageData:
 
 @pytest.fixture(scope="module")
 def cifar() -> data.ImageData:
-    return data.load("tfrecords", data_dir=str(_FOLDER / "cifar10"), train_files="train-00000-*",
-                     test_files="test-00001-*", num_classes=10)
+    return data.load(
+        "tfrecords",
+        data_dir=str(_FOLDER / "cifar10"),
+        train_files="train-00000-*",
+        test_files="test-00001-*",
+        num_classes=10,
+    )
 
 
 # Order ---------------------------------------------------------------------------------------------------
@@ -128,7 +142,7 @@ def cifar() -> data.ImageData:
 @settings(max_examples=8, deadline=None)
 @given(size=st.integers(1, 40), rows=st.integers(1, 9), seed=st.integers(0, 2**62))
 def test_each_pass_of_the_stream_has_every_image_once(size, rows, seed):
-    labels = take(counting(size).train_batches(rows, 1, seed=seed), -(-3 * size // rows))[1][:3 * size]
+    labels = take(counting(size).train_batches(rows, 1, seed=seed), -(-3 * size // rows))[1][: 3 * size]
     for epoch in labels.reshape(3, size):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
 
@@ -154,7 +168,7 @@ def test_any_start_is_the_tail_of_the_whole(start):
     whole = take(source.train_batches(1, 1, seed=5), 150)
     tail = take(source.train_batches(4, 1, start_position=start, seed=5), 5)
     for one, other in zip(whole, tail, strict=True):
-        np.testing.assert_array_equal(one[start:start + 20], other)
+        np.testing.assert_array_equal(one[start : start + 20], other)
 
 
 @pytest.mark.parametrize("start", [3, 21, 50])
@@ -162,7 +176,7 @@ def test_any_start_of_streamed_files_is_the_tail_of_the_whole(streamed, start):
     whole = take(streamed.train_batches(5, 1, seed=5), 14)
     tail = take(streamed.train_batches(4, 1, start_position=start, seed=5), 4)
     for one, other in zip(whole, tail, strict=True):
-        np.testing.assert_array_equal(one[start:start + 16], other)
+        np.testing.assert_array_equal(one[start : start + 16], other)
 
 
 def test_streamed_order_ignores_the_global_seed(streamed):
@@ -187,8 +201,9 @@ def test_layouts_give_the_same_images_in_the_same_order(streamed, source, rows, 
 def test_hosts_in_memory_take_slices_of_one_stream():
     source = counting(23, "crop_flip")
     whole = source.train_batches(3, 4, start_position=12).take(12).as_numpy_iterator()
-    hosts = [source.train_batches(3, 4, start_position=12, num_hosts=2, host=host).as_numpy_iterator()
-             for host in range(2)]
+    hosts = [
+        source.train_batches(3, 4, start_position=12, num_hosts=2, host=host).as_numpy_iterator() for host in range(2)
+    ]
     for number, (images, labels) in enumerate(whole):
         host_images, host_labels = next(hosts[number // 2 % 2])
         np.testing.assert_array_equal(labels, host_labels)
@@ -229,8 +244,7 @@ def test_replicas_of_a_strategy_get_their_batches_in_turn():
     cpus = tf.config.list_logical_devices("CPU")
     strategy = tf.distribute.MirroredStrategy([cpu.name for cpu in cpus])
     replicas = strategy.num_replicas_in_sync
-    batches = strategy.distribute_datasets_from_function(
-        lambda context: counting(20).train_batches(2, replicas))
+    batches = strategy.distribute_datasets_from_function(lambda context: counting(20).train_batches(2, replicas))
     values = strategy.experimental_local_results(next(iter(batches))[1])
     whole = take(counting(20).train_batches(2 * replicas, 1), 1)[1]
     np.testing.assert_array_equal(np.concatenate(values), whole)
@@ -288,20 +302,27 @@ def test_digits_are_the_fixed_stratified_split():
     counts = np.bincount(np.concatenate([train[1], test[1]]))
     np.testing.assert_allclose(np.bincount(test[1]) / counts, 360 / 1797, atol=0.005)
     from sklearn.datasets import load_digits
+
     plain = load_digits()
     both = np.concatenate([train[0], test[0]])[..., 0] / 255 * 16
-    expected = sorted((*image.ravel().astype(int), label)
-                      for image, label in zip(plain.images, plain.target, strict=True))
-    found = sorted((*image.ravel().round().astype(int), label)
-                   for image, label in zip(both, np.concatenate([train[1], test[1]]), strict=True))
+    expected = sorted(
+        (*image.ravel().astype(int), label) for image, label in zip(plain.images, plain.target, strict=True)
+    )
+    found = sorted(
+        (*image.ravel().round().astype(int), label)
+        for image, label in zip(both, np.concatenate([train[1], test[1]]), strict=True)
+    )
     assert expected == found
 
 
 @needs_files
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar_equals_a_plain_reading(cifar, split):
-    path = _FOLDER / "cifar10" / {"train": "train-00000-of-00010.tfrecord.gz",
-                                  "test": "test-00001-of-00002.tfrecord.gz"}[split]
+    path = (
+        _FOLDER
+        / "cifar10"
+        / {"train": "train-00000-of-00010.tfrecord.gz", "test": "test-00001-of-00002.tfrecord.gz"}[split]
+    )
     plain = payloads(path)
     assert cifar.size(split) == len(plain) == 5000
     assert (cifar.image_shape, cifar.num_classes) == ((32, 32, 3), 10)
@@ -326,7 +347,7 @@ def test_imagenet_sample_equals_a_plain_reading():
         height, width, _ = image.shape
         square = round(0.875 * min(height, width))
         top, left = (height - square + 1) // 2, (width - square + 1) // 2
-        cropped = image[top:top + square, left:left + square]
+        cropped = image[top : top + square, left : left + square]
         expected = tf.image.resize(cropped, (224, 224), "bicubic").numpy().clip(0, 255)
         # Two JPEG decoders differ by rounding and by how they fill in colours.
         assert np.abs(found - expected).mean() < 3
@@ -336,8 +357,15 @@ def test_imagenet_sample_equals_a_plain_reading():
 @needs_files
 def test_imagenet_sample_trains_on_every_image_once():
     folder = _FOLDER / "imagenet_sample"
-    sample = data.load("tfrecords", data_dir=str(folder), label_offset=1, num_classes=1000, in_memory=False,
-                       image_size=64, augmentation="resized_crop_flip")
+    sample = data.load(
+        "tfrecords",
+        data_dir=str(folder),
+        label_offset=1,
+        num_classes=1000,
+        in_memory=False,
+        image_size=64,
+        augmentation="resized_crop_flip",
+    )
     labels = [plain_example(payload)[1] - 1 for path in folder.glob("train-*") for payload in payloads(path)]
     images, found = take(sample.train_batches(16, 1), 3)
     np.testing.assert_array_equal(np.sort(found), np.sort(labels))
@@ -382,8 +410,15 @@ def test_crop_flip_gives_crops_of_the_padded_image_evenly():
     padded = np.pad(originals, ((0, 0), (4, 4), (4, 4), (0, 0)))
     places = []
     for image, label in zip(images, labels, strict=True):
-        places.append([(top, left, flip) for top in range(9) for left in range(9) for flip in (1, -1)
-                       if (image == padded[label, top:top + 8, left:left + 8][:, ::flip]).all()])
+        places.append(
+            [
+                (top, left, flip)
+                for top in range(9)
+                for left in range(9)
+                for flip in (1, -1)
+                if (image == padded[label, top : top + 8, left : left + 8][:, ::flip]).all()
+            ]
+        )
     assert all(places)
     top, left, flip = np.array([place[0] for place in places]).T
     for offsets in (top, left):
@@ -404,9 +439,17 @@ def test_flip_mirrors_about_half_of_the_images_and_does_no_more():
 
 
 def test_crops_differ_between_epochs_and_seeds():
-    draws = [augment.permute(tf.range(2000, dtype=tf.int64), 2**31, seed, augment.AUGMENTATION,
-                             tf.fill([2000], tf.constant(epoch, tf.int64))).numpy() % 162
-             for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    draws = [
+        augment.permute(
+            tf.range(2000, dtype=tf.int64),
+            2**31,
+            seed,
+            augment.AUGMENTATION,
+            tf.fill([2000], tf.constant(epoch, tf.int64)),
+        ).numpy()
+        % 162
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
     for one, other in itertools.combinations(draws, 2):
         assert (one == other).mean() < 3 / 162  # 1 / 162 by chance
 
@@ -444,7 +487,7 @@ def raises_data_error(folder: Path, in_memory: bool, **arguments) -> str:
 
 
 def corrupt(encoded: bytes) -> bytes:
-    return encoded[:len(encoded) // 3]
+    return encoded[: len(encoded) // 3]
 
 
 DAMAGES = {
@@ -476,7 +519,7 @@ def replace_record(path: Path, record: int, encoded: bytes | None, label: int | 
 
 def replace_payload(path: Path, record: int, payload: bytes) -> None:
     content = payloads(path)
-    write(path, [*content[:record], payload, *content[record + 1:]])
+    write(path, [*content[:record], payload, *content[record + 1 :]])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -516,8 +559,8 @@ def test_a_resumed_stream_replaces_a_bad_record_by_the_same_image(tmp_path):
     whole = take(stream(tmp_path, augmentation="resized_crop_flip").train_batches(1, 1), 40)
     for start in (8, 30):
         tail = take(stream(tmp_path, augmentation="resized_crop_flip").train_batches(5, 1, start), 2)
-        np.testing.assert_array_equal(whole[0][start:start + 10], tail[0])
-        np.testing.assert_array_equal(whole[1][start:start + 10], tail[1])
+        np.testing.assert_array_equal(whole[0][start : start + 10], tail[0])
+        np.testing.assert_array_equal(whole[1][start : start + 10], tail[1])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -562,9 +605,13 @@ def test_an_empty_file_and_one_that_is_no_tfrecord(tmp_path, in_memory):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize(("arguments", "label"), [
-    ({"label_offset": 1}, "label 0 minus data.label_offset=1 is -1, not in 0..999"),
-    ({"num_classes": 20}, "label 20 minus data.label_offset=0 is 20, not in 0..19")])
+@pytest.mark.parametrize(
+    ("arguments", "label"),
+    [
+        ({"label_offset": 1}, "label 0 minus data.label_offset=1 is -1, not in 0..999"),
+        ({"num_classes": 20}, "label 20 minus data.label_offset=0 is 20, not in 0..19"),
+    ],
+)
 def test_a_label_out_of_range_is_never_skipped(tmp_path, in_memory, arguments, label):
     line = raises_data_error(make_folder(tmp_path), in_memory, max_bad_records=100, **arguments)
     assert label in line
@@ -616,23 +663,29 @@ def test_missing_files_and_directories(tmp_path):
         load(tmp_path, train_files="training-*")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"source": "mnist"}, r"data.source='mnist'"),
-    ({"augmentation": "cutout"}, r"data.augmentation='cutout'"),
-    ({"augmentation": "resized_crop_flip"}, r"data.augmentation='resized_crop_flip'"),
-    ({"source": "tfrecords"}, r"data_dir=None"),
-    ({"data_dir": "/somewhere"}, r"data_dir='/somewhere'"),
-    ({"num_classes": 12}, r"data.num_classes=12"),
-    ({"image_size": 32}, r"data.image_size=32"),
-    ({"source": "tfrecords", "data_dir": "/", "in_memory": False}, r"data.num_classes=None"),
-    ({"source": "tfrecords", "data_dir": "/", "max_bad_records": -1}, r"data.max_bad_records=-1")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "mnist"}, r"data.source='mnist'"),
+        ({"augmentation": "cutout"}, r"data.augmentation='cutout'"),
+        ({"augmentation": "resized_crop_flip"}, r"data.augmentation='resized_crop_flip'"),
+        ({"source": "tfrecords"}, r"data_dir=None"),
+        ({"data_dir": "/somewhere"}, r"data_dir='/somewhere'"),
+        ({"num_classes": 12}, r"data.num_classes=12"),
+        ({"image_size": 32}, r"data.image_size=32"),
+        ({"source": "tfrecords", "data_dir": "/", "in_memory": False}, r"data.num_classes=None"),
+        ({"source": "tfrecords", "data_dir": "/", "max_bad_records": -1}, r"data.max_bad_records=-1"),
+    ],
+)
 def test_impossible_settings(arguments, message):
     with pytest.raises(ConfigError, match=message):
         data.load(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [
-    {"rows_per_replica": 0}, {"num_replicas": 0}, {"num_hosts": 2}, {"host": 1}, {"start_position": -1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"rows_per_replica": 0}, {"num_replicas": 0}, {"num_hosts": 2}, {"host": 1}, {"start_position": -1}],
+)
 def test_impossible_layouts(arguments):
     with pytest.raises(ConfigError, match=f"{next(iter(arguments))}={next(iter(arguments.values()))}"):
         counting(9).train_batches(**{"rows_per_replica": 2, "num_replicas": 3, **arguments})
@@ -649,7 +702,7 @@ def test_unknown_split_and_unsplittable_start(streamed):
 def test_a_damaged_cifar_file(tmp_path):
     content = (_FOLDER / "cifar10" / "test-00000-of-00002.tfrecord.gz").read_bytes()
     (tmp_path / "test-0").write_bytes(content)
-    (tmp_path / "train-0").write_bytes(content[:len(content) // 2])
+    (tmp_path / "train-0").write_bytes(content[: len(content) // 2])
     loaded = load(tmp_path, num_classes=10)
     assert 2000 < loaded.num_train < 3000
     assert loaded.num_test == 5000

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import mirrored
+
 from conadv_tf import distribute, methods
 from conadv_tf.errors import ConfigError, RunError
-from helpers import mirrored
 
 
 def test_one_device_without_accelerators(monkeypatch):
@@ -69,5 +70,5 @@ def test_methods_are_known_by_name():
     assert [methods.make_method(name).name for name in methods.METHODS] == ["vanilla", "disadv", "conadv"]
     assert methods.make_method("conadv").tau == 1
     assert methods.make_method("conadv").schedule == "shadow"
-    with pytest.raises(ConfigError, match="train.method='sharpness'"):
+    with pytest.raises(ConfigError, match=r"train\.method='sharpness'"):
         methods.make_method("sharpness")

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import mirrored
+
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import LARS, make_lars, make_sgd
 from conadv_tf.resnet import ResNet
 from conadv_tf.split_batchnorm import SplitBatchNormalization
-from helpers import mirrored
 
 
 def apply(optimizer, variable: tf.Variable, gradient) -> np.ndarray:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import assert_close, make_model, mirrored, named_variables, random_batches, snapshot
+
 from conadv_tf import lars, methods
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
-from helpers import assert_close, make_model, mirrored, named_variables, random_batches, snapshot
 
 
 def arrays(rows: int):
@@ -48,7 +49,13 @@ def test_keras_callbacks_see_the_logs(tmp_path):
     ]
     made = make_model(methods.conadv())
     history = made.fit(
-        images, labels, batch_size=8, epochs=2, validation_data=(images, labels), callbacks=callbacks, verbose=0
+        images,
+        labels,
+        batch_size=8,
+        epochs=2,
+        validation_data=(images, labels),
+        callbacks=callbacks,
+        verbose=0,
     )
     expected = {"loss", "clean_loss", "clean_top1", "adversarial_loss", "adversarial_top1", "learning_rate"}
     assert expected | {"val_loss", "val_top1", "val_top5"} <= seen[1].keys()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+
 from conadv_tf.errors import ConfigError
 from conadv_tf.losses import SmoothedCrossEntropy
 

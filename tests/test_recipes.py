@@ -76,4 +76,8 @@ def test_difference_ignores_how_a_run_is_executed():
     old = "train.epochs = 3\ntrain.jit_compile = False\n"
     assert configure.difference(old, "train.epochs = 3\ntrain.jit_compile = True\n") is None
     assert configure.difference(old, "train.epochs = 4\n") == ("train.epochs", "3", "4")
-    assert configure.difference(old, "train.epochs = 3\nlars.momentum = 0.9\n") == ("lars.momentum", "unset", "0.9")
+    assert configure.difference(old, "train.epochs = 3\nlars.momentum = 0.9\n") == (
+        "lars.momentum",
+        "unset",
+        "0.9",
+    )

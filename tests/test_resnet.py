@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from official.vision.modeling import backbones
+
 from conadv_tf.errors import ConfigError
 from conadv_tf.resnet import ARCHITECTURES, ResNet
-from official.vision.modeling import backbones
 
 IMAGENET_PARAMETERS = {
     "resnet18": 11_689_512,
@@ -114,7 +115,11 @@ def test_cifar_networks_have_the_depth_in_their_name(name):
     weighted = 1 + sum(len(block.convs) for block in network.blocks) + 1
     assert weighted == int(name.removeprefix("cifar_resnet"))
     assert (weighted - 2) % 6 == 0
-    assert [block.convs[0].conv.filters for block in network.blocks][:: len(network.blocks) // 3] == [16, 32, 64]
+    assert [block.convs[0].conv.filters for block in network.blocks][:: len(network.blocks) // 3] == [
+        16,
+        32,
+        64,
+    ]
 
 
 def test_initial_values_are_those_of_the_recipe():
@@ -174,7 +179,8 @@ def test_networks_rebuild_from_their_configuration():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "named"), [("resnet51", (32, 32, 3), "resnet51"), ("resnet50", (32, 32, 1), "3 channels")]
+    ("name", "shape", "named"),
+    [("resnet51", (32, 32, 3), "resnet51"), ("resnet50", (32, 32, 1), "3 channels")],
 )
 def test_networks_there_are_not_are_refused(name, shape, named):
     with pytest.raises(ConfigError, match=named):

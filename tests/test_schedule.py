@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from conadv_tf.errors import ConfigError
 from conadv_tf.schedule import warmup_poly_decay
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import BRANCHES, assert_close, fit, make_model, mirrored, named_variables, random_batches
+
 from conadv_tf import lars, methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.split_batchnorm import SplitBatchNormalization, deferred_statistics
-from helpers import BRANCHES, assert_close, fit, make_model, mirrored, named_variables, random_batches
 
 SHAPE = (4, 3, 3, 5)
 
@@ -19,7 +20,12 @@ def inputs(seed: int = 0, rows: int = 4) -> tf.Tensor:
 
 def variables(layer: SplitBatchNormalization, branch: str = "main") -> list[tf.Variable]:
     """In Keras' order."""
-    return [layer.gammas[branch], layer.betas[branch], layer.moving_means[branch], layer.moving_variances[branch]]
+    return [
+        layer.gammas[branch],
+        layer.betas[branch],
+        layer.moving_means[branch],
+        layer.moving_variances[branch],
+    ]
 
 
 def built(**settings) -> SplitBatchNormalization:
@@ -227,7 +233,11 @@ def test_local_statistics_are_averaged_over_replicas_and_evaluation_is_alike_on_
 def test_training_with_groups_equals_training_on_their_rows():
     images, labels = random_batches(2, 12)
     grouped = make_model(
-        methods.vanilla(), lars.LARS(3.0), strategy=mirrored(2), network={"replicas_per_group": 2}, branches=("main",)
+        methods.vanilla(),
+        lars.LARS(3.0),
+        strategy=mirrored(2),
+        network={"replicas_per_group": 2},
+        branches=("main",),
     )
     single = make_model(methods.vanilla(), lars.LARS(3.0), branches=("main",))
     weights = []

@@ -4,10 +4,6 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from conadv_tf import lars, methods
-from conadv_tf.attack import Attack
-from conadv_tf.errors import ConfigError
-from conadv_tf.split_batchnorm import MAIN
 from helpers import (
     assert_close,
     assert_identical,
@@ -20,6 +16,11 @@ from helpers import (
     snapshot,
 )
 from test_update import SAFE_MARGIN, state_of
+
+from conadv_tf import lars, methods
+from conadv_tf.attack import Attack
+from conadv_tf.errors import ConfigError
+from conadv_tf.split_batchnorm import MAIN
 
 UPDATES, RATE = 5, 6.0
 SEED = 2  # of the data: no pixel's gradient is near 0 (asserted)
@@ -138,7 +139,8 @@ def test_shadow_copies_share_no_variable_with_the_network():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [({"tau": -1}, "tau=-1"), ({"tau": 1.5}, "tau=1.5"), ({"schedule": "warp"}, "'warp'")]
+    ("arguments", "named"),
+    [({"tau": -1}, "tau=-1"), ({"tau": 1.5}, "tau=1.5"), ({"schedule": "warp"}, "'warp'")],
 )
 def test_impossible_delays_and_schedules_are_refused_by_value(arguments, named):
     with pytest.raises(ConfigError, match=named):

@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from conadv_tf import lars, methods
-from conadv_tf.attack import Attack
 from helpers import (
     assert_close,
     assert_identical,
@@ -17,6 +15,9 @@ from helpers import (
     random_batches,
     snapshot,
 )
+
+from conadv_tf import lars, methods
+from conadv_tf.attack import Attack
 
 STILL = Attack(random_start_probability=0.0)
 
@@ -96,7 +97,8 @@ def test_before_its_start_epoch_an_update_is_the_vanilla_update_bit_for_bit():
     # From then on it is adversarial, with a ring of weights that the vanilla updates kept up to date.
     before = network_of(model)
     assert_identical(  # θ_2 is two updates of the vanilla run
-        {n: v.numpy() for n, v in named_variables(model.shadows[0]).items()}, network_after_two(images, labels)
+        {n: v.numpy() for n, v in named_variables(model.shadows[0]).items()},
+        network_after_two(images, labels),
     )
     [log] = fit(model, images, labels, 1, initial=3)
     assert log["loss"] != log["clean_loss"]

@@ -170,7 +170,10 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(method, tmp_path):
 def test_mirrored_and_virtual_pod_reach_the_same_result(tmp_path):
     layout = ["--gin_param=train.global_batch_size=108", "--gin_param=train.microbatch_size=27", *SHORT]
     pod = train(
-        *layout, "--strategy=mirrored", "--gin_param=mirrored.logical_cpus=2", f"--model_dir={tmp_path / 'pod'}"
+        *layout,
+        "--strategy=mirrored",
+        "--gin_param=mirrored.logical_cpus=2",
+        f"--model_dir={tmp_path / 'pod'}",
     )
     one = train(*layout, f"--model_dir={tmp_path / 'one'}")
     assert pod.returncode == one.returncode == 0, pod.stderr + one.stderr
@@ -259,9 +262,7 @@ def test_traceback_only_with_v1(tmp_path):
     assert outcome.stderr.strip().splitlines()[-1].startswith("error: train.epochs=0")
 
 
-@pytest.mark.parametrize(
-    "flag", ["conadv.tau=2", "train.method='disadv'", "attack.epsilon_pixels=4", "train.seed=1"]
-)
+@pytest.mark.parametrize("flag", ["conadv.tau=2", "train.method='disadv'", "attack.epsilon_pixels=4", "train.seed=1"])
 def test_model_dir_of_another_experiment_is_refused(flag, finished):
     before = (finished / "config.gin").read_text()
     outcome = train(*SHORT, f"--gin_param={flag}", f"--model_dir={finished}")

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from conadv_tf import lars, losses, methods
-from conadv_tf.attack import Attack
 from helpers import assert_close, draws, fit, make_model, microbatch_seed, named_variables, random_batches
 from reference import Recipe, Rows, State
+
+from conadv_tf import lars, losses, methods
+from conadv_tf.attack import Attack
 
 RATE, RUN_SEED = 2.0, 5
 # A pixel whose input gradient is this close to 0 (relative to the largest of its batch) could get another
@@ -54,7 +55,15 @@ CASES = {
 
 # These run as they are trained, traced into one program; the others differ in the attack alone and run
 # operation by operation, which takes a third of the time.
-TRACED = ("vanilla", "disadv_random_start", "conadv_random_start", "conadv_tau2", "pgd", "fraction", "microbatches")
+TRACED = (
+    "vanilla",
+    "disadv_random_start",
+    "conadv_random_start",
+    "conadv_tau2",
+    "pgd",
+    "fraction",
+    "microbatches",
+)
 
 
 def method_of(recipe: Recipe, attack: dict | None, half: dict) -> methods.Method:

@@ -5,10 +5,11 @@ import functools
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import assert_close, fit, make_model, mirrored, named_variables, random_batches, snapshot
+
 from conadv_tf import lars, methods
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
-from helpers import assert_close, fit, make_model, mirrored, named_variables, random_batches, snapshot
 
 UPDATES, PARTS, ROWS, RATE = 3, 8, 4, 6.0
 # A large ε and PGD would magnify rounding; a random start of every micro-batch must be its own.
