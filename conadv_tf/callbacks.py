@@ -15,6 +15,8 @@ from conadv_tf.split_batchnorm import SplitBatchNormalization
 
 # Seconds between two refreshes of the progress bar, each of which waits for the device.
 REFRESH_SECONDS = 0.5
+# White pixels between the pictures of a panel.
+GAP = 4
 
 
 class Throughput(tf_keras.callbacks.Callback):
@@ -86,7 +88,7 @@ class ProgressBar(tf_keras.callbacks.Callback):
             dynamic_ncols=True,
             disable=None,
         )
-        self._refreshed = 0.0
+        self._refreshed, self._test = 0.0, ""
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
         self._epoch = epoch
@@ -99,12 +101,14 @@ class ProgressBar(tf_keras.callbacks.Callback):
         rate, waited = self._throughput.current()
         self._bar.set_postfix_str(
             f"{rate:,.0f} images/s, input wait {waited:.0%}, loss {float(logs['loss']):.3f}, "
-            f"top-1 {100 * float(logs['clean_top1']):.1f} %",
+            f"top-1 {100 * float(logs['clean_top1']):.1f} %{self._test}",
             refresh=False,
         )
         self._bar.update(self._epoch * self._plan.steps_per_epoch + batch + 1 - self._bar.n)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
+        if "val_top1" in logs:
+            self._test = f", test top-1 {100 * logs['val_top1']:.2f} %"
         if self._bar.disable:
             print(self._line(epoch, logs), flush=True)
         else:
@@ -114,12 +118,11 @@ class ProgressBar(tf_keras.callbacks.Callback):
         self._bar.close()
 
     def _line(self, epoch: int, logs: dict) -> str:
-        test = f"  test top-1 {100 * logs['val_top1']:.2f} %" if "val_top1" in logs else ""
         seconds_per_epoch = (time.perf_counter() - self._began) / (epoch + 1 - self._first_epoch)
         remaining = (self._plan.epochs - epoch - 1) * seconds_per_epoch
         return (
             f"epoch {epoch + 1}/{self._plan.epochs}  loss {logs['loss']:.4f}  "
-            f"train top-1 {100 * logs['clean_top1']:.2f} %{test}  {logs['images_per_second']:,.0f} images/s  "
+            f"train top-1 {100 * logs['clean_top1']:.2f} %{self._test}  {logs['images_per_second']:,.0f} images/s  "
             f"input wait {logs['input_wait_share']:.0%}  ETA {tqdm.tqdm.format_interval(remaining)}"
         )
 
@@ -215,12 +218,15 @@ def attack_panel(images: np.ndarray, adversarial: np.ndarray, height: int = 64) 
       height: pixels an image is enlarged to at least.
 
     Returns:
-      the factor of magnification, and the panel, uint8 [rows · H', 3 · W', C].
+      the factor of magnification, and the panel, uint8 [rows · H', 3 · W', C], a white gap after each picture.
     """
     clean = images.astype(np.float32)
     delta = adversarial - clean
     factor = 127.0 / max(float(np.abs(delta).max()), 1.0)
-    rows = np.concatenate([clean, 127.5 + factor * delta, adversarial], axis=2)
     scale = max(1, -(-height // images.shape[1]))
-    rows = rows.repeat(scale, axis=1).repeat(scale, axis=2)
-    return factor, np.concatenate(list(np.clip(np.round(rows), 0, 255).astype(np.uint8)), axis=0)
+    rows = []
+    for picture in (clean, 127.5 + factor * delta, adversarial):
+        enlarged = picture.repeat(scale, axis=1).repeat(scale, axis=2)
+        rows.append(np.pad(enlarged, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255))
+    panel = np.concatenate(list(np.concatenate(rows, axis=2)), axis=0)
+    return factor, np.clip(np.round(panel), 0, 255).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import logging
 import os
 import re
 import typing
@@ -45,7 +44,9 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
         unused macro.
     """
     gin.clear_config()
-    gin.add_config_file_search_path(recipe_folder())
+    # Files only: gin would also look for Python packages, and take a folder `data` here for one.
+    gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin_config._LOCATION_PREFIXES[:] = ["", recipe_folder()]
     for path in gin_files:
         _parse(lambda path=path: gin.parse_config_file(path, skip_unknown=False), path)
     for binding in gin_params:
@@ -88,7 +89,6 @@ def bindings_without_effect() -> list[str]:
 
 
 def _parse(parse, source: str) -> None:
-    logging.disable(logging.ERROR)  # gin logs what it is about to raise
     try:
         parse()
     except OSError as error:
@@ -97,8 +97,6 @@ def _parse(parse, source: str) -> None:
         raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}") from error
     except Exception as error:  # gin raises ValueError, TypeError, SyntaxError, RuntimeError and its own
         raise ConfigError(f"{source}: {_explanation(error)}") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _explanation(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 
 import gin
 import tensorflow as tf
@@ -9,6 +10,7 @@ import tensorflow as tf
 from conadv_tf.errors import ConfigError, RunError
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
+CONNECT_SECONDS = 20
 ACCELERATOR_TYPE = re.compile(r"^(v\d+[a-z]*|v5litepod)-(\d+)$")
 
 
@@ -96,12 +98,19 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             raise ValueError("no TPU is attached to this machine")
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
         if address != "local":
+            _check_reachable(resolver.master())
             tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # the resolver raises whatever its transport does
         raise RunError(_no_tpu_message(tpu, error)) from error
     return strategy
+
+
+def _check_reachable(master: str) -> None:
+    """Raises OSError where nobody listens at grpc://host:port; TensorFlow itself would wait for ever."""
+    host, _, port = master.removeprefix("grpc://").partition(":")
+    socket.create_connection((host, int(port or 8470)), CONNECT_SECONDS).close()
 
 
 def _has_tpu_library() -> bool:

@@ -44,8 +44,8 @@ class Plan:
         if not remainder:
             return ""
         return (
-            f"{remainder} of {self.num_train:,} images fill no whole batch: they open the next epoch, so each pass "
-            f"sees every image once; {self.total_steps:,} updates are {self.passes:.1f} passes"
+            f"{remainder} of {self.num_train:,} images fill no batch and open the next epoch; "
+            f"the run makes {self.passes:.1f} full passes"
         )
 
 

@@ -285,16 +285,20 @@ class ConAdvModel(tf_keras.Model):
         Raises:
           ConfigError: for a method without an attack.
         """
-        if self.method.attack is None:
-            raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
         batch = methods.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
+        return self.distribute_strategy.experimental_local_results(self._attacked(batch))[0]
 
-        @tf.function(autograph=False)
-        def attacked(batch):
-            arguments = (self.method.attack, self._stale(), self._example_losses)
-            return self.distribute_strategy.run(lambda rows: methods.attack_images(*arguments, rows), args=(batch,))
+    @functools.cached_property
+    def _attacked(self) -> Callable:
+        """x̂ of a Batch on every replica, compiled once."""
+        attack = self.method.attack
+        if attack is None:
+            raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
 
-        return self.distribute_strategy.experimental_local_results(attacked(batch))[0]
+        def attacked(batch: methods.Batch) -> tf.Tensor:
+            return methods.attack_images(attack, self._stale(), self._example_losses, batch)
+
+        return tf.function(lambda batch: self.distribute_strategy.run(attacked, args=(batch,)), autograph=False)
 
 
 class _Accumulators:

@@ -28,7 +28,7 @@ def test_remainder_is_said_where_there_is_one():
     assert make_plan(100, 100, 1, 1000, 3).remainder_note() == ""
     note = make_plan(110, 110, 1, 1437, 90).remainder_note()
     assert note.startswith("7 of 1,437 images")
-    assert "89.6 passes" in note
+    assert "89.6 full passes" in note
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ MISTAKES = {
     "TPU beside another strategy": (["--strategy=mirrored", "--tpu=local"], 2, "drop one"),
     "multiworker without a cluster": (["--strategy=multiworker"], 2, "TF_CONFIG"),
     "no TPU of this type": (["--tpu=v3-512"], 1, "v3-512"),
+    "TPU that does not answer": (["--tpu=grpc://127.0.0.1:1"], 1, "refused"),
     "no data folder": (["--gin_file=cifar10_conadv.gin"], 2, "--data_dir"),
     "empty data folder": (["--gin_file=cifar10_conadv.gin", "--data_dir={empty}"], 1, "train-*"),
     "data folder for digits": (["--data_dir={empty}"], 2, "digits"),
@@ -289,3 +290,52 @@ def test_preflight_builds_and_trains_nothing(tmp_path):
     assert outcome.returncode == 0
     assert "1,170 = 90 epochs × 13" in outcome.stdout
     assert not (tmp_path / "runs").exists()
+
+
+IMAGENET_SAMPLE = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data")) / "imagenet_sample"
+STREAMED = [
+    "--gin_file=96k_conadv.gin",
+    "--gin_param=train.global_batch_size=8",
+    "--gin_param=train.microbatch_size=4",
+    "--gin_param=train.epochs=2",
+    "--gin_param=train.precision='float32'",
+    "--gin_param=learning_rate.warmup_epochs=1",
+    "--gin_param=model.name='resnet18'",
+    "--gin_param=data.image_size=32",
+]
+
+
+def damaged_copy(folder: Path) -> Path:
+    """The ImageNet photos with 200 bytes inside one JPEG of the first training file overwritten, checksum mended."""
+    folder.mkdir()
+    for path in IMAGENET_SAMPLE.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    path = str(folder / "train-00000-of-00002")
+    records = [bytes(record) for record in tf.data.TFRecordDataset(path).as_numpy_iterator()]
+    example = tf.train.Example.FromString(records[5])
+    jpeg = example.features.feature["image/encoded"].bytes_list.value[0]
+    example.features.feature["image/encoded"].bytes_list.value[0] = jpeg[:1] + bytes(200) + jpeg[201:]
+    records[5] = example.SerializeToString()
+    with tf.io.TFRecordWriter(path) as writer:
+        for record in records:
+            writer.write(record)
+    return folder
+
+
+@pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")
+def test_streamed_photos_train_and_a_bad_one_is_skipped_or_named(tmp_path):
+    data_dir = damaged_copy(tmp_path / "photos")
+    skipped = train(*STREAMED, f"--data_dir={data_dir}", f"--model_dir={tmp_path / 'skipped'}")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "train-00000-of-00002, record 5: corrupt JPEG; skipped" in skipped.stderr
+    refused = train(
+        *STREAMED,
+        "--gin_param=data.max_bad_records=0",
+        f"--data_dir={data_dir}",
+        f"--model_dir={tmp_path / 'refused'}",
+    )
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    last = refused.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "train-00000-of-00002, record 5: corrupt JPEG" in last

@@ -1,0 +1,111 @@
+"""Every command and program of the README and CONTRIBUTING, as written, in a copy of the checkout."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data"))
+NEEDS_A_TPU = "--tpu="
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    return [line for block in blocks(document, "sh") for line in block.splitlines() if line]
+
+
+COMMANDS = commands("README.md")
+TRAINING = [command for command in COMMANDS if command.startswith("python train.py") and NEEDS_A_TPU not in command]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """What git tracks, with the virtual environment of this process and two shards of CIFAR-10 at data/cifar10."""
+    folder = tmp_path_factory.mktemp("checkout") / "conadv_tf"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in tracked.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)  # keeps the times that make looks at
+    if (ROOT / ".venv").is_dir():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    cifar = folder / "data" / "cifar10"
+    cifar.mkdir(parents=True)
+    for shard in (DATA / "cifar10").glob("*-00000-of-*"):
+        (cifar / shard.name).symlink_to(shard)
+    return folder
+
+
+def run(command: str, checkout: Path) -> subprocess.CompletedProcess:
+    arguments = shlex.split(command)
+    if arguments[0] == "python":
+        arguments[0] = sys.executable
+    return subprocess.run(arguments, cwd=checkout, capture_output=True, text=True, timeout=500)
+
+
+def need_make() -> None:
+    if not (ROOT / ".venv" / "installed-dev").exists():
+        pytest.skip("tests were not started by make: .venv/installed-dev is not there")
+
+
+def test_documents_hold_the_commands_the_tests_know():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert len(TRAINING) == 4
+    assert commands("CONTRIBUTING.md") == ["make test", "make check"]
+
+
+def test_make_demo_reaches_what_the_readme_promises(checkout):
+    need_make()
+    outcome = run("make demo", checkout)
+    assert outcome.returncode == 0, outcome.stderr
+    top1 = float(re.search(r"test top-1 ([\d.]+) %   top-5", outcome.stdout).group(1))
+    assert top1 >= 96
+    assert f"test top-1 {top1:.2f} %" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", TRAINING[1:])
+def test_training_command_runs_to_its_end(command, checkout):
+    if "data/cifar10" in command and not (DATA / "cifar10").is_dir():
+        pytest.skip(f"{DATA / 'cifar10'} is not here; set CONADV_TEST_DATA")
+    outcome = run(command, checkout)
+    assert outcome.returncode == 0, outcome.stderr
+    assert re.search(r"test top-1 [\d.]+ %   top-5", outcome.stdout)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if NEEDS_A_TPU in command])
+def test_tpu_command_says_that_no_tpu_is_here(command, checkout):
+    outcome = run(command, checkout)
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("error: --tpu=")
+    assert "no TPU is attached" in outcome.stderr
+
+
+def test_make_check_passes(checkout):
+    need_make()
+    outcome = run("make check", checkout)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_notebook_example_trains(checkout, tmp_path):
+    (example,) = blocks("README.md", "python")
+    (tmp_path / "example.py").write_text(example)
+    outcome = subprocess.run(
+        [sys.executable, str(tmp_path / "example.py")], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert float(re.findall(r"val_top1: ([\d.]+)", outcome.stdout)[-1]) > 0.9
+    assert list((tmp_path / "logs").rglob("events*"))
+
+
+def test_links_of_the_readme_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
