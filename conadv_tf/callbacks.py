@@ -144,7 +144,7 @@ class Recorder(tf_keras.callbacks.Callback):
         values = {name.replace("val_", "test_"): float(f"{float(value):.6g}") for name, value in logs.items()}
         self._epochs.append({"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **values})
         self._folder.write_metrics(self._epochs)
-        if (epoch + 1) % self._every == 0 or epoch + 1 == self._plan.epochs:
+        if self._folder.writes and ((epoch + 1) % self._every == 0 or epoch + 1 == self._plan.epochs):
             self._checkpoints.save()
 
 

@@ -20,6 +20,8 @@ class Checkpoints:
         self._checkpoint = tf.train.Checkpoint(
             network=model.network, shadows=list(model.shadows), optimizer=model.optimizer
         )
+        # Created here, by every worker: within fit its creation would be a broadcast that only the chief joins.
+        self._counter = self._checkpoint.save_counter
         self._manager = tf.train.CheckpointManager(self._checkpoint, directory, max_to_keep=KEEP)
 
     def restore(self) -> int:

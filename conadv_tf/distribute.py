@@ -51,6 +51,15 @@ def _multiworker_strategy() -> tf.distribute.Strategy:
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process keeps the run's files: the only one, or the first of several workers."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    resolver = strategy.cluster_resolver
+    has_chief = "chief" in resolver.cluster_spec().jobs
+    return resolver.task_type == "chief" or (resolver.task_id == 0 and not has_chief)
+
+
 @gin.configurable("mirrored", denylist=["gpus"])
 def _mirrored_strategy(gpus: list[str], logical_cpus: int = 2) -> tf.distribute.Strategy:
     """All GPUs, or without any `logical_cpus` equal parts of the CPU (to try replicas out)."""

@@ -13,15 +13,20 @@ from conadv_tf.version import __version__
 
 
 class RunFolder:
-    """`model_dir`: local or gs://. Every text file is replaced whole, never half written."""
+    """`model_dir`: local or gs://. Every text file is replaced whole, never half written.
 
-    def __init__(self, path: str):
-        """Makes the folder.
+    Args:
+      path: of the folder, which is made.
+      writes: False for a worker beside the chief: it reads, and its writes are dropped.
 
-        Raises:
-          RunError: if it cannot be made or written.
-        """
-        self.path = path
+    Raises:
+      RunError: if the folder cannot be made or written.
+    """
+
+    def __init__(self, path: str, writes: bool = True):
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         try:
             tf.io.gfile.makedirs(path)
             self._write(".writable", "")
@@ -62,6 +67,8 @@ class RunFolder:
             return file.read()
 
     def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         partial = self.file(name + ".partial")
         with tf.io.gfile.GFile(partial, "w") as file:
             file.write(text)

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import callbacks, checkpoint, configure, methods, pipeline, report
+from conadv_tf import callbacks, checkpoint, configure, distribute, methods, pipeline, report
 from conadv_tf import data as data_module
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.lars import OPTIMIZERS
@@ -174,7 +174,7 @@ def train(run: Run, model_dir: str) -> dict:
       RunError: if the folder cannot be used.
       DataError: if the data turn out damaged beyond the limit.
     """
-    folder = report.RunFolder(model_dir)
+    folder = report.RunFolder(model_dir, writes=distribute.is_chief(run.strategy))
     _check_same_run(folder)
     finished = folder.read_result()
     if finished:
@@ -187,7 +187,8 @@ def train(run: Run, model_dir: str) -> dict:
         print(f"resuming {model_dir} after epoch {first_epoch}")
     _fit(run, folder, checkpoints, first_epoch)
     result = _result(run, folder)
-    checkpoint.export(run.model.network, folder.file("export"))
+    if folder.writes:
+        checkpoint.export(run.model.network, folder.file("export"))
     folder.write_result(result)
     return result
 
@@ -195,7 +196,10 @@ def train(run: Run, model_dir: str) -> dict:
 def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints, first_epoch: int) -> None:
     plan, settings = run.plan, run.settings
     throughput = callbacks.Throughput(plan)
-    examples = run.data.examples("train", PANEL_IMAGES)
+    watchers = [
+        callbacks.ProgressBar(plan, run.recipe, throughput, first_epoch),
+        callbacks.TensorBoard(folder, plan, run.data.examples("train", PANEL_IMAGES)),
+    ]
     run.model.fit(
         _train_batches(run, first_epoch),
         epochs=plan.epochs,
@@ -205,8 +209,7 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
         callbacks=[
             throughput,
             callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
-            callbacks.ProgressBar(plan, run.recipe, throughput, first_epoch),
-            callbacks.TensorBoard(folder, plan, examples),
+            *(watchers if folder.writes else []),
             callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
             tf_keras.callbacks.TerminateOnNaN(),
         ],

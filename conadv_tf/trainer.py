@@ -68,6 +68,7 @@ class ConAdvModel(tf_keras.Model):
         self.seed = seed
         self.shadows = [shadow_copy(network) for _ in range(method.tau)]
         self.train_function: Callable | None = None
+        self.test_function: Callable | None = None
         self._active = method
         self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
         self._train_mean = tf_keras.metrics.MeanTensor("training", shape=(len(self._log_names(method)),))
@@ -98,13 +99,23 @@ class ConAdvModel(tf_keras.Model):
             self.train_function = lambda iterator: compiled(self._active.name)(iterator)
         return self.train_function
 
-    def train_step(self, data) -> dict[str, tf.Tensor]:
-        """One update from one batch per replica; runs on every replica."""
-        self._apply(self._active, self._contributions(self._active, data, tf.constant(0)))
-        return self._train_logs()
+    def make_test_function(self, force: bool = False):
+        """One call evaluates `steps_per_execution` batches of every replica."""
+        if self.test_function is None or force:
+            evaluation = self._evaluate_batches
+            self.test_function = evaluation if self.run_eagerly else tf.function(evaluation, autograph=False)
+        return self.test_function
 
-    def test_step(self, data) -> dict[str, tf.Tensor]:
-        """Adds one batch to the evaluation; rows of weight 0 count nothing."""
+    def train_step(self, data) -> None:
+        """One update from one batch per replica; runs on every replica.
+
+        Returns no logs, unlike Keras' own: they are read once, after the step, across replicas. A replica that read
+        them would start a collective of its own (several workers even summed them twice).
+        """
+        self._apply(self._active, self._contributions(self._active, data, tf.constant(0)))
+
+    def test_step(self, data) -> None:
+        """Adds one batch to the evaluation; rows of weight 0 count nothing. Logs as in `train_step`."""
         images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
         labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
         logits = self.network(images, training=False)
@@ -113,6 +124,14 @@ class ConAdvModel(tf_keras.Model):
         self._test_means["loss"].update_state(self._example_losses(labels, logits), weights)
         self._test_means["top1"].update_state(tf.cast(correct, tf.float32), weights)
         self._test_means["top5"].update_state(tf.cast(top5, tf.float32), weights)
+
+    def _evaluate_batches(self, iterator) -> dict[str, tf.Tensor]:
+        def body(step):
+            self.distribute_strategy.run(self.test_step, args=(next(iterator),))
+            return step + 1
+
+        steps = tf.cast(self._steps_per_execution, tf.int64)
+        tf.while_loop(lambda step: step < steps, body, (tf.constant(0, tf.int64),), parallel_iterations=1)
         return {name: mean.result() for name, mean in self._test_means.items()}
 
     # One update
@@ -280,7 +299,7 @@ class ConAdvModel(tf_keras.Model):
                 self.optimizer.build(self.network.trainable_variables)
 
     def adversarial_examples(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        """x̂ as the next update would make them from `images` and `labels`; float32, of the images' shape.
+        """x̂ of `images` and `labels` from the weights that the next update attacks; float32, of the images' shape.
 
         Raises:
           ConfigError: for a method without an attack.

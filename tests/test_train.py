@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,8 +52,10 @@ def train(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def weights(model_dir: Path) -> dict[str, np.ndarray]:
+    """Every number of the newest checkpoint, but for how often one was saved."""
     reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(model_dir / "checkpoints")))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
+    return {name: reader.get_tensor(name) for name in names if not name.startswith("save_counter")}
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +164,7 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(method, tmp_path):
     one, other = weights(whole), weights(killed)
     assert one.keys() == other.keys()
     for name in one:
-        if name != "save_counter/.ATTRIBUTES/VARIABLE_VALUE":
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     epochs = [json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3, 4, 5, 6]
 
@@ -339,3 +341,50 @@ def test_streamed_photos_train_and_a_bad_one_is_skipped_or_named(tmp_path):
     last = refused.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "train-00000-of-00002, record 5: corrupt JPEG" in last
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for number in sockets:
+        number.bind(("127.0.0.1", 0))
+    ports = [number.getsockname()[1] for number in sockets]
+    for number in sockets:
+        number.close()
+    return ports
+
+
+def workers(*flags: str) -> list[subprocess.Popen]:
+    """Two worker processes on this machine."""
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
+    environments = [
+        {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
+        for index in range(2)
+    ]
+    flags = (*flags, "--strategy=multiworker")
+    return [
+        subprocess.Popen(command(*flags), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for env in environments
+    ]
+
+
+@pytest.mark.parametrize("rows", [54, 27])
+def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
+    """With one and with two micro-batches a worker; the first worker alone keeps the files."""
+    layout = ["--gin_param=train.global_batch_size=108", f"--gin_param=train.microbatch_size={rows}"]
+    layout += ["--gin_param=train.epochs=3", "--gin_param=learning_rate.warmup_epochs=1"]
+    processes = workers(*layout, f"--model_dir={tmp_path / 'two'}")
+    one = train(*layout, "--strategy=mirrored", f"--model_dir={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    metrics = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    ]
+    for two, single in zip(*metrics, strict=True):
+        for name in ("loss", "adversarial_loss", "gradient_norm", "drift", "test_loss", "test_top1"):
+            assert two[name] == pytest.approx(single[name], rel=2e-4), name
+    pair, single_process = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name in single_process:
+        np.testing.assert_allclose(pair[name], single_process[name], rtol=1e-3, atol=1e-4, err_msg=name)
