@@ -163,7 +163,8 @@ class ConAdvModel(tf_keras.Model):
         self._train_counter.assign_add(1)
         if accumulators is None:
             data, waited = _timed_next(iterator)
-            strategy.run(self.train_step, args=(data,))
+            with tf.control_dependencies([waited]):
+                strategy.run(self.train_step, args=(data,))
             return waited
 
         def accumulate(data, index):
@@ -171,7 +172,8 @@ class ConAdvModel(tf_keras.Model):
 
         def body(index, waited):
             data, seconds = _timed_next(iterator)
-            strategy.run(accumulate, args=(data, index))
+            with tf.control_dependencies([seconds]):
+                strategy.run(accumulate, args=(data, index))
             return index + 1, waited + seconds
 
         strategy.run(accumulators.clear)
@@ -371,7 +373,10 @@ def leaf_variables(network: ResNet) -> list[tf.Variable]:
 
 
 def _timed_next(iterator):
-    """The next element and the seconds (float64) it took to arrive; host operations only."""
+    """The next element and the seconds (float64) it took to arrive; host operations only.
+
+    What uses the element should depend on the seconds too, or they would be read behind the first heavy operations.
+    """
     start = tf.timestamp()
     with tf.control_dependencies([start]):
         data = next(iterator)
