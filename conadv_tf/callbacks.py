@@ -1,5 +1,6 @@
 """What a run shows and keeps while it trains: progress bar, metrics.jsonl, TensorBoard, checkpoints."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import tf_keras
 import tqdm
 
 from conadv_tf.checkpoint import Checkpoints
+from conadv_tf.errors import RunError
 from conadv_tf.plan import Plan
 from conadv_tf.report import RunFolder
 from conadv_tf.split_batchnorm import SplitBatchNormalization
@@ -22,7 +24,7 @@ GAP = 4
 class Throughput(tf_keras.callbacks.Callback):
     """Adds `seconds`, `images_per_second` and `input_wait_share` to the logs of an epoch; goes before the others.
 
-    The first call of a process compiles the step and counts for `seconds` alone. Evaluation does not count.
+    The first call of a program compiles it and counts for `seconds` alone. Evaluation and saving do not count.
     """
 
     _supports_tf_logs = True  # keeps Keras from waiting for the device after every call
@@ -33,6 +35,8 @@ class Throughput(tf_keras.callbacks.Callback):
         self._compiled = False
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
+        if epoch == self.model.method.start_epoch:
+            self._compiled = False  # the adversarial half begins with a program of its own
         self._begin = self._measured_from = self._end = time.perf_counter()
         self._waited, self._first_step, self._last_step = 0.0, 0, 0
 
@@ -53,6 +57,40 @@ class Throughput(tf_keras.callbacks.Callback):
         logs.pop("input_wait_seconds", None)
         logs["images_per_second"], logs["input_wait_share"] = self.current()
         logs["seconds"] = self._end - self._begin
+
+
+class StopIfNotFinite(tf_keras.callbacks.Callback):
+    """Ends a run whose loss is not finite before its epoch is evaluated, recorded or saved.
+
+    Raises:
+      RunError: from within fit; the last checkpoint stays the last good one.
+    """
+
+    _supports_tf_logs = True
+
+    def __init__(self):
+        super().__init__()
+        self._checked = time.perf_counter()
+
+    def on_epoch_begin(self, epoch: int, logs=None) -> None:
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs=None) -> None:
+        if time.perf_counter() - self._checked > REFRESH_SECONDS:
+            self._checked = time.perf_counter()
+            self._check(logs)
+
+    def on_epoch_end(self, epoch: int, logs=None) -> None:
+        self._check(logs)
+
+    def _check(self, logs: dict) -> None:
+        # A mean over the epoch so far, so what was not finite once still shows.
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} in epoch {self._epoch + 1}, learning rate {float(logs['learning_rate']):.3g}: "
+                "lower learning_rate.peak_learning_rate or lengthen learning_rate.warmup_epochs, in a new --model_dir"
+            )
 
 
 class Evaluation(tf_keras.callbacks.Callback):

@@ -65,14 +65,30 @@ def _quiet() -> None:
 
 def _train() -> None:
     gin_files = FLAGS.gin_file or [DEFAULT_RECIPE]
-    configure.configure(gin_files, FLAGS.gin_param)
     recipe = configure.recipe_name(gin_files)
-    strategy = distribute.make_strategy(FLAGS.strategy, FLAGS.tpu)
-    built = run.build(recipe, strategy, FLAGS.data_dir)
+    configure.configure(gin_files, FLAGS.gin_param)
+    if FLAGS.preflight:
+        print(_preflight(recipe, gin_files))
+        return
+    built = run.build(recipe, distribute.make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
     print(run.describe(built), flush=True)
-    if not FLAGS.preflight:
-        print(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
+    print(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
+
+
+def _preflight(recipe: str, gin_files: list[str]) -> str:
+    """The arithmetic of the run, with the replicas of --tpu=TYPE and without its data where none are here."""
+    if FLAGS.data_dir is None and configure.setting("data.source") == "tfrecords":
+        if configure.setting("data.num_train") is None:
+            raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
+        configure.configure(gin_files, [*FLAGS.gin_param, "data.source = 'synthetic'", "data.augmentation = 'none'"])
+    typed = distribute.parse_accelerator_type(FLAGS.tpu or "")
+    strategy = (
+        tf.distribute.OneDeviceStrategy("CPU:0") if typed else distribute.make_strategy(FLAGS.strategy, FLAGS.tpu)
+    )
+    built = run.build(recipe, strategy, FLAGS.data_dir, distribute.replicas_of(FLAGS.tpu, strategy))
+    _check_effect()
+    return run.describe(built)
 
 
 def _check_effect() -> None:

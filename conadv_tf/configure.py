@@ -62,6 +62,14 @@ def recipe_name(gin_files: Sequence[str]) -> str:
     return "+".join(os.path.splitext(os.path.basename(path))[0] for path in gin_files)
 
 
+def setting(name: str):
+    """The value a recipe or flag gives to "data.source" and the like; None where none does."""
+    try:
+        return gin.query_parameter(name)
+    except ValueError:
+        return None
+
+
 def operative_config() -> str:
     """Every setting that had an effect so far, defaults included, as gin text with one binding a line."""
     lines = gin.operative_config_str(max_line_length=ONE_LINE).splitlines()

@@ -16,14 +16,16 @@ _SYNTHETIC_IMAGES = 256  # different ones; example i shows image i modulo this
 _DEFAULT_IMAGE_SIZE = 224
 
 
-def _digits(name: str, num_classes: int | None, image_size: int | None, augmentation: str) -> MemoryData:
+def _digits(
+    name: str, num_classes: int | None, image_size: int | None, num_train: int | None, augmentation: str
+) -> MemoryData:
     """scikit-learn's 1,797 grey 8x8 digits, 1,437 train and 360 test, stratified, always the same ones."""
     from sklearn import datasets, model_selection  # seconds to import; other sources do without
 
-    if num_classes not in (None, 10) or image_size not in (None, 8):
+    if num_classes not in (None, 10) or image_size not in (None, 8) or num_train not in (None, 1437):
         raise ConfigError(
-            f"data.num_classes={num_classes}, data.image_size={image_size}: digits have 10 "
-            "classes and 8 pixels: drop the settings"
+            f"data.num_classes={num_classes}, data.image_size={image_size}, data.num_train={num_train}: digits have "
+            "10 classes, 8 pixels and 1437 training images: drop the settings"
         )
     digits = datasets.load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -34,8 +36,10 @@ def _digits(name: str, num_classes: int | None, image_size: int | None, augmenta
     return MemoryData(name, 10, splits, augmentation, records.BadRecords(0))
 
 
-def _synthetic(name: str, num_classes: int | None, image_size: int | None, augmentation: str) -> MemoryData:
-    """Noise in the shape of ImageNet, always the same, for benchmarks."""
+def _synthetic(
+    name: str, num_classes: int | None, image_size: int | None, num_train: int | None, augmentation: str
+) -> MemoryData:
+    """Noise in the shape of ImageNet unless told otherwise, always the same, for benchmarks and --preflight."""
     size, classes = image_size or _DEFAULT_IMAGE_SIZE, num_classes or 1000
     random = np.random.default_rng(0)
     pool = (
@@ -43,7 +47,8 @@ def _synthetic(name: str, num_classes: int | None, image_size: int | None, augme
         random.integers(0, classes, _SYNTHETIC_IMAGES, np.int32),
     )
     splits = {"train": pool, "test": pool}
-    return MemoryData(name, classes, splits, augmentation, records.BadRecords(0), _IMAGENET)
+    sizes = (num_train or _IMAGENET[0], _IMAGENET[1])
+    return MemoryData(name, classes, splits, augmentation, records.BadRecords(0), sizes)
 
 
 def _memory(
@@ -76,6 +81,7 @@ def load(
     label_offset: int = 0,
     num_classes: int | None = None,
     image_size: int | None = None,
+    num_train: int | None = None,
     train_files: str = "train-*",
     test_files: str | Sequence[str] = ("validation-*", "test-*"),
     augmentation: str = "none",
@@ -94,6 +100,8 @@ def load(
       num_classes: labels are 0..num_classes-1; None: the largest label plus 1 (in memory), 1000 (synthetic).
       image_size: height and width, pixels. In memory every image must have it (None: the first image's);
         streamed images are cropped and resized to it (None: 224).
+      num_train: training images of synthetic data (None: ImageNet's 1,281,167); of files, what the recipe expects:
+        another number is warned about, since a shard may be missing.
       train_files: pattern, or patterns tried in turn, below data_dir.
       test_files: likewise.
       augmentation: of training images: "none"; "flip"; "crop_flip" (pad 4, crop, flip; in memory);
@@ -111,25 +119,28 @@ def load(
     streamed = source == "tfrecords" and not in_memory
     augment.check(augmentation, streamed)
     if source in _BUILT_IN and data_dir is None:
-        return _BUILT_IN[source](name or source, num_classes, image_size, augmentation)
+        return _BUILT_IN[source](name or source, num_classes, image_size, num_train, augmentation)
     if source in _BUILT_IN or data_dir is None:
         raise ConfigError(
             f"data_dir={data_dir!r} does not fit data.source={source!r}: tfrecords need "
             "--data_dir, digits and synthetic read no files"
         )
-    schema, name = records.Schema(label_offset, num_classes), name or os.path.basename(data_dir.rstrip("/"))
-    bad_records = records.BadRecords(max_bad_records)
     if streamed and (not num_classes or shuffle_buffer < 1):
         raise ConfigError(
             f"data.num_classes={num_classes}, data.shuffle_buffer={shuffle_buffer}: data."
             "in_memory=False needs the number of classes and a buffer of at least 1"
         )
+    schema, name = records.Schema(label_offset, num_classes), name or os.path.basename(data_dir.rstrip("/"))
+    bad_records = records.BadRecords(max_bad_records)
     patterns = {"train": (train_files, "data.train_files"), "test": (test_files, "data.test_files")}
     files = {
         split: records.index_files(records.match_files(data_dir, *patterns[split]), bad_records) for split in SPLITS
     }
     if streamed:
-        return StreamData(
-            name, files, schema, image_size or _DEFAULT_IMAGE_SIZE, augmentation, shuffle_buffer, bad_records
-        )
-    return _memory(name, files, schema, image_size, augmentation, bad_records)
+        size = image_size or _DEFAULT_IMAGE_SIZE
+        loaded: ImageData = StreamData(name, files, schema, size, augmentation, shuffle_buffer, bad_records)
+    else:
+        loaded = _memory(name, files, schema, image_size, augmentation, bad_records)
+    if num_train not in (None, loaded.num_train):
+        logging.warning("%s: %d training images, not data.num_train=%d", data_dir, loaded.num_train, num_train)
+    return loaded

@@ -94,14 +94,26 @@ def parse_accelerator_type(tpu: str) -> tuple[str, int] | None:
     return (match.group(1), int(match.group(2))) if match else None
 
 
+def replicas_of(tpu: str | None, strategy: tf.distribute.Strategy) -> int:
+    """Replicas that --tpu=TYPE would give; those of `strategy` where --tpu names no type.
+
+    A replica is a core on v2 and v3, whose types count cores; a chip on the later ones, of which v4 and v5p count
+    two cores a chip and v5e and v6e the chips.
+    """
+    accelerator = parse_accelerator_type(tpu or "")
+    if accelerator is None:
+        return strategy.num_replicas_in_sync
+    generation, count = accelerator
+    return count // 2 if generation in ("v4", "v5p") else count
+
+
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     accelerator_type = tpu if parse_accelerator_type(tpu) else None
-    address = "local" if accelerator_type else tpu
+    # A slice of several hosts is reached by its name, which TPU VMs and managed jobs put into the environment.
+    address = os.environ.get("TPU_NAME", "local") if accelerator_type else tpu
     attached = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
     if accelerator_type and attached and attached != accelerator_type:
-        raise RunError(
-            f"--tpu={tpu}: the TPU attached to this machine is a {attached}: pass --tpu={attached}, or create a {tpu}"
-        )
+        raise RunError(f"--tpu={tpu}: the TPU attached here is a {attached}: pass --tpu={attached}, or create a {tpu}")
     try:
         if address == "local" and not tf.config.list_physical_devices("TPU") and not _has_tpu_library():
             raise ValueError("no TPU is attached to this machine")
@@ -113,6 +125,11 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
         strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # the resolver raises whatever its transport does
         raise RunError(_no_tpu_message(tpu, error)) from error
+    if strategy.num_replicas_in_sync != replicas_of(tpu, strategy):
+        raise RunError(
+            f"--tpu={tpu} has {replicas_of(tpu, strategy)} replicas, the attached TPU {strategy.num_replicas_in_sync}: "
+            "name the type of the attached one, or set TPU_NAME to the slice you mean"
+        )
     return strategy
 
 
@@ -130,8 +147,8 @@ def _no_tpu_message(tpu: str, error: Exception) -> str:
     cause = " ".join(str(error).split())[:200]
     kind = tpu if parse_accelerator_type(tpu) else "TYPE"
     return (
-        f"--tpu={tpu} cannot be reached ({cause}): start on a TPU VM, or make one with "
-        f"tpu_scripts/create.sh --type={kind}; without a TPU leave --tpu out"
+        f"--tpu={tpu} cannot be reached ({cause}): start on a TPU VM, or make one with gcloud compute tpus tpu-vm "
+        f"create NAME --accelerator-type={kind}; without a TPU leave --tpu out"
     )
 
 

@@ -44,7 +44,7 @@ class Plan:
         if not remainder:
             return ""
         return (
-            f"{remainder} of {self.num_train:,} images fill no batch and open the next epoch; "
+            f"{remainder:,} of {self.num_train:,} images fill no batch and open the next epoch; "
             f"the run makes {self.passes:.1f} full passes"
         )
 

@@ -1,5 +1,6 @@
 """The files of a run that people and programs read: config.gin, metrics.jsonl, result.json."""
 
+import contextlib
 import json
 import os
 import statistics
@@ -27,13 +28,10 @@ class RunFolder:
         self.path, self.writes = path, writes
         if not writes:
             return
-        try:
-            tf.io.gfile.makedirs(path)
-            self._write(".writable", "")
-            tf.io.gfile.remove(self.file(".writable"))
-        except (tf.errors.OpError, OSError) as error:
-            cause = " ".join(str(error).split())[:200]
-            raise RunError(f"--model_dir={path} cannot be written ({cause}): choose a folder you may write") from error
+        with contextlib.suppress(tf.errors.OpError, OSError):
+            tf.io.gfile.makedirs(path)  # what goes wrong here, writing says
+        self._write(".writable", "")
+        tf.io.gfile.remove(self.file(".writable"))
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -70,9 +68,15 @@ class RunFolder:
         if not self.writes:
             return
         partial = self.file(name + ".partial")
-        with tf.io.gfile.GFile(partial, "w") as file:
-            file.write(text)
-        tf.io.gfile.rename(partial, self.file(name), overwrite=True)
+        try:
+            with tf.io.gfile.GFile(partial, "w") as file:
+                file.write(text)
+            tf.io.gfile.rename(partial, self.file(name), overwrite=True)
+        except (tf.errors.OpError, OSError) as error:
+            cause = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"--model_dir={self.path} cannot be written ({cause}): choose a folder you may write"
+            ) from error
 
 
 def evaluation_result(train: dict[str, float], test: dict[str, float]) -> dict[str, float]:
@@ -87,7 +91,7 @@ def evaluation_result(train: dict[str, float], test: dict[str, float]) -> dict[s
 
 
 def speed_result(epochs: list[dict]) -> dict[str, float]:
-    """Median clean training images/s of the epochs, and the seconds of all of them."""
+    """Median clean training images/s of the epochs, and the seconds of training in all of them."""
     rates = [epoch["images_per_second"] for epoch in epochs if epoch["images_per_second"]]
     return {
         "images_per_second": round(statistics.median(rates), 2) if rates else 0.0,

@@ -5,11 +5,10 @@ import dataclasses
 import gin
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 from conadv_tf import callbacks, checkpoint, configure, distribute, methods, pipeline, report
 from conadv_tf import data as data_module
-from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.errors import ConfigError
 from conadv_tf.lars import OPTIMIZERS
 from conadv_tf.plan import Plan, check_batch_norm_groups, make_plan
 from conadv_tf.resnet import ResNet
@@ -108,8 +107,14 @@ def make_network(
     )
 
 
-def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None) -> Run:
+def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, num_replicas: int | None = None) -> Run:
     """Builds what the gin configuration describes.
+
+    Args:
+      recipe: its name.
+      strategy: where the variables live.
+      data_dir: of the data; None for data without files.
+      num_replicas: to plan for; None takes the strategy's, any other number is for looking at the plan alone.
 
     Raises:
       ConfigError: for settings that do not fit together.
@@ -118,7 +123,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None) -
     settings = Settings()
     method = methods.make_method(settings.method)
     data = data_module.load(data_dir=data_dir)
-    replicas = strategy.num_replicas_in_sync
+    replicas = num_replicas or strategy.num_replicas_in_sync
     plan = make_plan(settings.global_batch_size, settings.microbatch_size, replicas, data.num_train, settings.epochs)
     if method.start_epoch >= plan.epochs:
         raise ConfigError(
@@ -143,7 +148,7 @@ def describe(run: Run) -> str:
     """The arithmetic of the run, one fact a line, for the person who starts it."""
     plan, method = run.plan, run.model.method
     schedule = run.model.optimizer.learning_rate
-    rates = [float(schedule(step)) for step in range(0, plan.total_steps, max(1, plan.total_steps // 1000))]
+    peak = float(schedule(schedule.get_config().get("warmup_steps", 0)))
     facts = [
         ("recipe", run.recipe),
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
@@ -158,7 +163,7 @@ def describe(run: Run) -> str:
             f"{plan.rows} images",
         ),
         ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
-        ("peak learning rate", f"{max(rates):.4g}"),
+        ("peak learning rate", f"{peak:.4g}"),
         ("cost", f"{method.forward_units:g} forward passes over the batch an update (vanilla: 3)"),
     ]
     note = plan.remainder_note()
@@ -171,7 +176,7 @@ def train(run: Run, model_dir: str) -> dict:
 
     Raises:
       ConfigError: if the folder holds another run.
-      RunError: if the folder cannot be used.
+      RunError: if the folder cannot be used, or the loss stops being finite.
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = report.RunFolder(model_dir, writes=distribute.is_chief(run.strategy))
@@ -190,6 +195,8 @@ def train(run: Run, model_dir: str) -> dict:
     if folder.writes:
         checkpoint.export(run.model.network, folder.file("export"))
     folder.write_result(result)
+    if run.data.bad_records.count:
+        print(run.data.bad_records.report())
     return result
 
 
@@ -208,18 +215,12 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
         verbose=0,
         callbacks=[
             throughput,
+            callbacks.StopIfNotFinite(),
             callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
             *(watchers if folder.writes else []),
             callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
-            tf_keras.callbacks.TerminateOnNaN(),
         ],
     )
-    made = run.model.updates_made()
-    if made < plan.total_steps:
-        raise RunError(
-            f"training stopped after {made} of {plan.total_steps} updates with a loss that is not finite: lower "
-            "learning_rate.peak_learning_rate or lengthen learning_rate.warmup_epochs, in a new --model_dir"
-        )
 
 
 def _train_batches(run: Run, first_epoch: int):

@@ -163,8 +163,7 @@ class ConAdvModel(tf_keras.Model):
         self._train_counter.assign_add(1)
         if accumulators is None:
             data, waited = _timed_next(iterator)
-            with tf.control_dependencies([waited]):
-                strategy.run(self.train_step, args=(data,))
+            strategy.run(self.train_step, args=(data,))
             return waited
 
         def accumulate(data, index):
@@ -172,8 +171,7 @@ class ConAdvModel(tf_keras.Model):
 
         def body(index, waited):
             data, seconds = _timed_next(iterator)
-            with tf.control_dependencies([seconds]):
-                strategy.run(accumulate, args=(data, index))
+            strategy.run(accumulate, args=(data, index))
             return index + 1, waited + seconds
 
         strategy.run(accumulators.clear)
@@ -197,6 +195,9 @@ class ConAdvModel(tf_keras.Model):
         if weights is not None:
             raise ConfigError("sample_weight in training: every image counts the same here: leave the weights out")
         images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
+        if images.shape[0] is None and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
+            # Keras would deal a last, smaller batch out unevenly, and a replica without rows has no mean.
+            raise ConfigError("replicas need batches of one fixed size: batch the data with drop_remainder=True")
         batch = methods.Batch(images, labels, self._microbatch_seed(microbatch))
         with deferred_statistics() as statistics:
             gradients, metrics = method.gradients(self.network, self._stale(), self._example_losses, batch)
@@ -375,10 +376,17 @@ def leaf_variables(network: ResNet) -> list[tf.Variable]:
 def _timed_next(iterator):
     """The next element and the seconds (float64) it took to arrive; host operations only.
 
-    What uses the element should depend on the seconds too, or they would be read behind the first heavy operations.
+    The element passes through identities that wait for the clock: otherwise the clock would be read behind the first
+    heavy operations on the element.
     """
     start = tf.timestamp()
     with tf.control_dependencies([start]):
         data = next(iterator)
-    with tf.control_dependencies(tf.nest.flatten(tf.distribute.get_strategy().experimental_local_results(data))):
-        return data, tf.timestamp() - start
+    with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
+        waited = tf.timestamp() - start
+
+    def after_the_clock(tensor):
+        with tf.control_dependencies([waited]), tf.compat.v1.colocate_with(tensor):
+            return tf.identity(tensor)
+
+    return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited

@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data"))
-NEEDS_A_TPU = "--tpu="
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -24,7 +23,9 @@ def commands(document: str) -> list[str]:
 
 
 COMMANDS = commands("README.md")
-TRAINING = [command for command in COMMANDS if command.startswith("python train.py") and NEEDS_A_TPU not in command]
+PREFLIGHT = [command for command in COMMANDS if "--preflight" in command]
+ON_A_TPU = [command for command in COMMANDS if "--tpu=" in command and command not in PREFLIGHT]
+TRAINING = [command for command in COMMANDS if command.startswith("python train.py") and "--tpu=" not in command]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,8 @@ def need_make() -> None:
 
 def test_documents_hold_the_commands_the_tests_know():
     assert COMMANDS[:2] == ["make demo", "make test"]
-    assert len(TRAINING) == 4
+    assert (len(TRAINING), len(PREFLIGHT), len(ON_A_TPU)) == (4, 1, 2)
+    assert len(COMMANDS) == 9
     assert commands("CONTRIBUTING.md") == ["make test", "make check"]
 
 
@@ -69,7 +71,9 @@ def test_make_demo_reaches_what_the_readme_promises(checkout):
     assert outcome.returncode == 0, outcome.stderr
     top1 = float(re.search(r"test top-1 ([\d.]+) %   top-5", outcome.stdout).group(1))
     assert top1 >= 96
-    assert f"test top-1 {top1:.2f} %" in (ROOT / "README.md").read_text()
+    # Another processor sums in another order: a few of the 360 test images may fall differently.
+    promised = float(re.search(r"test top-1 ([\d.]+) %   top-5", (ROOT / "README.md").read_text()).group(1))
+    assert top1 == pytest.approx(promised, abs=1.5)
 
 
 @pytest.mark.parametrize("command", TRAINING[1:])
@@ -81,7 +85,14 @@ def test_training_command_runs_to_its_end(command, checkout):
     assert re.search(r"test top-1 [\d.]+ %   top-5", outcome.stdout)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if NEEDS_A_TPU in command])
+@pytest.mark.parametrize("command", PREFLIGHT)
+def test_preflight_prints_what_the_readme_shows(command, checkout):
+    outcome = run(command, checkout)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout in blocks("README.md", "text")
+
+
+@pytest.mark.parametrize("command", ON_A_TPU)
 def test_tpu_command_says_that_no_tpu_is_here(command, checkout):
     outcome = run(command, checkout)
     assert outcome.returncode == 1

@@ -229,3 +229,17 @@ def test_costs_are_those_of_the_specification():
     assert methods.conadv(Attack(steps=3)).forward_units == 12
     assert methods.disadv(half=methods.AdversarialHalf(fraction=0.5)).forward_units == 5.5
     assert_close({"moving": methods.conadv(Attack(batch_norm="moving")).forward_units}, {"moving": 7.5}, 0)
+
+
+@pytest.mark.parametrize("method", [methods.vanilla(), methods.disadv(), methods.conadv(tau=2)], ids=lambda m: m.name)
+def test_whole_update_and_evaluation_are_xla_programs(method):
+    """What a TPU compiles: gradients, statistics, shadow copies, LARS and metrics, in bfloat16."""
+    model = make_model(method, network={"dtype": "mixed_bfloat16"})
+    model.create_optimizer_variables()
+    (images,), (labels,) = random_batches(1, 8)
+    update = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True, autograph=False)
+    update(images, labels)
+    assert model.updates_made() == 1
+    evaluate = tf.function(lambda x, y, w: model.test_step((x, y, w)), jit_compile=True, autograph=False)
+    evaluate(images, labels, tf.constant([1.0] * 5 + [0.0] * 3))
+    assert 0 <= float(model.metrics[2].result()) <= 1

@@ -287,11 +287,29 @@ def test_checkpoint_of_another_network_is_refused(finished, tmp_path):
         assert len(outcome.stderr.strip().splitlines()) == 1
 
 
-def test_preflight_builds_and_trains_nothing(tmp_path):
-    outcome = train("--preflight", cwd=tmp_path)
-    assert outcome.returncode == 0
-    assert "1,170 = 90 epochs × 13" in outcome.stdout
+def test_preflight_builds_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call_command_line("--preflight")
+    assert "1,170 = 90 epochs × 13" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("tpu", "layout"),
+    [
+        ("v3-512", "512 replica(s) × 3 micro-batch(es) × 64 images"),
+        ("v3-8", "8 replica(s) × 192 micro-batch(es) × 64 images"),
+        ("v4-1024", "512 replica(s) × 3 micro-batch(es) × 64 images"),
+        ("v5litepod-256", "256 replica(s) × 6 micro-batch(es) × 64 images"),
+    ],
+)
+def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys):
+    call_command_line("--gin_file=96k_conadv.gin", f"--tpu={tpu}", "--preflight", "--gin_param=data.image_size=32")
+    text = capsys.readouterr().out
+    assert f"98,304 = {layout}" in text
+    assert "1,170 = 90 epochs × 13" in text
+    assert "25,610,152 parameters" in text
+    assert "imagenet: 1,281,167 training" in text
 
 
 IMAGENET_SAMPLE = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data")) / "imagenet_sample"
