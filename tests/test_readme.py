@@ -62,6 +62,7 @@ def test_documents_hold_the_commands_the_tests_know():
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert (len(TRAINING), len(PREFLIGHT), len(ON_A_TPU)) == (4, 1, 2)
     assert len(COMMANDS) == 9
+    assert "@@" not in (ROOT / "README.md").read_text()
     assert commands("CONTRIBUTING.md") == ["make test", "make check"]
 
 
