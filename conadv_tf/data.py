@@ -73,6 +73,16 @@ def _memory(
 _BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
 
 
+def _check_source(source: str, data_dir: str | None) -> None:
+    if source not in (*_BUILT_IN, "tfrecords"):
+        raise ConfigError(f"data.source={source!r} is not known: choose digits, tfrecords or synthetic")
+    if (source in _BUILT_IN) != (data_dir is None):
+        raise ConfigError(
+            f"data_dir={data_dir!r} does not fit data.source={source!r}: tfrecords need "
+            "--data_dir, digits and synthetic read no files"
+        )
+
+
 @gin.configurable("data", denylist=["data_dir"])
 def load(
     source: str = "digits",
@@ -114,17 +124,11 @@ def load(
       ConfigError: a setting that is unknown, missing, or does not fit the source.
       DataError: files missing or damaged beyond the limit, or a label out of range.
     """
-    if source not in (*_BUILT_IN, "tfrecords"):
-        raise ConfigError(f"data.source={source!r} is not known: choose digits, tfrecords or synthetic")
+    _check_source(source, data_dir)
     streamed = source == "tfrecords" and not in_memory
     augment.check(augmentation, streamed)
-    if source in _BUILT_IN and data_dir is None:
+    if data_dir is None:
         return _BUILT_IN[source](name or source, num_classes, image_size, num_train, augmentation)
-    if source in _BUILT_IN or data_dir is None:
-        raise ConfigError(
-            f"data_dir={data_dir!r} does not fit data.source={source!r}: tfrecords need "
-            "--data_dir, digits and synthetic read no files"
-        )
     if streamed and (not num_classes or shuffle_buffer < 1):
         raise ConfigError(
             f"data.num_classes={num_classes}, data.shuffle_buffer={shuffle_buffer}: data."
