@@ -50,10 +50,6 @@ class Settings:
     checkpoint_every_epochs: int = 1
 
     def __post_init__(self):
-        if self.global_batch_size is None:
-            raise ConfigError(
-                "train.global_batch_size is not set: add a recipe that does, e.g. --gin_file=batch/8k.gin"
-            )
         for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"train.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
