@@ -152,6 +152,20 @@ def _no_tpu_message(tpu: str, error: Exception) -> str:
     )
 
 
+def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    """The sum of each value over the replicas, in one all-reduce; runs in a replica; not differentiable.
+
+    `ReplicaContext.all_reduce` would do the same behind an IdentityN of all values, for the sake of their gradients.
+    TensorFlow's graph optimizer first drops orderings as implied by that op and then takes the op apart: an update of
+    γ from the clean pass was no longer ordered behind the attack's reading of the same γ.
+    """
+
+    def reduce(strategy: tf.distribute.Strategy, *values):
+        return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, [(value, value) for value in values])
+
+    return tf.distribute.get_replica_context().merge_call(reduce, args=tuple(values))
+
+
 def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:
     """The mean of `value` (float32, any static shape) over groups of neighbouring replicas; differentiable.
 

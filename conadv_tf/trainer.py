@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import methods
+from conadv_tf import distribute, methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import is_adapted
 from conadv_tf.losses import SmoothedCrossEntropy
@@ -220,7 +220,7 @@ class ConAdvModel(tf_keras.Model):
     def _apply(self, method: methods.Method, contributions: list[tf.Tensor]) -> None:
         """Averages over replicas and updates everything that changes; runs in a replica."""
         replica = tf.distribute.get_replica_context()
-        *averages, values = replica.all_reduce(tf.distribute.ReduceOp.SUM, contributions)
+        *averages, values = distribute.sum_over_replicas(contributions)
         variables = self.network.trainable_variables
         gradients, statistics = averages[: len(variables)], averages[len(variables) :]
         self._train_mean.update_state(self._log_values(method, values, gradients))
@@ -376,10 +376,17 @@ def leaf_variables(network: ResNet) -> list[tf.Variable]:
 def _timed_next(iterator):
     """The next element and the seconds (float64) it took to arrive; host operations only.
 
-    An upper bound: the clock may be read behind the first operations on the element.
+    The element passes through identities that wait for the clock: otherwise the clock would be read behind the first
+    heavy operations on the element.
     """
     start = tf.timestamp()
     with tf.control_dependencies([start]):
         data = next(iterator)
     with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
-        return data, tf.timestamp() - start
+        waited = tf.timestamp() - start
+
+    def after_the_clock(tensor):
+        with tf.control_dependencies([waited]), tf.compat.v1.colocate_with(tensor):
+            return tf.identity(tensor)
+
+    return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited
