@@ -199,6 +199,8 @@ class TensorBoard(tf_keras.callbacks.Callback):
         "loss": "train/loss",
         "clean_loss": "clean/loss",
         "clean_top1": "clean/top1",
+        "augmented_loss": "augmented/loss",
+        "augmented_top1": "augmented/top1",
         "adversarial_loss": "adversarial/loss",
         "adversarial_top1": "adversarial/top1",
         "learning_rate": "optimizer/learning_rate",

@@ -78,7 +78,7 @@ def _train() -> None:
 
 def _preflight(recipe: str, gin_files: list[str]) -> str:
     """The arithmetic of the run, with the replicas of --tpu=TYPE and without its data where none are here."""
-    if FLAGS.data_dir is None and configure.setting("data.source") == "tfrecords":
+    if FLAGS.data_dir is None and configure.setting("data.source") in ("tfrecords", "tfds"):
         if configure.setting("data.num_train") is None:
             raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
         configure.configure(gin_files, [*FLAGS.gin_param, "data.source = 'synthetic'", "data.augmentation = 'none'"])

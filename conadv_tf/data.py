@@ -1,7 +1,9 @@
 """The data sets of recipes: which images and labels they have (SPEC section 8); pipeline.py hands them out."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import gin
 import numpy as np
@@ -14,10 +16,21 @@ from conadv_tf.pipeline import SPLITS, ImageData, MemoryData, StreamData
 _IMAGENET = 1_281_167, 50_000  # train and test images
 _SYNTHETIC_IMAGES = 256  # different ones; example i shows image i modulo this
 _DEFAULT_IMAGE_SIZE = 224
+# What only one source reads, and its value where nothing sets it.
+_TFRECORD_SETTINGS: dict[str, Any] = {
+    "label_offset": 0,
+    "train_files": "train-*",
+    "test_files": ("validation-*", "test-*"),
+}
+_TFDS_SETTINGS: dict[str, Any] = {"tfds_name": None, "train_split": "train", "test_split": None}
 
 
 def _digits(
-    name: str, num_classes: int | None, image_size: int | None, num_train: int | None, augmentation: str
+    name: str,
+    num_classes: int | None,
+    image_size: int | None,
+    num_train: int | None,
+    augmentation: augment.Augmentation,
 ) -> MemoryData:
     """scikit-learn's 1,797 grey 8x8 digits, 1,437 train and 360 test, stratified, always the same ones."""
     from sklearn import datasets, model_selection  # seconds to import; other sources do without
@@ -37,7 +50,11 @@ def _digits(
 
 
 def _synthetic(
-    name: str, num_classes: int | None, image_size: int | None, num_train: int | None, augmentation: str
+    name: str,
+    num_classes: int | None,
+    image_size: int | None,
+    num_train: int | None,
+    augmentation: augment.Augmentation,
 ) -> MemoryData:
     """Noise in the shape of ImageNet unless told otherwise, always the same, for benchmarks and --preflight."""
     size, classes = image_size or _DEFAULT_IMAGE_SIZE, num_classes or 1000
@@ -51,22 +68,57 @@ def _synthetic(
     return MemoryData(name, classes, splits, augmentation, records.BadRecords(0), sizes)
 
 
+class _Stored(Protocol):
+    """Data in files, found and not yet read: _TFRecords or tfds_source.TfdsData. Splits are "train" and "test"."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def schema(self) -> records.Schema: ...
+
+    def record_files(self, split: str) -> list[str]: ...
+
+    def read_into_memory(
+        self, split: str, bad_records: records.BadRecords, image_shape: tuple[int, int, int] | None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _TFRecords:
+    name: str
+    schema: records.Schema
+    paths: dict[str, list[str]]
+    channels: int = 3
+
+    def record_files(self, split: str) -> list[str]:
+        return self.paths[split]
+
+    def read_into_memory(
+        self, split: str, bad_records: records.BadRecords, image_shape: tuple[int, int, int] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        files = records.index_files(self.paths[split], bad_records)
+        return records.read_into_memory(files, self.schema, bad_records, image_shape)
+
+
 def _memory(
     name: str,
-    files: dict[str, list[records.RecordFile]],
-    schema: records.Schema,
+    stored: _Stored,
     image_size: int | None,
-    augmentation: str,
+    augmentation: augment.Augmentation,
     bad_records: records.BadRecords,
 ) -> MemoryData:
-    shape = (image_size, image_size, 3) if image_size else None
+    shape = (image_size, image_size, stored.channels) if image_size else None
     splits = {}
     for split in SPLITS:
-        splits[split] = records.read_into_memory(files[split], schema, bad_records, shape)
+        splits[split] = stored.read_into_memory(split, bad_records, shape)
         shape = splits[split][0].shape[1:]
     if bad_records.count:
         logging.warning("%s", bad_records.report())
-    num_classes = schema.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
+    num_classes = stored.schema.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
     return MemoryData(name, num_classes, splits, augmentation, bad_records)
 
 
@@ -74,13 +126,46 @@ _BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
 
 
 def _check_source(source: str, data_dir: str | None) -> None:
-    if source not in (*_BUILT_IN, "tfrecords"):
-        raise ConfigError(f"data.source={source!r} is not known: choose digits, tfrecords or synthetic")
-    if (source in _BUILT_IN) != (data_dir is None):
+    if source not in (*_BUILT_IN, "tfrecords", "tfds"):
+        raise ConfigError(f"data.source={source!r} is not known: choose digits, tfrecords, tfds or synthetic")
+    if source != "tfds" and (source in _BUILT_IN) != (data_dir is None):
         raise ConfigError(
             f"data_dir={data_dir!r} does not fit data.source={source!r}: tfrecords need "
             "--data_dir, digits and synthetic read no files"
         )
+
+
+def _find(
+    source: str,
+    data_dir: str | None,
+    num_classes: int | None,
+    tfds_settings: dict[str, Any],
+    record_settings: dict[str, Any],
+) -> _Stored:
+    if source == "tfds":
+        from conadv_tf import tfds_source  # seconds to import; other sources do without
+
+        return tfds_source.TfdsData(data_dir=data_dir, num_classes=num_classes, **tfds_settings)
+    paths = {
+        split: records.match_files(str(data_dir), record_settings[f"{split}_files"], f"data.{split}_files")
+        for split in SPLITS
+    }
+    schema = records.Schema(record_settings["label_offset"], num_classes)
+    return _TFRecords(os.path.basename(str(data_dir).rstrip("/")), schema, paths)
+
+
+def _check_settings(source: str, settings: dict[str, Any]) -> None:
+    """Raises ConfigError at what this source does not read; synthetic data stand in for any, settings and all."""
+    unused = {"tfrecords": _TFDS_SETTINGS, "tfds": _TFRECORD_SETTINGS, "digits": _TFDS_SETTINGS}.get(source, {})
+    for name, default in unused.items():
+        if settings[name] != default:
+            other = "tfds" if name in _TFDS_SETTINGS else "tfrecords"
+            raise ConfigError(
+                f"data.{name}={settings[name]!r} has no effect on data.source={source!r}: drop it, or set "
+                f"data.source={other!r}"
+            )
+    if source == "tfds" and not settings["tfds_name"]:
+        raise ConfigError("data.tfds_name=None does not say which data set of TFDS: name one, such as 'imagenet2012'")
 
 
 @gin.configurable("data", denylist=["data_dir"])
@@ -94,7 +179,12 @@ def load(
     num_train: int | None = None,
     train_files: str = "train-*",
     test_files: str | Sequence[str] = ("validation-*", "test-*"),
+    tfds_name: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
     augmentation: str = "none",
+    autoaugment: str = "none",
+    autoaugment_mode: str = "replace",
     in_memory: bool = True,
     shuffle_buffer: int = 16_384,
     max_bad_records: int = 10,
@@ -102,20 +192,28 @@ def load(
     """Loads a data set.
 
     Args:
-      source: "digits" (scikit-learn's, no files), "tfrecords" (ImageNet schema, plain or GZIP), or
-        "synthetic" (noise in ImageNet's numbers, for benchmarks).
-      name: what to call it in results; None takes the source, or the last part of data_dir.
-      data_dir: directory of the TFRecord files, local or gs://; a flag, not a gin parameter.
+      source: "digits" (scikit-learn's, no files), "tfrecords" (ImageNet schema, plain or GZIP), "tfds" (an image
+        classification data set that TFDS has prepared), or "synthetic" (noise in ImageNet's numbers, for benchmarks).
+      name: what to call it in results; None takes the source, the last part of data_dir, or TFDS's name.
+      data_dir: directory of the TFRecord files, or TFDS's data directory (None: its default), local or gs://; a flag,
+        not a gin parameter.
       label_offset: the stored label of class 0 (1 for ImageNet as the Cloud TPU script writes it).
-      num_classes: labels are 0..num_classes-1; None: the largest label plus 1 (in memory), 1000 (synthetic).
+      num_classes: labels are 0..num_classes-1; None: the largest label plus 1 (TFRecords in memory), what TFDS says,
+        1000 (synthetic).
       image_size: height and width, pixels. In memory every image must have it (None: the first image's);
         streamed images are cropped and resized to it (None: 224).
       num_train: training images of synthetic data (None: ImageNet's 1,281,167); of files, what the recipe expects:
         another number is warned about, since a shard may be missing.
       train_files: pattern, or patterns tried in turn, below data_dir.
       test_files: likewise.
+      tfds_name: "name", "name/config" or "name/config:version"; to be streamed it must hold JPEGs in TFRecords.
+      train_split: of TFDS; in memory it may be a part, "train[:90%]".
+      test_split: likewise; None: the first there is of "validation" and "test".
       augmentation: of training images: "none"; "flip"; "crop_flip" (pad 4, crop, flip; in memory);
         "resized_crop_flip" (area 0.08..1, aspect 3/4..4/3, flip; streamed).
+      autoaugment: policy of AutoAugment, after crop and flip: "none", "imagenet" or "cifar10".
+      autoaugment_mode: "replace" puts its image in the clean one's place, "concat3" hands out both (adversarial methods
+        train on clean, augmented and adversarial images through three BN branches, as the TF1 release does).
       in_memory: decode all images at load; False reads the files as training goes.
       shuffle_buffer: records in the shuffle buffer of each host, streamed files only.
       max_bad_records: damaged records to skip before the run ends.
@@ -125,26 +223,28 @@ def load(
       DataError: files missing or damaged beyond the limit, or a label out of range.
     """
     _check_source(source, data_dir)
-    streamed = source == "tfrecords" and not in_memory
-    augment.check(augmentation, streamed)
-    if data_dir is None:
-        return _BUILT_IN[source](name or source, num_classes, image_size, num_train, augmentation)
-    if streamed and (not num_classes or shuffle_buffer < 1):
+    tfds_settings = {"tfds_name": tfds_name, "train_split": train_split, "test_split": test_split}
+    record_settings = {"label_offset": label_offset, "train_files": train_files, "test_files": test_files}
+    _check_settings(source, tfds_settings | record_settings)
+    streamed = source not in _BUILT_IN and not in_memory
+    transform = augment.Augmentation(augmentation, autoaugment, autoaugment_mode)
+    transform.check(streamed)
+    if source in _BUILT_IN:
+        return _BUILT_IN[source](name or source, num_classes, image_size, num_train, transform)
+    if streamed and ((source == "tfrecords" and not num_classes) or shuffle_buffer < 1):
         raise ConfigError(
             f"data.num_classes={num_classes}, data.shuffle_buffer={shuffle_buffer}: data."
             "in_memory=False needs the number of classes and a buffer of at least 1"
         )
-    schema, name = records.Schema(label_offset, num_classes), name or os.path.basename(data_dir.rstrip("/"))
     bad_records = records.BadRecords(max_bad_records)
-    patterns = {"train": (train_files, "data.train_files"), "test": (test_files, "data.test_files")}
-    files = {
-        split: records.index_files(records.match_files(data_dir, *patterns[split]), bad_records) for split in SPLITS
-    }
+    stored = _find(source, data_dir, num_classes, tfds_settings, record_settings)
+    name = name or stored.name
     if streamed:
+        files = {split: records.index_files(stored.record_files(split), bad_records) for split in SPLITS}
         size = image_size or _DEFAULT_IMAGE_SIZE
-        loaded: ImageData = StreamData(name, files, schema, size, augmentation, shuffle_buffer, bad_records)
+        loaded: ImageData = StreamData(name, files, stored.schema, size, transform, shuffle_buffer, bad_records)
     else:
-        loaded = _memory(name, files, schema, image_size, augmentation, bad_records)
+        loaded = _memory(name, stored, image_size, transform, bad_records)
     if num_train not in (None, loaded.num_train):
-        logging.warning("%s: %d training images, not data.num_train=%d", data_dir, loaded.num_train, num_train)
+        logging.warning("%s: %d training images, not data.num_train=%d", data_dir or name, loaded.num_train, num_train)
     return loaded

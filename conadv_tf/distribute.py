@@ -147,8 +147,8 @@ def _no_tpu_message(tpu: str, error: Exception) -> str:
     cause = " ".join(str(error).split())[:200]
     kind = tpu if parse_accelerator_type(tpu) else "TYPE"
     return (
-        f"--tpu={tpu} cannot be reached ({cause}): start on a TPU VM, or make one with gcloud compute tpus tpu-vm "
-        f"create NAME --accelerator-type={kind}; without a TPU leave --tpu out"
+        f"--tpu={tpu} cannot be reached ({cause}): start on a TPU VM, or make one with "
+        f"tpu_scripts/create.sh --name=NAME --type={kind} --zone=ZONE; without a TPU leave --tpu out"
     )
 
 

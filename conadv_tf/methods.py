@@ -4,6 +4,9 @@
     disadv    x̂ from θ_t,      g = (1 − w) ∇_θ mean L(θ_t; x, y; main BN) + w ∇_θ mean L(θ_t; x̂, y; adversarial BN)
     conadv    x̂ from θ_{t−τ},  the same g
 
+Where the data bring an AutoAugment image beside each clean one ("concat3"), both adversarial methods train on it too,
+through BN statistics of its own; it shares the clean one's weight 1 − w equally.
+
 A method is a pure function from (weights, stale weights, batch) to the gradients of one replica's
 micro-batch. Everything around it, i.e. averaging over micro-batches and replicas, BN's moving averages, the
 optimizer and the shadow copies, is the trainer's and the same for all. A further method is one function here
@@ -20,17 +23,21 @@ import tensorflow as tf
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
 from conadv_tf.resnet import ResNet
-from conadv_tf.split_batchnorm import ADVERSARIAL, MAIN
+from conadv_tf.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN
 
 SCHEDULES = ("shadow",)
 
 
 class Batch(NamedTuple):
-    """One replica's micro-batch: images float32 [rows, H, W, C] in [0, 255], labels int32 [rows], seed int32 [2]."""
+    """One replica's micro-batch.
+
+    images float32 [rows, H, W, C] in [0, 255], labels int32 [rows], seed int32 [2]; augmented: like images, or None.
+    """
 
     images: tf.Tensor
     labels: tf.Tensor
     seed: tf.Tensor
+    augmented: tf.Tensor | None = None
 
 
 # (network at θ_t, network at θ_{t−τ}, loss, batch) → gradients in the order of the trainable variables, metrics
@@ -70,7 +77,7 @@ class AdversarialHalf:
     """What the adversarial examples count for.
 
     Attributes:
-      weight: w of the adversarial loss, the clean one has 1 − w; in [0, 1].
+      weight: w of the adversarial loss; the clean one, or the clean and the augmented one, have 1 − w; in [0, 1].
       fraction: of each micro-batch made adversarial (its first rows), in (0, 1].
       start_epoch: first epoch with an adversarial half; before it the step is, and costs, the vanilla step.
     """
@@ -117,26 +124,26 @@ def vanilla_gradients(network: ResNet, stale: ResNet, loss, batch: Batch):
     return gradients, {"loss": value, "clean_loss": value, "clean_top1": top1}
 
 
-def adversarial_gradients(attack: Attack, half: AdversarialHalf) -> Gradients:
+def adversarial_gradients(attack: Attack, half: AdversarialHalf, augmented: bool = False) -> Gradients:
     """Training on the clean batch and on its adversarial examples from the stale weights (Eq. 4)."""
+    clean_share = (1 - half.weight) / 2 if augmented else 1 - half.weight
 
     def gradients(network: ResNet, stale: ResNet, loss, batch: Batch):
         rows = attacked_rows(half.fraction, batch.images.shape[0])
         attacked = Batch(batch.images[:rows], batch.labels[:rows], batch.seed)
         adversarial_images = attack_images(attack, stale, loss, attacked)
-        # One tape per pass: the activations of one can be freed before the next begins.
-        clean, clean_loss, clean_top1 = training_pass(network, MAIN, loss, batch.images, batch.labels)
-        adversarial, adversarial_loss, adversarial_top1 = training_pass(
-            network, ADVERSARIAL, loss, adversarial_images, attacked.labels
-        )
-        mixed = [(1 - half.weight) * c + half.weight * a for c, a in zip(clean, adversarial, strict=True)]
-        return mixed, {
-            "loss": (1 - half.weight) * clean_loss + half.weight * adversarial_loss,
-            "clean_loss": clean_loss,
-            "clean_top1": clean_top1,
-            "adversarial_loss": adversarial_loss,
-            "adversarial_top1": adversarial_top1,
-        }
+        passes = [("clean", MAIN, clean_share, batch.images, batch.labels)]
+        if augmented:
+            passes.append(("augmented", AUGMENTED, clean_share, batch.augmented, batch.labels))
+        passes.append(("adversarial", ADVERSARIAL, half.weight, adversarial_images, attacked.labels))
+        mixed: list[tf.Tensor] = []
+        metrics: dict[str, tf.Tensor] = {"loss": tf.constant(0.0)}
+        for name, branch, share, images, labels in passes:
+            # One tape per pass: the activations of one can be freed before the next begins.
+            part, value, top1 = training_pass(network, branch, loss, images, labels)
+            mixed = [m + share * p for m, p in zip(mixed, part, strict=True)] if mixed else [share * p for p in part]
+            metrics |= {"loss": metrics["loss"] + share * value, f"{name}_loss": value, f"{name}_top1": top1}
+        return mixed, metrics
 
     return gradients
 
@@ -157,19 +164,34 @@ def attacked_rows(fraction: float, rows: int | None) -> int | None:
     return count
 
 
-def vanilla() -> Method:
-    """Training without adversarial examples."""
+def vanilla(augmented: bool = False) -> Method:
+    """Training without adversarial examples.
+
+    Raises:
+      ConfigError: for data with an augmented image beside the clean one.
+    """
+    if augmented:
+        raise ConfigError(
+            "data.autoaugment_mode='concat3' is for adversarial methods: with train.method='vanilla' use 'replace'"
+        )
     return Method("vanilla", vanilla_gradients)
 
 
-def disadv(attack: Attack | None = None, half: AdversarialHalf | None = None) -> Method:
-    """Distributed adversarial learning: x̂ from the current weights, two dependent gradients (paper 3.2)."""
-    return _adversarial("disadv", None, 0, attack, half)
+def disadv(attack: Attack | None = None, half: AdversarialHalf | None = None, augmented: bool = False) -> Method:
+    """Distributed adversarial learning: x̂ from the current weights, two dependent gradients (paper 3.2).
+
+    Args: as of `conadv`.
+    """
+    return _adversarial("disadv", None, 0, attack, half, augmented)
 
 
-@gin.configurable(denylist=["attack", "half"])
+@gin.configurable(denylist=["attack", "half", "augmented"])
 def conadv(
-    attack: Attack | None = None, half: AdversarialHalf | None = None, schedule: str = "shadow", tau: int = 1
+    attack: Attack | None = None,
+    half: AdversarialHalf | None = None,
+    schedule: str = "shadow",
+    tau: int = 1,
+    augmented: bool = False,
 ) -> Method:
     """Concurrent adversarial learning: x̂ from weights `tau` updates old (paper 3.3).
 
@@ -178,6 +200,7 @@ def conadv(
       half: what x̂ counts for; None takes gin's `adversarial`.
       schedule: "shadow" keeps θ_{t−τ} as non-trainable variables (SPEC section 2).
       tau: ≥ 0; 0 is disadv.
+      augmented: whether the data bring an augmented image beside each clean one, see `Batch`.
 
     Raises:
       ConfigError: for a schedule or delay there is not.
@@ -186,34 +209,43 @@ def conadv(
         raise ConfigError(f"conadv.schedule={schedule!r} is not known: choose one of {SCHEDULES}")
     if not isinstance(tau, int) or tau < 0:
         raise ConfigError(f"conadv.tau={tau!r} must be a whole number of updates, at least 0; the paper's is 1")
-    return _adversarial("conadv", schedule, tau, attack, half)
+    return _adversarial("conadv", schedule, tau, attack, half, augmented)
 
 
-def _adversarial(name: str, schedule: str | None, tau: int, attack: Attack | None, half: AdversarialHalf | None):
+def _adversarial(
+    name: str,
+    schedule: str | None,
+    tau: int,
+    attack: Attack | None,
+    half: AdversarialHalf | None,
+    augmented: bool,
+) -> Method:
     attack, half = attack or Attack(), half or AdversarialHalf()
+    branches = (MAIN, AUGMENTED, ADVERSARIAL) if augmented else (MAIN, ADVERSARIAL)
+    passes = ("clean", "augmented", "adversarial") if augmented else ("clean", "adversarial")
     attack_units = attack.steps * (1.5 if attack.batch_norm == "moving" else 2.0)
     return Method(
         name,
-        adversarial_gradients(attack, half),
-        branches=(MAIN, ADVERSARIAL),
-        metric_names=("loss", "clean_loss", "clean_top1", "adversarial_loss", "adversarial_top1"),
+        adversarial_gradients(attack, half, augmented),
+        branches=branches,
+        metric_names=("loss", *(f"{name}_{metric}" for name in passes for metric in ("loss", "top1"))),
         schedule=schedule,
         tau=tau,
         start_epoch=half.start_epoch,
         attack=attack,
-        forward_units=3 + half.fraction * (3 + attack_units),
+        forward_units=3 * len(passes) - 3 + half.fraction * (3 + attack_units),
     )
 
 
 METHODS = {"vanilla": vanilla, "disadv": disadv, "conadv": conadv}
 
 
-def make_method(name: str) -> Method:
-    """The method called `name`, configured by gin.
+def make_method(name: str, augmented: bool = False) -> Method:
+    """The method called `name`, configured by gin, for data with or without an augmented image beside each clean one.
 
     Raises:
       ConfigError: if there is none.
     """
     if name not in METHODS:
         raise ConfigError(f"train.method={name!r} is not known: choose one of {', '.join(METHODS)}")
-    return METHODS[name]()
+    return METHODS[name](augmented=augmented)

@@ -81,6 +81,7 @@ class ImageData(abc.ABC):
       num_train, num_test: examples in the splits. Streamed files: all whole records, including those that
         turn out bad when they are decoded.
       bad_records: `records.BadRecords`, count and per-file report; streaming adds to it while it reads.
+      augmentation: what is done to training images.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class ImageData(abc.ABC):
         image_shape: tuple[int, int, int],
         sizes: tuple[int, int],
         bad_records: records.BadRecords,
+        augmentation: augment.Augmentation,
     ):
         self.name, self.num_classes, self.image_shape = name, num_classes, image_shape
+        self.augmentation = augmentation
         (self.num_train, self.num_test), self.bad_records = sizes, bad_records
 
     def train_batches(
@@ -114,7 +117,7 @@ class ImageData(abc.ABC):
           host: this host.
 
         Returns:
-          Dataset of (images uint8 [rows_per_replica, H, W, C], labels int32 [rows_per_replica]), one element
+          Dataset of (images uint8 [rows_per_replica, *train_shape], labels int32 [rows_per_replica]), one element
           for each replica of this host in turn. In memory, hosts take slices of one stream; streamed files
           are divided over the hosts, each of which permutes its own share.
 
@@ -152,6 +155,11 @@ class ImageData(abc.ABC):
         layout = Layout(rows_per_replica, num_replicas, num_hosts)
         return -(-self._largest_share(split, num_hosts) // layout.rows_per_host)
 
+    @property
+    def train_shape(self) -> tuple[int, ...]:
+        """Of a training example: (H, W, C), or (2, H, W, C) where AutoAugment's image comes beside the clean one."""
+        return (2, *self.image_shape) if self.augmentation.concatenates else self.image_shape
+
     def size(self, split: str) -> int:
         """Number of examples of the split, "train" or "test"."""
         return self.num_train if split == "train" else self.num_test
@@ -180,7 +188,7 @@ class MemoryData(ImageData):
 
     Args beyond those of ImageData:
       splits: name -> (images uint8 [n, H, W, C], labels int32 [n]); example i shows image i mod n.
-      augmentation: one of "none", "flip", "crop_flip".
+      augmentation: of training images.
     """
 
     def __init__(
@@ -188,13 +196,17 @@ class MemoryData(ImageData):
         name: str,
         num_classes: int,
         splits: dict[str, tuple[np.ndarray, np.ndarray]],
-        augmentation: str,
+        augmentation: augment.Augmentation,
         bad_records: records.BadRecords,
         sizes: tuple[int, int] | None = None,
     ):
         own_sizes = len(splits["train"][1]), len(splits["test"][1])
-        super().__init__(name, num_classes, splits["train"][0].shape[1:], sizes or own_sizes, bad_records)
-        self._augmentation = augmentation
+        shape = splits["train"][0].shape[1:]
+        if augmentation.policy != "none" and shape[-1] != 3:
+            raise ConfigError(
+                f"data.autoaugment={augmentation.policy!r} is for colour images, {name} has {shape}: drop it"
+            )
+        super().__init__(name, num_classes, shape, sizes or own_sizes, bad_records, augmentation)
         with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data copy them back for each batch
             self._splits = {split: tuple(map(tf.constant, arrays)) for split, arrays in splits.items()}
 
@@ -209,8 +221,8 @@ class MemoryData(ImageData):
             epoch, index = position // self.num_train, position % self.num_train
             example = augment.permute(index, self.num_train, seed, augment.ORDER, epoch)
             images, labels = self._lookup("train", example)
-            images = augment.batch(images, self._augmentation, index, seed, epoch)
-            return tf.ensure_shape(images, [layout.rows_per_replica, *self.image_shape]), labels
+            images = augment.batch(images, self.augmentation, index, seed, epoch)
+            return tf.ensure_shape(images, [layout.rows_per_replica, *self.train_shape]), labels
 
         return tf.data.Dataset.range(tf.int64.max).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -238,7 +250,7 @@ class StreamData(ImageData):
     Args beyond those of ImageData:
       files, schema: indexed files by split, and how a record becomes an example.
       image_size: height and width of every image after cropping and resizing, pixels.
-      augmentation: one of "none" (the central crop), "flip" (mirrored at random), "resized_crop_flip".
+      augmentation: of training images; without a random crop they are the central one.
       shuffle_buffer: records in the shuffle buffer.
     """
 
@@ -248,15 +260,15 @@ class StreamData(ImageData):
         files: dict[str, list[records.RecordFile]],
         schema: records.Schema,
         image_size: int,
-        augmentation: str,
+        augmentation: augment.Augmentation,
         shuffle_buffer: int,
         bad_records: records.BadRecords,
     ):
         train, test = (sum(file.num_records for file in files[split]) for split in SPLITS)
         shape = image_size, image_size, 3
-        super().__init__(name, schema.num_classes or 0, shape, (train, test), bad_records)
+        super().__init__(name, schema.num_classes or 0, shape, (train, test), bad_records, augmentation)
         self._files, self._schema = files, schema
-        self._augmentation, self._shuffle_buffer = augmentation, shuffle_buffer
+        self._shuffle_buffer = shuffle_buffer
         self._examiners = {split: records.Examiner(files[split], schema, bad_records) for split in SPLITS}
 
     def _share(self, split: str, num_hosts: int, host: int) -> int:
@@ -283,7 +295,7 @@ class StreamData(ImageData):
     def _shuffled(self, layout: Layout, seed: int, epoch: tf.Tensor) -> tf.data.Dataset:
         # Of this function graph alone: the order must not depend on the program's global seed.
         tf.random.set_seed(1)
-        order_seed = augment.image_seed(seed, layout.host, epoch, tf.constant(-1, tf.int64))  # no image's
+        order_seed = tf.stack([augment.epoch_seed(seed, layout.host, epoch), -1])  # no image's
         in_file_order = self._records(
             "train", layout, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
         )
@@ -300,23 +312,24 @@ class StreamData(ImageData):
 
         def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
             numbered = self._shuffled(layout, seed, epoch).enumerate()
+            key = augment.epoch_seed(seed, layout.host, epoch)
             return numbered.skip(tf.cast(epoch == first_epoch, tf.int64) * skipped).map(
-                lambda index, raw: (augment.image_seed(seed, layout.host, epoch, index), *raw)
+                lambda index, raw: (tf.stack([key, index]), *raw)
             )
 
         stream = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records)
         # The place of a bad record is taken by the next good one of its file.
         replace = self._examiners["train"].next_good
-        rows = records.decode_or(
+        return records.decode_batches(
             stream,
+            layout.rows_per_replica,
             lambda seed, payload, file, record: self._train_example(payload, seed),
             lambda seed, payload, *place: self._train_example(records.reread(replace, *place), seed),
         )
-        return rows.batch(layout.rows_per_replica, drop_remainder=True)
 
     def _train_example(self, payload: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         encoded, label = self._schema.parse(payload)
-        return augment.jpeg(encoded, self._augmentation, self.image_shape[0], seed), label
+        return augment.jpeg(encoded, self.augmentation, self.image_shape[0], seed), label
 
     def _evaluation(self, split: str, layout: Layout, steps: int) -> tf.data.Dataset:
         blank = (tf.zeros(self.image_shape, tf.uint8), tf.constant(0), tf.constant(0.0))
@@ -329,6 +342,12 @@ class StreamData(ImageData):
             payload = records.reread(self._examiners[split].payload_or_empty, *place)
             return tf.cond(payload == b"", lambda: blank, lambda: example(payload))
 
-        rows = records.decode_or(self._records(split, layout), lambda payload, *place: example(payload), second_look)
-        padded = rows.concatenate(tf.data.Dataset.from_tensors(blank).repeat())
-        return padded.take(steps * layout.rows_per_host).batch(layout.rows_per_replica, drop_remainder=True)
+        def padding_or_second_look(payload: tf.Tensor, file: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return tf.cond(file < 0, lambda: blank, lambda: second_look(payload, file, record))
+
+        none = tf.constant(-1, tf.int64)
+        padding = tf.data.Dataset.from_tensors((tf.constant(""), none, none)).repeat()
+        padded = self._records(split, layout).concatenate(padding).take(steps * layout.rows_per_host)
+        return records.decode_batches(
+            padded, layout.rows_per_replica, lambda payload, *place: example(payload), padding_or_second_look
+        )

@@ -4,6 +4,8 @@ import dataclasses
 
 from conadv_tf.errors import ConfigError
 
+BATCH_NORM_IMAGES = 64  # what batch statistics are over in the paper's "normal setting"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -37,6 +39,11 @@ class Plan:
     def passes(self) -> float:
         """How often the run sees each training image; a little below `epochs` where B does not divide N."""
         return self.total_steps * self.global_batch_size / self.num_train
+
+    def replicas_for_batch_norm(self) -> int:
+        """Neighbouring replicas, a divisor of their number, that have BATCH_NORM_IMAGES together; at most all."""
+        divisors = (d for d in range(1, self.num_replicas + 1) if self.num_replicas % d == 0)
+        return next((d for d in divisors if d * self.rows >= BATCH_NORM_IMAGES), self.num_replicas)
 
     def remainder_note(self) -> str:
         """What becomes of the images that fill no whole batch; empty where there are none."""

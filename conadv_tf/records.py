@@ -26,10 +26,10 @@ from google.protobuf import message
 
 from conadv_tf.errors import ConfigError, DataError
 
-_IMAGE, _LABEL = "image/encoded", "image/class/label"
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the checksum of the payload
 _READ_BYTES = 1 << 20
+_ANY_SHAPE = (0, 0, 0)  # in memory, before the first image says which
 
 
 class BadRecords:
@@ -88,21 +88,27 @@ class Schema:
     Attributes:
       label_offset: the stored label of class 0.
       num_classes: labels must lie in 0..num_classes-1 after the offset; None only forbids negative ones.
+      image_feature, label_feature: names of the encoded image and of its int64 label.
     """
 
     label_offset: int
     num_classes: int | None
+    image_feature: str = "image/encoded"
+    label_feature: str = "image/class/label"
 
     def parse(self, payload: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(JPEG string scalar, label int32 scalar); InvalidArgumentError at run time if unusable."""
         features = tf.io.parse_single_example(
             payload,
-            {_IMAGE: tf.io.FixedLenFeature([], tf.string), _LABEL: tf.io.FixedLenFeature([], tf.int64)},
+            {
+                self.image_feature: tf.io.FixedLenFeature([], tf.string),
+                self.label_feature: tf.io.FixedLenFeature([], tf.int64),
+            },
         )
-        label = features[_LABEL] - self.label_offset
+        label = features[self.label_feature] - self.label_offset
         inside = (label >= 0) & (label < (self.num_classes or tf.int32.max))
         with tf.control_dependencies([tf.debugging.Assert(inside, [label])]):
-            return features[_IMAGE], tf.cast(label, tf.int32)
+            return features[self.image_feature], tf.cast(label, tf.int32)
 
     def check_label(self, stored: int, path: str, record: int) -> int:
         """The label after the offset; a DataError where it is out of range, which is never skipped."""
@@ -263,13 +269,19 @@ def raw_records(files: Sequence[RecordFile], order: tf.Tensor) -> tf.data.Datase
     return tf.data.Dataset.from_tensor_slices(order).flat_map(read)
 
 
+def wrong_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What is wrong with an image of shape (H, W, C) in memory where all have the expected one."""
+    sizes = [f"{height}x{width}" for height, width, _ in (found, expected)]
+    return f"image of {sizes[0]}, not {sizes[1]} pixels (data.image_size; data.in_memory=False resizes)"
+
+
 class Examiner:
     """Looks again, one by one, at records that did not decode.
 
     Attributes:
       files: indexed files; their order gives the file numbers.
       schema: how a record becomes an example.
-      image_shape: (H, W, 3) that every image must have, or None where images are resized.
+      image_shape: (H, W, 3) that every image must have, or None where they are streamed: JPEGs of any size.
       bad_records: where the bad ones are counted.
     """
 
@@ -305,20 +317,20 @@ class Examiner:
             features = tf.train.Example.FromString(payload).features.feature
         except message.DecodeError:
             return "not a tf.train.Example"
-        label, encoded = features[_LABEL].int64_list.value, features[_IMAGE].bytes_list.value
+        image_feature, label_feature = self.schema.image_feature, self.schema.label_feature
+        label, encoded = features[label_feature].int64_list.value, features[image_feature].bytes_list.value
         if len(label) != 1 or len(encoded) != 1:
-            return f"feature {_IMAGE if len(label) == 1 else _LABEL} is missing"
+            return f"feature {image_feature if len(label) == 1 else label_feature} is missing"
         self.schema.check_label(label[0], path, record)
         try:
-            shape = tuple(tf.io.decode_jpeg(encoded[0], channels=3).shape)
+            shape = tuple(tf.io.decode_jpeg(encoded[0], channels=3).shape)  # reads PNGs as well
         except tf.errors.InvalidArgumentError:
             return "corrupt JPEG"
-        if self.image_shape not in (None, shape):
-            return (
-                f"image of {shape[0]}x{shape[1]}, not {self.image_shape[0]}x{self.image_shape[1]} pixels "
-                f"(data.image_size; data.in_memory=False resizes)"
-            )
-        return None
+        if self.image_shape is None and not tf.io.is_jpeg(encoded[0]):
+            return "no JPEG, and only JPEGs are streamed (data.in_memory=True)"
+        if self.image_shape is None or self.image_shape in (_ANY_SHAPE, shape):
+            return None
+        return wrong_shape(shape, self.image_shape)
 
     def next_good(self, file: int, record: int) -> bytes:
         """The payload of this record or, if it is bad, of the next good one in the file, cyclically.
@@ -337,7 +349,7 @@ class Examiner:
 
 def _first_shape(examiner: Examiner) -> tuple[int, int, int]:
     payload = examiner.next_good(next(i for i, file in enumerate(examiner.files) if file.num_records), 0)
-    encoded = tf.train.Example.FromString(payload).features.feature[_IMAGE].bytes_list.value[0]
+    encoded, _ = examiner.schema.parse(tf.constant(payload))
     return tuple(tf.io.decode_jpeg(encoded, channels=3).shape)
 
 
@@ -372,7 +384,7 @@ def read_into_memory(
     Raises:
       DataError: label out of range, more bad records than allowed, or no good one.
     """
-    examiner = Examiner(files, schema, bad_records, image_shape)
+    examiner = Examiner(files, schema, bad_records, image_shape or _ANY_SHAPE)
     examiner.image_shape = shape = image_shape or _first_shape(examiner)
     counts = [file.num_records for file in files]
     images, labels = np.zeros((sum(counts), *shape), np.uint8), np.zeros(sum(counts), np.int32)
@@ -396,16 +408,25 @@ def reread(read: Callable[[int, int], bytes], file: tf.Tensor, record: tf.Tensor
     return tf.ensure_shape(payload, [])
 
 
-def decode_or(stream: tf.data.Dataset, decode: Callable, second_look: Callable) -> tf.data.Dataset:
-    """Maps by `decode`, in parallel and in order; only elements on which it fails, by `second_look`."""
+def decode_batches(stream: tf.data.Dataset, rows: int, decode: Callable, second_look: Callable) -> tf.data.Dataset:
+    """Batches of `rows` elements mapped by `decode`, in order; those on which it fails, by `second_look`.
 
-    def one(*element: tf.Tensor) -> tf.data.Dataset:
+    Guarding every element against failure would cost half as much as decoding it, so a batch is first decoded without
+    guards, and only one that fails is decoded again with them.
+    """
+
+    def guarded(*element: tf.Tensor) -> tf.data.Dataset:
         single = tf.data.Dataset.from_tensors(element)
         return single.map(decode).ignore_errors().concatenate(single.map(second_look)).take(1)
 
-    return stream.interleave(
-        one,
-        cycle_length=max(16, os.cpu_count() or 1),
+    def batch(*elements: tf.Tensor) -> tf.data.Dataset:
+        single = tf.data.Dataset.from_tensor_slices(elements)
+        whole = single.map(decode).batch(rows, drop_remainder=True).ignore_errors()
+        return whole.concatenate(single.flat_map(guarded).batch(rows, drop_remainder=True)).take(1)
+
+    return stream.batch(rows, drop_remainder=True).interleave(
+        batch,
+        cycle_length=os.cpu_count() or 1,
         block_length=1,
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,

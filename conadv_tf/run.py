@@ -13,7 +13,7 @@ from conadv_tf.lars import OPTIMIZERS
 from conadv_tf.plan import Plan, check_batch_norm_groups, make_plan
 from conadv_tf.resnet import ResNet
 from conadv_tf.schedule import warmup_poly_decay
-from conadv_tf.trainer import ConAdvModel
+from conadv_tf.trainer import ConAdvModel, leaf_variables
 
 PRECISIONS = ("float32", "mixed_bfloat16")
 PANEL_IMAGES = 6
@@ -33,7 +33,7 @@ class Settings:
       seed: of the initial weights, the order of the images, augmentation and attack.
       precision: "float32", or "mixed_bfloat16" (float32 variables and losses).
       jit_compile: XLA off a TPU as well; a TPU always compiles.
-      steps_per_execution: updates made without returning to Python.
+      steps_per_execution: updates made without returning to Python; 0: an epoch's on a TPU, one elsewhere.
       evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
     """
 
@@ -45,7 +45,7 @@ class Settings:
     seed: int = 0
     precision: str = "float32"
     jit_compile: bool = False
-    steps_per_execution: int = 1
+    steps_per_execution: int = 0
     evaluate_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
 
@@ -53,9 +53,13 @@ class Settings:
         for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"train.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
-        for name in ("steps_per_execution", "evaluate_every_epochs", "checkpoint_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name, least in (
+            ("steps_per_execution", 0),
+            ("evaluate_every_epochs", 1),
+            ("checkpoint_every_epochs", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.seed < 2**20:
             raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
 
@@ -72,10 +76,11 @@ class Run:
     model: ConAdvModel
 
 
-@gin.configurable("model", denylist=["data", "method", "seed", "dtype"])
+@gin.configurable("model", denylist=["data", "method", "plan", "seed", "dtype"])
 def make_network(
     data: pipeline.ImageData,
     method: methods.Method,
+    plan: Plan,
     seed: int,
     dtype: str,
     name: str = "digits_resnet",
@@ -83,7 +88,10 @@ def make_network(
     batch_norm_epsilon: float = 1e-5,
     replicas_per_group: int = 1,
 ) -> ResNet:
-    """The network of a recipe: `name` from resnet.ARCHITECTURES, with the branches the method trains."""
+    """The network of a recipe: `name` from resnet.ARCHITECTURES, with the branches the method trains.
+
+    `replicas_per_group` replicas share batch statistics; 0: as few as have 64 images together (SPEC section 3).
+    """
     if not 0 <= batch_norm_momentum < 1 or not batch_norm_epsilon > 0:
         raise ConfigError(
             f"model.batch_norm_momentum={batch_norm_momentum} must lie in [0, 1) and "
@@ -96,7 +104,7 @@ def make_network(
         method.branches,
         batch_norm_momentum,
         batch_norm_epsilon,
-        replicas_per_group,
+        replicas_per_group or plan.replicas_for_batch_norm(),
         seed,
         dtype,
         name="network",
@@ -117,7 +125,8 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
       DataError: for missing or damaged data.
     """
     settings = Settings()
-    method = methods.make_method(settings.method)
+    # Before the data, which may take minutes to look through.
+    method = methods.make_method(settings.method, configure.setting("data.autoaugment_mode") == "concat3")
     data = data_module.load(data_dir=data_dir)
     replicas = num_replicas or strategy.num_replicas_in_sync
     plan = make_plan(settings.global_batch_size, settings.microbatch_size, replicas, data.num_train, settings.epochs)
@@ -127,7 +136,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
             "start earlier, or use train.method='vanilla'"
         )
     with strategy.scope():
-        network = make_network(data, method, settings.seed, settings.precision)
+        network = make_network(data, method, plan, settings.seed, settings.precision)
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         check_batch_norm_groups(network.replicas_per_group, replicas, settings.jit_compile, on_tpu)
         model = ConAdvModel(network, method, plan.microbatches, settings.seed)
@@ -135,36 +144,33 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
         model.compile(
             OPTIMIZERS[settings.optimizer](schedule),
             jit_compile=settings.jit_compile,
-            steps_per_execution=settings.steps_per_execution,
+            steps_per_execution=settings.steps_per_execution or (plan.steps_per_epoch if on_tpu else 1),
         )
     return Run(recipe, settings, strategy, data, plan, model)
 
 
 def describe(run: Run) -> str:
     """The arithmetic of the run, one fact a line, for the person who starts it."""
-    plan, method = run.plan, run.model.method
+    plan, method, network = run.plan, run.model.method, run.model.network
     schedule = run.model.optimizer.learning_rate
-    peak = float(schedule(schedule.get_config().get("warmup_steps", 0)))
+    warmup = schedule.get_config().get("warmup_steps", 0)
     facts = [
         ("recipe", run.recipe),
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
-        (
-            "network",
-            f"{run.model.network.architecture}, {_count(run.model.network.trainable_variables):,} parameters",
-        ),
+        ("network", f"{network.architecture}, {_count(network.trainable_variables):,} parameters"),
         ("method", _method_text(method)),
-        (
-            "batch",
-            f"{plan.global_batch_size:,} = {plan.num_replicas} replica(s) × {plan.microbatches} micro-batch(es) × "
-            f"{plan.rows} images",
-        ),
+        ("global batch", f"{plan.global_batch_size:,} clean images"),
+        ("replicas", f"{plan.num_replicas:,} × {plan.global_batch_size // plan.num_replicas:,} images"),
+        ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),
+        ("batch statistics", f"over {plan.rows * network.replicas_per_group} images"),
         ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
-        ("peak learning rate", f"{peak:.4g}"),
+        ("warm-up", f"{warmup:,} updates to a peak learning rate of {float(schedule(warmup)):.4g}"),
         ("cost", f"{method.forward_units:g} forward passes over the batch an update (vanilla: 3)"),
+        ("carried memory", f"{_shadow_megabytes(run.model):,.0f} MB of old weights on each replica"),
     ]
     note = plan.remainder_note()
     facts += [("remainder", note)] if note else []
-    return "\n".join(f"  {name:<20}{text}" for name, text in facts)
+    return "\n".join(f"  {name:<18}{text}" for name, text in facts)
 
 
 def train(run: Run, model_dir: str) -> dict:
@@ -288,6 +294,10 @@ def _method_text(method: methods.Method) -> str:
         return method.name
     schedule = f", schedule {method.schedule}, tau {method.tau}" if method.schedule else ""
     return f"{method.name}{schedule}, epsilon {method.attack.epsilon_pixels:g} {method.attack.units}"
+
+
+def _shadow_megabytes(model: ConAdvModel) -> float:
+    return sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows)
 
 
 def _count(variables: list[tf.Variable]) -> int:

@@ -18,6 +18,7 @@ from conadv_tf.errors import ConfigError
 
 MAIN = "main"
 ADVERSARIAL = "adversarial"
+AUGMENTED = "augmented"
 MODES = ("batch", "moving")
 
 # A moving statistic and what a batch measured for it.

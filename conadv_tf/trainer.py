@@ -19,7 +19,7 @@ from conadv_tf.errors import ConfigError
 from conadv_tf.lars import is_adapted
 from conadv_tf.losses import SmoothedCrossEntropy
 from conadv_tf.resnet import ResNet
-from conadv_tf.split_batchnorm import MAIN, deferred_statistics, moving_average
+from conadv_tf.split_batchnorm import AUGMENTED, MAIN, deferred_statistics, moving_average
 
 MONITORS = (
     "learning_rate",
@@ -35,7 +35,8 @@ class ConAdvModel(tf_keras.Model):
     """Trains `network` by `method` under `compile` and `fit`, on any strategy.
 
     Build it, like the optimizer, inside `strategy.scope()`. Data are batches (images, labels): images
-    [rows, H, W, C] in [0, 255] of any numeric dtype, labels int [rows]. With `microbatches` > 1 every update
+    [rows, H, W, C] in [0, 255] of any numeric dtype, or [rows, 2, H, W, C] with an augmented image beside each clean
+    one (for methods made with `augmented`); labels int [rows]. With `microbatches` > 1 every update
     takes that many batches from the iterator, and `steps_per_epoch` counts updates.
 
     Logs of training: the method's metrics and MONITORS, means over the epoch's updates so far (drift is
@@ -198,7 +199,7 @@ class ConAdvModel(tf_keras.Model):
         if images.shape[0] is None and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
             # Keras would deal a last, smaller batch out unevenly, and a replica without rows has no mean.
             raise ConfigError("replicas need batches of one fixed size: batch the data with drop_remainder=True")
-        batch = methods.Batch(images, labels, self._microbatch_seed(microbatch))
+        batch = self._batch(images, labels, self._microbatch_seed(microbatch))
         with deferred_statistics() as statistics:
             gradients, metrics = method.gradients(self.network, self._stale(), self._example_losses, batch)
         by_variable = {variable.ref(): value for variable, value in statistics}
@@ -206,6 +207,16 @@ class ConAdvModel(tf_keras.Model):
         values = [tf.stack([metrics[name] for name in method.metric_names])]
         share = 1.0 / (self.microbatches * tf.distribute.get_replica_context().num_replicas_in_sync)
         return [share * tf.cast(value, tf.float32) for value in gradients + moving + values]
+
+    def _batch(self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> methods.Batch:
+        paired = images.shape.rank == 5
+        if paired != (AUGMENTED in self.method.branches):
+            raise ConfigError(
+                f"the training images are {images.shape}: method {self.method.name!r} was made for "
+                f"{'one image' if paired else 'a clean and an augmented image'} an example (`augmented` in methods.py)"
+            )
+        clean, augmented = (images[:, 0], images[:, 1]) if paired else (images, None)
+        return methods.Batch(clean, labels, seed, augmented)
 
     def _microbatch_seed(self, microbatch: tf.Tensor) -> tf.Tensor:
         """int32 [2] from the run's seed, the update and the micro-batch's place in the global batch.

@@ -65,6 +65,7 @@ class Rows:
     labels: np.ndarray
     start: np.ndarray
     attack_labels: np.ndarray
+    augmented: np.ndarray | None = None  # like images: trained on through a branch of its own, never attacked
 
 
 def forward(network: str, weights: dict, images, branch: str, moving: dict | None = None):
@@ -163,11 +164,20 @@ def contribution(recipe: Recipe, state: State, stale: State, rows: Rows) -> tupl
     other_loss, other, other_statistics, other_top1 = training_pass(
         recipe, state.weights, adversarial_images, attacked.labels, "adversarial"
     )
+    statistics |= other_statistics
     w = recipe.weight
-    logs |= {"loss": (1 - w) * loss + w * other_loss}
     logs |= {"adversarial_loss": other_loss, "adversarial_top1": other_top1}
+    if rows.augmented is not None:
+        third_loss, third, third_statistics, third_top1 = training_pass(
+            recipe, state.weights, rows.augmented, rows.labels, "augmented"
+        )
+        logs |= {"augmented_loss": third_loss, "augmented_top1": third_top1}
+        statistics |= third_statistics
+        loss = (loss + third_loss) / 2
+        gradient = {name: (gradient[name] + third[name]) / 2 for name in gradient}
+    logs |= {"loss": (1 - w) * loss + w * other_loss}
     mixed = {name: (1 - w) * gradient[name] + w * other[name] for name in gradient}
-    return mixed, statistics | other_statistics, logs, margin
+    return mixed, statistics, logs, margin
 
 
 def lars(recipe: Recipe, weights: dict, gradient: dict, velocity: dict, rate: float) -> tuple[dict, dict]:

@@ -115,7 +115,7 @@ def counting(size: int, augmentation: str = "none", test_size: int = 5) -> pipel
         "counting",
         max(size, test_size),
         {"train": split(size), "test": split(test_size)},
-        augmentation,
+        augment.Augmentation(augmentation),
         records.BadRecords(0),
     )
 

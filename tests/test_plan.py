@@ -54,3 +54,18 @@ def test_batch_norm_groups():
         check_batch_norm_groups(3, 8, jit_compile=False, on_tpu=False)
     with pytest.raises(ConfigError, match="jit_compile=False"):
         check_batch_norm_groups(2, 8, jit_compile=True, on_tpu=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatch", "replicas", "expected"),
+    [
+        (98_304, 64, 512, 1),  # 64 images are there already
+        (32_768, 64, 1024, 2),  # 32 on a replica
+        (4096, 64, 1024, 16),  # 4 on a replica
+        (96, 96, 24, 24),  # 4 on a replica: all of them have 96, half of them 48
+        (32, 64, 8, 8),  # all together have 32
+    ],
+)
+def test_batch_norm_groups_have_64_images_where_there_are_as_many(batch, microbatch, replicas, expected):
+    plan = make_plan(batch, microbatch, replicas, num_train=1_281_167, epochs=1)
+    assert plan.replicas_for_batch_norm() == expected

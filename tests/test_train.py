@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -297,16 +298,22 @@ def test_preflight_builds_and_trains_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("tpu", "layout"),
     [
-        ("v3-512", "512 replica(s) × 3 micro-batch(es) × 64 images"),
-        ("v3-8", "8 replica(s) × 192 micro-batch(es) × 64 images"),
-        ("v4-1024", "512 replica(s) × 3 micro-batch(es) × 64 images"),
-        ("v5litepod-256", "256 replica(s) × 6 micro-batch(es) × 64 images"),
+        ("v3-512", ("512 × 192 images", "3 × 64 images")),
+        ("v3-8", ("8 × 12,288 images", "192 × 64 images")),
+        ("v4-1024", ("512 × 192 images", "3 × 64 images")),
+        ("v5litepod-256", ("256 × 384 images", "6 × 64 images")),
     ],
 )
 def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys):
     call_command_line("--gin_file=96k_conadv.gin", f"--tpu={tpu}", "--preflight", "--gin_param=data.image_size=32")
     text = capsys.readouterr().out
-    assert f"98,304 = {layout}" in text
+    facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines())
+    assert facts["global batch"] == "98,304 clean images"
+    assert facts["replicas"] == layout[0]
+    assert facts["micro-batches"].startswith(layout[1])
+    assert facts["batch statistics"] == "over 64 images"
+    assert facts["warm-up"] == "533 updates to a peak learning rate of 43"
+    assert facts["carried memory"] == "103 MB of old weights on each replica"
     assert "1,170 = 90 epochs × 13" in text
     assert "25,610,152 parameters" in text
     assert "imagenet: 1,281,167 training" in text

@@ -49,6 +49,8 @@ CASES = {
     "aux": case(Recipe(tau=1, batch_norm="aux"), {"batch_norm": "aux"}),
     "weight": case(Recipe(weight=0.3), {}, {"weight": 0.3}),
     "fraction": case(Recipe(tau=1, fraction=0.5), {}, {"fraction": 0.5}),
+    "concat3": case(Recipe(tau=1, weight=1 / 3), {}, {"weight": 1 / 3}, updates=3, augmented=True),
+    "concat3_microbatches": case(Recipe(fraction=0.5), {}, {"fraction": 0.5}, augmented=True, microbatches=2),
     "sgd": case(Recipe(eta=None, decay=0.01, momentum=0.5), {}, rate=0.05, sgd=True),
     "microbatches": case(Recipe(tau=1), {}, microbatches=3),
 }
@@ -63,14 +65,17 @@ TRACED = (
     "pgd",
     "fraction",
     "microbatches",
+    "concat3",
 )
 
 
-def method_of(recipe: Recipe, attack: dict | None, half: dict) -> methods.Method:
+def method_of(recipe: Recipe, attack: dict | None, half: dict, augmented: bool) -> methods.Method:
     if attack is None:
         return methods.vanilla()
     made, half = Attack(**attack), methods.AdversarialHalf(**half)
-    return methods.conadv(made, half, tau=recipe.tau) if recipe.tau else methods.disadv(made, half)
+    if recipe.tau:
+        return methods.conadv(made, half, tau=recipe.tau, augmented=augmented)
+    return methods.disadv(made, half, augmented)
 
 
 def reference_names(variables: dict, moving: bool) -> dict:
@@ -96,17 +101,21 @@ def build(name: str):
     make = lars.make_sgd if settings.get("sgd") else lars.make_lars
     optimizer = make(settings.get("rate", RATE), momentum=recipe.momentum, weight_decay=recipe.decay)
     count = settings.get("microbatches", 1)
+    augmented = settings.get("augmented", False)
     model = make_model(
-        method_of(recipe, attack, half),
+        method_of(recipe, attack, half, augmented),
         optimizer,
         recipe.network,
         microbatches=count,
         seed=RUN_SEED,
+        branches=("main", "augmented", "adversarial") if augmented else ("main", "adversarial"),
         loss=losses.SmoothedCrossEntropy(settings.get("smoothing", 0.1)),
         run_eagerly=name not in TRACED,
     )
     model.create_optimizer_variables()
     images, labels = random_batches(updates * count, settings.get("rows", 6), recipe.network, settings.get("seed", 1))
+    others, _ = random_batches(updates * count, settings.get("rows", 6), recipe.network, seed=99)
+    fed = np.stack([images, others], axis=2) if augmented else images
 
     def rows(update: int, place: int) -> Rows:
         batch = images[update * count + place], labels[update * count + place]
@@ -115,9 +124,9 @@ def build(name: str):
         if attack is not None:
             seed = microbatch_seed(RUN_SEED, update, place)
             start, targets = draws(model.method.attack, attacked.shape, batch[1][: len(attacked)], seed)
-        return Rows(*batch, start, targets)
+        return Rows(*batch, start, targets, others[update * count + place] if augmented else None)
 
-    return model, images, labels, [[rows(u, place) for place in range(count)] for u in range(updates)]
+    return model, fed, labels, [[rows(u, place) for place in range(count)] for u in range(updates)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,16 +155,16 @@ def test_updates_equal_the_reference(name):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "vanilla"])
 def test_adversarial_examples_equal_the_reference(name):
     recipe = CASES[name][0]
-    model, images, labels, rows = build(name)
+    model, _, labels, rows = build(name)
     state = state_of(model)
     attacked = rows[0][0].start.shape[0]
+    first = rows[0][0]
     batch = methods.Batch(
-        tf.constant(images[0][:attacked], tf.float32),
+        tf.constant(first.images[:attacked], tf.float32),
         tf.constant(labels[0][:attacked]),
         microbatch_seed(RUN_SEED, 0, 0),
     )
     actual = methods.attack_images(model.method.attack, model.network, model.loss.call, batch).numpy()
-    first = rows[0][0]
     only = Rows(first.images[:attacked], first.labels[:attacked], first.start, first.attack_labels[:attacked])
     expected, margin = reference.attack(recipe, state, only)
     assert recipe.norm == "l2" or margin > SAFE_MARGIN

@@ -1,0 +1,110 @@
+"""AutoAugment of single images, drawn statelessly; the policies and the operations are tf-models'.
+
+A sub-policy is two operations, each with a probability and a magnitude; rotations, shears and translations have a
+random direction. tf-models draws from global random state, so that no image can be rebuilt, and its graph holds 25
+conditionals in a row. Here every distinct (operation, magnitude, direction) is one function, and an image runs two.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from official.vision.ops import augment as tfm
+
+POLICIES = {"imagenet": tfm.AutoAugment.policy_reduced_imagenet, "cifar10": tfm.AutoAugment.policy_reduced_cifar10}
+TRANSLATE_PIXELS = 250  # at the largest magnitude, tf-models' default
+CUTOUT_PIXELS = 100
+REPLACE = [128] * 3  # what moves in from outside the image
+
+# Degrees, shear and pixels at the largest magnitude of what has a random direction.
+_DIRECTED = {
+    "Rotate": 30.0,
+    "ShearX": 0.3,
+    "ShearY": 0.3,
+    "TranslateX": TRANSLATE_PIXELS,
+    "TranslateY": TRANSLATE_PIXELS,
+}
+_LARGEST_MAGNITUDE = 10.0
+_DRAWS = 5  # of an image: sub-policy, and for each of two operations whether and in which direction
+
+Operation = Callable[[tf.Tensor], tf.Tensor]
+
+
+class Tables(NamedTuple):
+    """A policy as arrays.
+
+    Attributes:
+      operations: distinct operations, uint8 [H, W, 3] → the same; the first does nothing.
+      choice: int32 [sub-policies, 2, 2], the operation for (sub-policy, place, direction).
+      probability: float32 [sub-policies, 2].
+    """
+
+    operations: tuple[Operation, ...]
+    choice: np.ndarray
+    probability: np.ndarray
+
+
+@functools.cache
+def tables(policy: str) -> Tables:
+    """The tables of one of POLICIES."""
+    keys: list[tuple[str, float, int]] = []
+    sub_policies = POLICIES[policy]()
+    choice = np.zeros((len(sub_policies), 2, 2), np.int32)
+    for (sub, place, direction), _ in np.ndenumerate(choice):
+        name, _, magnitude = sub_policies[sub][place]
+        key = name, magnitude, direction if name in _DIRECTED else 0
+        if key not in keys:
+            keys.append(key)
+        choice[sub, place, direction] = 1 + keys.index(key)
+    probability = np.array([[operation[1] for operation in sub] for sub in sub_policies], np.float32)
+    return Tables((tf.identity, *(_operation(*key) for key in keys)), choice, probability)
+
+
+def _operation(name: str, magnitude: float, direction: int) -> Operation:
+    function = tfm.NAME_TO_FUNC[name]
+    if name in _DIRECTED:
+        amount = (-1.0) ** direction * magnitude / _LARGEST_MAGNITUDE * _DIRECTED[name]
+        return lambda image: function(image, amount, REPLACE)
+    arguments = tfm.level_to_arg(CUTOUT_PIXELS, TRANSLATE_PIXELS)[name](magnitude)
+    return lambda image: function(image, *arguments)
+
+
+def distort(image: tf.Tensor, policy: str, seed: tf.Tensor) -> tf.Tensor:
+    """Applies a random sub-policy to an image.
+
+    Args:
+      image: uint8 [H, W, 3], 0..255; its shape must be static. Only within a tf.function or tf.data.
+      policy: one of POLICIES.
+      seed: int64 [2]; the same seed does the same.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    _, choice, probability = tables(policy)
+    draws = tf.random.stateless_uniform([_DRAWS], seed)
+    sub_policy = tf.cast(draws[0] * len(choice), tf.int32)
+    directions = tf.cast(draws[3:] < 0.5, tf.int32)
+    chosen = tf.gather(tf.gather(tf.constant(choice), sub_policy), directions, batch_dims=1)
+    chosen = tf.where(draws[1:3] < tf.gather(tf.constant(probability), sub_policy), chosen, 0)
+    functions = _functions(policy, tuple(image.shape))
+    for place in range(2):
+        image = _call(functions, chosen[place], image)
+    return image
+
+
+@functools.cache
+def _functions(policy: str, shape: tuple[int, int, int]) -> list:
+    """The operations as concrete functions of one image."""
+    with tf.init_scope():
+        image = tf.TensorSpec(shape, tf.uint8)
+        return [tf.function(f, autograph=False).get_concrete_function(image) for f in tables(policy).operations]
+
+
+def _call(functions: list, index: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+    # tf.switch_case would be lowered to a graph of all branches, whose idle ones cost a tenth of the time.
+    for function in functions:
+        function.add_to_graph(tf.compat.v1.get_default_graph())
+    outcome = {"Tout": [tf.uint8], "output_shapes": [image.shape]}
+    return tf.raw_ops.StatelessCase(branch_index=index, input=[image], branches=functions, **outcome)[0]

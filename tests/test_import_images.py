@@ -1,0 +1,245 @@
+"""Folders of real image files, imported and read back by the pipeline that trains on them."""
+
+import io
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from conadv_tf import data, import_images
+
+_ROOT = Path(__file__).parents[1]
+_COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}
+
+
+def picture(path: Path, colour, size=(20, 12), mode="RGB", **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+    return path
+
+
+def noise(path: Path, seed: int, size=(20, 12)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, "JPEG", quality=95)
+    return path
+
+
+def make_folder(folder: Path, count: int = 10) -> Path:
+    """Noise of `count` JPEGs in each of three classes."""
+    for label, name in enumerate(_COLOURS):
+        for number in range(count):
+            noise(folder / name / f"{number}.jpg", 100 * label + number)
+    return folder
+
+
+def stored(folder: Path, split: str) -> dict[str, tf.train.Features]:
+    """Features of every record of a split by file name; the files must be numbered without a gap."""
+    paths = sorted(folder.glob(f"{split}-*"))
+    assert [path.name for path in paths] == [f"{split}-{n:05d}-of-{len(paths):05d}" for n in range(len(paths))]
+    found = {}
+    for payload in tf.data.TFRecordDataset([str(path) for path in paths]).as_numpy_iterator():
+        feature = tf.train.Example.FromString(payload).features.feature
+        found[feature["image/filename"].bytes_list.value[0].decode()] = feature
+    return found
+
+
+def number(feature, name: str) -> int:
+    return feature[name].int64_list.value[0]
+
+
+def content(feature, name: str = "image/encoded") -> bytes:
+    return feature[name].bytes_list.value[0]
+
+
+def run(*arguments, code: int = 0, capsys=None) -> tuple[str, str]:
+    assert import_images.main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def fails(capsys, code: int, *arguments) -> str:
+    out, err = run(*arguments, code=code, capsys=capsys)
+    assert not out
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert err.count("error: ") == 1
+    return last
+
+
+def test_good_jpegs_are_copied_and_split(tmp_path, capsys):
+    src, dst = make_folder(tmp_path / "src"), tmp_path / "dst"
+    run(src, dst, "--validation=0.2", "--shards=4", capsys=capsys)
+    train, validation = stored(dst, "train"), stored(dst, "validation")
+    assert (len(list(dst.glob("train-*"))), len(list(dst.glob("validation-*")))) == (4, 1)
+    assert (dst / "classes.txt").read_text() == "ant\nbee\ncat\n"
+    assert len(train) == 24
+    assert len(validation) == 6
+    assert set(train) | set(validation) == {f"{name}/{n}.jpg" for name in _COLOURS for n in range(10)}
+    for name, feature in (train | validation).items():
+        assert content(feature) == (src / name).read_bytes()
+        assert content(feature, "image/class/text").decode() == name.split("/")[0]
+        assert number(feature, "image/class/label") == list(_COLOURS).index(name.split("/")[0])
+        assert (number(feature, "image/height"), number(feature, "image/width")) == (12, 20)
+        assert (content(feature, "image/format"), content(feature, "image/colorspace")) == (b"JPEG", b"RGB")
+    labels = [number(feature, "image/class/label") for feature in train.values()]
+    assert labels != sorted(labels)
+    counts = np.bincount([number(feature, "image/class/label") for feature in validation.values()])
+    np.testing.assert_array_equal(counts, [2, 2, 2])
+
+
+def test_an_import_is_repeated_byte_for_byte(tmp_path, capsys):
+    src = make_folder(tmp_path / "src", 4)
+    for name in ("one", "two"):
+        run(src, tmp_path / name, "--validation=0.5", "--shards=2", capsys=capsys)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert len(files[0]) == 5
+    assert files[0] == files[1]
+
+
+def test_every_format_becomes_a_jpeg_that_training_reads(tmp_path, capsys):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    for split in ("train", "val"):
+        for name, colour in _COLOURS.items():
+            folder = src / split / name
+            picture(folder / "rgb.jpg", colour, quality=95)
+            picture(folder / "cmyk.jpeg", colour, mode="CMYK", quality=95)
+            picture(folder / "true.PNG", colour)
+            picture(folder / "alpha.png", colour, mode="RGBA")
+            picture(folder / "palette.gif", colour, mode="P")
+            picture(folder / "web.webp", colour, lossless=True)
+            picture(folder / "plain.bmp", colour)
+            (folder / "notes.txt").write_text("no image")
+        picture(src / split / "ant" / "grey.jpg", (90, 90, 90), mode="L", quality=95)
+    run(src, dst, capsys=capsys)
+    loaded = data.load(
+        "tfrecords", data_dir=str(dst), num_classes=3, image_size=8, in_memory=False, augmentation="resized_crop_flip"
+    )
+    assert (loaded.num_train, loaded.num_test) == (22, 22)
+    colours = np.array(list(_COLOURS.values()))
+    images, labels = loaded.examples("test", 99)
+    batches = next(loaded.train_batches(22, 1).as_numpy_iterator())
+    for some_images, some_labels in ((images, labels), batches):
+        means = some_images.mean(axis=(1, 2))
+        coloured = np.ptp(means, axis=1) > 30
+        assert coloured.sum() == 21
+        np.testing.assert_allclose(means[coloured], colours[some_labels[coloured]], atol=8)
+        np.testing.assert_allclose(means[~coloured], 90, atol=2)
+    assert loaded.bad_records.count == 0
+    features = stored(dst, "train")
+    assert content(features["ant/grey.jpg"]) == (src / "train/ant/grey.jpg").read_bytes()
+    assert content(features["ant/grey.jpg"], "image/colorspace") == b"Grayscale"
+    assert content(features["ant/cmyk.jpeg"], "image/colorspace") == b"RGB"
+    assert all(content(feature)[:3] == b"\xff\xd8\xff" for feature in features.values())
+
+
+def test_rotated_photos_are_stored_upright(tmp_path, capsys):
+    src, dst = make_folder(tmp_path / "src", 2), tmp_path / "dst"
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, 16:] = 255  # the right half is white; orientation 6 turns it to the bottom
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(src / "ant/turned.jpg", exif=exif, quality=95)
+    run(src, dst, "--validation=0.4", capsys=capsys)
+    feature = (stored(dst, "train") | stored(dst, "validation"))["ant/turned.jpg"]
+    image = tf.io.decode_jpeg(content(feature)).numpy()
+    assert image.shape == (32, 16, 3) == (number(feature, "image/height"), number(feature, "image/width"), 3)
+    assert image[:15].mean() < 10
+    assert image[17:].mean() > 245
+    with Image.open(io.BytesIO(content(feature))) as stored_image:
+        assert stored_image.getexif().get(0x0112, 1) == 1
+
+
+def test_large_images_are_shrunk_and_small_ones_copied(tmp_path, capsys):
+    src, dst = make_folder(tmp_path / "src", 2), tmp_path / "dst"
+    noise(src / "ant/large.jpg", 7, (60, 90))
+    run(src, dst, "--validation=0.4", "--image_size=24", capsys=capsys)
+    features = stored(dst, "train") | stored(dst, "validation")
+    with Image.open(io.BytesIO(content(features["ant/large.jpg"]))) as image:
+        assert image.size == (24, 36)
+    assert content(features["ant/0.jpg"]) == (src / "ant/0.jpg").read_bytes()
+
+
+def test_broken_images_are_named_and_left_out(tmp_path, capsys):
+    src = make_folder(tmp_path / "src", 4)
+    (src / "ant/0.jpg").write_bytes((src / "ant/0.jpg").read_bytes()[:-200])
+    (src / "bee/1.png").write_bytes(b"no image at all")
+    out, err = run(src, tmp_path / "dst", "--validation=0.25", capsys=capsys)
+    assert f"left out: {src}/ant/0.jpg: corrupt JPEG" in err
+    assert f"left out: {src}/bee/1.png: cannot identify image file\n" in err
+    assert "2 broken images" in out
+    assert len(stored(tmp_path / "dst", "train")) + len(stored(tmp_path / "dst", "validation")) == 11
+    message = fails(capsys, 1, src, tmp_path / "other", "--validation=0.25", "--max_bad_images=1")
+    assert "--max_bad_images=1" in message
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_an_interrupted_import_leaves_nothing(tmp_path, capsys, monkeypatch):
+    src = make_folder(tmp_path / "src", 3)
+    encode, calls = import_images.encode, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            assert list(tmp_path.glob("dst.partial/train-*"))
+            assert not (tmp_path / "dst").exists()
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(import_images, "encode", interrupted)
+    _, err = run(src, tmp_path / "dst", "--validation=0.4", code=130, capsys=capsys)
+    assert "nothing was imported" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["src"], 2, "DST"),
+        (["src", "dst", "--colour=red"], 2, "--colour=red"),
+        (["src", "dst"], 2, "--validation"),
+        (["src", "dst", "--validation=1.5"], 2, "--validation=1.5"),
+        (["parted", "dst", "--validation=0.1"], 2, "--validation=0.1"),
+        (["src", "dst", "--validation=0.4", "--shards=0"], 2, "--shards=0"),
+        (["src", "dst", "--validation=0.4", "--shards=99"], 2, "--shards=99"),
+        (["src", "full", "--validation=0.4"], 2, "not an empty folder"),
+        (["src", "src/dst", "--validation=0.4"], 2, "lies in SRC"),
+        (["src", "killed", "--validation=0.4"], 2, "killed.partial"),
+        (["missing", "dst", "--validation=0.4"], 1, "missing"),
+        (["hollow", "dst", "--validation=0.4"], 1, "'void'"),
+        (["src", "dst", "--validation=0.001"], 1, "--validation"),
+        (["strange", "dst"], 1, "strange/val/dog"),
+    ],
+)
+def test_impossible_imports(tmp_path, capsys, monkeypatch, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("src"), 3)
+    for split in ("train", "val"):
+        make_folder(Path("parted") / split, 1)
+        make_folder(Path("strange") / split, 1)
+    make_folder(Path("hollow"), 2)
+    for folder in ("hollow/void", "full/data", "killed.partial", "strange/val/dog"):
+        Path(folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert words in fails(capsys, code, *arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_printed_command_trains_on_it(tmp_path, capsys):
+    src, dst = make_folder(tmp_path / "src"), tmp_path / "my photos"
+    out, _ = run(src, dst, "--validation=0.2", capsys=capsys)
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["python", "train.py"]
+    for setting in ("data.source='tfrecords'", "data.num_classes=3", "data.num_train=24", "data.image_size=12"):
+        assert f"--gin_param={setting}" in command
+    small = ["--gin_param=model.name='cifar_resnet8'", "--gin_param=train.epochs=6", f"--model_dir={tmp_path}/run"]
+    trained = subprocess.run(
+        [sys.executable, *command[1:], *small], cwd=_ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    assert "my photos: 24 training, 6 test images" in trained.stdout
