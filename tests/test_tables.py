@@ -1,0 +1,214 @@
+"""Every value of the paper's Table 6, of the MLPerf logs and of the release, read out of the built run.
+
+The run is built for a v3-512 without one. Its network and images are small, its arithmetic, optimizer, schedule, loss
+and method are the recipe's. Expectations are the tables' own numbers and float64 formulas.
+"""
+
+import functools
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from conadv_tf import configure, run
+
+GIN = Path(configure.recipe_folder())
+NUM_TRAIN = 1_281_167
+V3_512 = 512
+SMALL = [
+    "data.source='synthetic'",
+    "data.augmentation='none'",
+    "data.in_memory=True",
+    "data.image_size=32",
+    "model.name='cifar_resnet8'",
+]
+
+
+class Row(NamedTuple):
+    """What a table says about a batch size."""
+
+    batch: int
+    steps_per_epoch: int
+    peak: float
+    warmup_epochs: int
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    epochs: int = 90
+    power: float = 2.0
+    rows: int = 64
+    end: float = 1e-4
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.warmup_epochs * self.steps_per_epoch
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the decay at an update, in float64."""
+        decay_steps = self.steps - self.warmup_steps + 1
+        return (self.peak - self.end) * (1 - (step - self.warmup_steps) / decay_steps) ** self.power + self.end
+
+
+TABLE_6 = {32: Row(32_768, 39, 35.0, 40), 64: Row(65_536, 19, 41.0, 41), 96: Row(98_304, 13, 43.0, 41)}
+BATCHES = {
+    # Below 32k: the release's peak learning rates and warm-up.
+    1: Row(1_024, 1251, 10.0, 5, rows=2),
+    4: Row(4_096, 312, 10.0, 5, rows=8),
+    8: Row(8_192, 156, 10.0, 5, rows=16),
+    16: Row(16_384, 78, 25.0, 5, rows=32),
+    **TABLE_6,
+    # Beyond 96k: 96k's.
+    128: Row(131_072, 9, 43.0, 41),
+    256: Row(262_144, 4, 43.0, 41),
+}
+TUNED = {
+    "4k_vanilla_mlperf": Row(4_096, 312, 13.0, 2, 2e-4, epochs=41, rows=8),
+    "32k_vanilla_mlperf": Row(32_768, 39, 29.0, 18, 1e-4, 0.929, 60),
+    "64k_vanilla_mlperf": Row(65_536, 19, 24.699, 31, 1e-4, 0.951807, 91),
+    "96k_conadv_aa_release": Row(98_304, 13, 43.0, 41, 5e-5, 0.92, 100, power=1.6, rows=96),
+}
+VARIANTS = ("vanilla", "aa", "disadv", "conadv", "conadv_aa")
+PERTURBATIONS = {"disadv": (3, 5, 8), "conadv": (3, 5, 8), "conadv_aa": (5, 7, 8)}
+# Tables 1 and 2, top-1 at 32k, 64k and 96k.
+RESULTS = {
+    "vanilla": (76.6, 75.3, 74.3),
+    "aa": (76.9, 75.6, 74.3),
+    "disadv": (77.3, 76.2, 75.3),
+    "conadv": (77.3, 76.2, 75.3),
+    "conadv_aa": (78.3, 77.3, 76.2),
+}
+ROWS = (
+    {f"batch/{size}k": row for size, row in BATCHES.items()}
+    | {f"{size}k_{variant}": row for size, row in TABLE_6.items() for variant in VARIANTS}
+    | TUNED
+)
+PAPER = [(size, place, variant) for place, size in enumerate(TABLE_6) for variant in VARIANTS]
+
+
+@functools.cache
+def built(recipe: str) -> run.Run:
+    """The recipe at its full scale for a v3-512, with a small network on noise."""
+    configure.configure([f"{recipe}.gin"], SMALL)
+    return run.build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, V3_512)
+
+
+def test_every_imagenet_recipe_has_its_row():
+    recipes = {path.stem for path in GIN.glob("*k_*.gin")} | {f"batch/{p.stem}" for p in GIN.glob("batch/*.gin")}
+    assert recipes == set(ROWS)
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_arithmetic(recipe):
+    row, plan = ROWS[recipe], built(recipe).plan
+    assert (plan.global_batch_size, plan.epochs, plan.num_train) == (row.batch, row.epochs, NUM_TRAIN)
+    assert (plan.steps_per_epoch, plan.total_steps) == (row.steps_per_epoch, row.steps)
+    assert row.steps_per_epoch * row.batch <= NUM_TRAIN < (row.steps_per_epoch + 1) * row.batch
+    assert (plan.num_replicas, plan.rows) == (V3_512, row.rows)
+    assert V3_512 * plan.microbatches * row.rows == row.batch
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_learning_rate(recipe):
+    row, schedule = ROWS[recipe], built(recipe).model.optimizer.learning_rate
+    middle = (row.warmup_steps + row.steps) // 2
+    steps = [0, 1, row.warmup_steps - 1, row.warmup_steps, middle, row.steps, row.steps + 1]
+    climb = [row.peak * step / row.warmup_steps for step in steps[:3]]
+    expected = [*climb, row.peak, row.rate(middle), row.rate(row.steps), row.end]
+    np.testing.assert_allclose([float(schedule(tf.constant(step))) for step in steps], expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("size", "value"), [(32, 8.75905), (64, 10.29411), (96, 10.81758)])
+def test_hand_worked_middle_of_the_decay(size, value):
+    # (peak − 1e-4) · (1 − (t − w) / (T − w + 1))² + 1e-4, e.g. 96k: T = 1170, w = 533, t = 851: 42.9999 · (320/638)².
+    row = TABLE_6[size]
+    schedule = built(f"{size}k_conadv").model.optimizer.learning_rate
+    middle = (row.warmup_steps + row.steps) // 2
+    assert float(schedule(tf.constant(middle))) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_optimizer(recipe):
+    row, optimizer = ROWS[recipe], built(recipe).model.optimizer.get_config()
+    assert optimizer["name"] == "LARS"
+    assert optimizer["momentum"] == row.momentum
+    assert optimizer["weight_decay"] == row.weight_decay
+    assert optimizer["trust_coefficient"] == 0.001
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_label_smoothing_is_a_tenth(recipe):
+    logits = np.zeros((1, 1000), np.float32)
+    logits[0, 7] = 10.0
+    # log Σ e^z − 0.9 z_7 − 0.1 · mean z
+    expected = math.log(math.exp(10) + 999) - 0.9 * 10 - 0.1 * 10 / 1000
+    loss = built(recipe).model.loss.call(tf.constant([7]), tf.constant(logits))
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_network(recipe):
+    network = built(recipe).model.network
+    assert (network.batch_norm_momentum, network.batch_norm_epsilon) == (0.9, 1e-5)
+    # Statistics over 64 images; the release's, over a core's own 96.
+    assert network.replicas_per_group == max(1, 64 // ROWS[recipe].rows)
+    assert built(recipe).settings.precision == "mixed_bfloat16"
+    assert network.num_classes == 1000
+
+
+@pytest.mark.parametrize(("size", "place", "variant"), PAPER)
+def test_method_and_perturbation_of_the_papers_recipes(size, place, variant):
+    recipe = built(f"{size}k_{variant}")
+    method, network = recipe.model.method, recipe.model.network
+    policy = "imagenet" if variant.endswith("aa") else "none"
+    assert (recipe.data.augmentation.policy, recipe.data.augmentation.mode) == (policy, "replace")
+    if variant in ("vanilla", "aa"):
+        assert (method.name, method.attack, network.branches) == ("vanilla", None, ("main",))
+        return
+    assert method.name == variant.removesuffix("_aa")
+    assert (method.tau, method.schedule) == ((0, None) if variant == "disadv" else (1, "shadow"))
+    assert network.branches == ("main", "adversarial")
+    assert method.attack.epsilon_pixels == PERTURBATIONS[variant][place]
+    attack = method.attack
+    assert (attack.units, attack.goal, attack.norm, attack.label, attack.steps, attack.batch_norm) == (
+        ("pixels", "untargeted", "linf", "hard", 1, "main")
+    )
+    assert (attack.step_size_pixels, attack.random_start_probability) == (None, 1.0)
+    assert method.forward_units == 8
+
+
+def test_images_and_attack_of_the_release():
+    release = built("96k_conadv_aa_release")
+    assert (release.data.augmentation.policy, release.data.augmentation.mode) == ("imagenet", "concat3")
+    assert release.model.network.branches == ("main", "augmented", "adversarial")
+    method = release.model.method
+    assert (method.name, method.tau) == ("disadv", 0)
+    attack = method.attack
+    assert (attack.epsilon_pixels, attack.step_size_pixels, attack.units) == (9, 9, "release_units")
+    assert (attack.goal, attack.random_start_probability, attack.batch_norm) == ("random_target", 0.8, "aux")
+
+
+@pytest.mark.parametrize(("size", "place", "variant"), PAPER)
+def test_head_comment_has_the_papers_result(size, place, variant):
+    head = (GIN / f"{size}k_{variant}.gin").read_text()
+    assert f"test top-1 {RESULTS[variant][place]} %" in head
+    assert variant == "vanilla" or f"vanilla {RESULTS['vanilla'][place]} %" in head
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_head_comment_has_the_runs_arithmetic(recipe):
+    row = ROWS[recipe]
+    head = (GIN / f"{recipe}.gin").read_text().split("\n\n")[0]
+    assert f"batch {row.batch:,}" in head
+    assert f"{row.epochs} epochs" in head
+    updates = re.search(r"([\d,]+) updates an epoch, ([\d,]+) in", head)
+    assert not updates or updates.groups() == (f"{row.steps_per_epoch:,}", f"{row.steps:,}")
+    assert bool(updates) == recipe.startswith("batch/")
+    core = re.search(r"([\d]+) on each core of a v3-512, ([\d,]+) on one device", head)
+    assert not core or core.groups() == (f"{built(recipe).plan.microbatches}", f"{row.batch // row.rows:,}")
