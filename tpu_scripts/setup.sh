@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Copies this checkout to every host of a TPU and installs what it needs there.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=tpu_scripts/common.sh
+source "$here/common.sh"
+# shellcheck source=tpu_scripts/steps.sh
+source "$here/steps.sh"
+
+usage() {
+  cat << 'END'
+Usage: tpu_scripts/setup.sh --name=NAME --zone=ZONE [FLAG...]
+Copies this checkout to ~/conadv_tf on every host of the TPU and installs it there, with TensorFlow 2.20 for TPUs, into
+~/conadv_tf/.venv. Again after a change of the checkout: the same command.
+
+  --name=NAME        the TPU
+  --zone=ZONE        where it is
+  --project=PROJECT  default: that of gcloud config
+  --dry_run          check, print the commands, change nothing
+END
+}
+
+parse_flags "" "" "$@"
+check_place
+check_gcloud
+check_ready
+set_up_hosts
+[[ -n ${FLAGS[dry_run]-} ]] || echo "next: $(place_command run) -- --tpu=$TYPE --gin_file=RECIPE ..."
