@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -22,7 +24,8 @@ def commands(document: str) -> list[str]:
     return [line for block in blocks(document, "sh") for line in block.splitlines() if line]
 
 
-COMMANDS = commands("README.md")
+# Those of tpu_scripts/ are run, with a gcloud that is not real, by test_tpu_scripts.py.
+COMMANDS = [command for command in commands("README.md") if not command.startswith("tpu_scripts/")]
 PREFLIGHT = [command for command in COMMANDS if "--preflight" in command]
 ON_A_TPU = [command for command in COMMANDS if "--tpu=" in command and command not in PREFLIGHT]
 TRAINING = [command for command in COMMANDS if command.startswith("python train.py") and "--tpu=" not in command]
@@ -61,7 +64,8 @@ def need_make() -> None:
 def test_documents_hold_the_commands_the_tests_know():
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert (len(TRAINING), len(PREFLIGHT), len(ON_A_TPU)) == (4, 1, 2)
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
+    assert "python -m conadv_tf.import_images photos records --validation=0.1" in COMMANDS
     assert "@@" not in (ROOT / "README.md").read_text()
     assert commands("CONTRIBUTING.md") == ["make test", "make check"]
 
@@ -99,6 +103,18 @@ def test_tpu_command_says_that_no_tpu_is_here(command, checkout):
     assert outcome.returncode == 1
     assert outcome.stderr.startswith("error: --tpu=")
     assert "no TPU is attached" in outcome.stderr
+
+
+def test_import_of_photos_prints_the_command_that_trains(checkout):
+    random = np.random.default_rng(0)
+    for number in range(20):
+        path = checkout / "photos" / ("cats", "dogs")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
+    outcome = run("python -m conadv_tf.import_images photos records --validation=0.1", checkout)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "python train.py" in outcome.stdout
+    assert {path.name.split("-")[0] for path in (checkout / "records").glob("*-of-*")} == {"train", "validation"}
 
 
 def test_make_check_passes(checkout):
