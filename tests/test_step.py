@@ -1,6 +1,7 @@
 """The compiled update: how often it is traced, start_epoch, XLA and bfloat16."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from helpers import (
     snapshot,
 )
 
-from conadv_tf import lars, methods
+from conadv_tf import lars, methods, resnet, trainer
 from conadv_tf.attack import Attack
 
 STILL = Attack(random_start_probability=0.0)
@@ -243,3 +244,20 @@ def test_whole_update_and_evaluation_are_xla_programs(method):
     evaluate = tf.function(lambda x, y, w: model.test_step((x, y, w)), jit_compile=True, autograph=False)
     evaluate(images, labels, tf.constant([1.0] * 5 + [0.0] * 3))
     assert 0 <= float(model.metrics[2].result()) <= 1
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_imagenet_update_is_lowered_whole_for_a_core(name):
+    """ResNet-50 on 64 images of 224 × 224 in bfloat16, an update with everything that changes: no call out of XLA."""
+    method = methods.METHODS[name]()
+    network = resnet.ResNet("resnet50", 1000, (224, 224, 3), method.branches, dtype="mixed_bfloat16")
+    model = trainer.ConAdvModel(network, method)
+    model.compile(lars.LARS(1.0))
+    model.create_optimizer_variables()
+    update = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True, autograph=False)
+    batch = tf.TensorSpec([64, 224, 224, 3], tf.uint8), tf.TensorSpec([64], tf.int32)
+    program = update.experimental_get_compiler_ir(*batch)(stage="hlo")
+    assert not re.findall(r"= \S+ (custom-call|send|recv|infeed|outfeed)\(", program)
+    # 53 convolutions forward, and for each the gradients of its kernel and of its input.
+    assert program.count(" convolution(") >= 3 * 53 * (1 if name == "vanilla" else 2)
+    assert program.count("bf16[64,112,112,64]") > 1
