@@ -9,7 +9,7 @@ import gin
 import numpy as np
 from absl import logging
 
-from conadv_tf import augment, records
+from conadv_tf import augment, record_files, records
 from conadv_tf.errors import ConfigError
 from conadv_tf.pipeline import SPLITS, ImageData, MemoryData, StreamData
 
@@ -46,7 +46,7 @@ def _digits(
     numbers = np.arange(len(labels))
     train, test = model_selection.train_test_split(numbers, test_size=360, stratify=labels, random_state=0)
     splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-    return MemoryData(name, 10, splits, augmentation, records.BadRecords(0))
+    return MemoryData(name, 10, splits, augmentation, record_files.BadRecords(0))
 
 
 def _synthetic(
@@ -65,7 +65,7 @@ def _synthetic(
     )
     splits = {"train": pool, "test": pool}
     sizes = (num_train or _IMAGENET[0], _IMAGENET[1])
-    return MemoryData(name, classes, splits, augmentation, records.BadRecords(0), sizes)
+    return MemoryData(name, classes, splits, augmentation, record_files.BadRecords(0), sizes)
 
 
 class _Stored(Protocol):
@@ -80,10 +80,10 @@ class _Stored(Protocol):
     @property
     def schema(self) -> records.Schema: ...
 
-    def record_files(self, split: str) -> list[str]: ...
+    def split_files(self, split: str) -> list[str]: ...
 
     def read_into_memory(
-        self, split: str, bad_records: records.BadRecords, image_shape: tuple[int, int, int] | None
+        self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, int, int] | None
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
@@ -94,13 +94,13 @@ class _TFRecords:
     paths: dict[str, list[str]]
     channels: int = 3
 
-    def record_files(self, split: str) -> list[str]:
+    def split_files(self, split: str) -> list[str]:
         return self.paths[split]
 
     def read_into_memory(
-        self, split: str, bad_records: records.BadRecords, image_shape: tuple[int, int, int] | None
+        self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, int, int] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        files = records.index_files(self.paths[split], bad_records)
+        files = record_files.index_files(self.paths[split], bad_records)
         return records.read_into_memory(files, self.schema, bad_records, image_shape)
 
 
@@ -109,7 +109,7 @@ def _memory(
     stored: _Stored,
     image_size: int | None,
     augmentation: augment.Augmentation,
-    bad_records: records.BadRecords,
+    bad_records: record_files.BadRecords,
 ) -> MemoryData:
     shape = (image_size, image_size, stored.channels) if image_size else None
     splits = {}
@@ -147,7 +147,7 @@ def _find(
 
         return tfds_source.TfdsData(data_dir=data_dir, num_classes=num_classes, **tfds_settings)
     paths = {
-        split: records.match_files(str(data_dir), record_settings[f"{split}_files"], f"data.{split}_files")
+        split: record_files.match_files(str(data_dir), record_settings[f"{split}_files"], f"data.{split}_files")
         for split in SPLITS
     }
     schema = records.Schema(record_settings["label_offset"], num_classes)
@@ -236,11 +236,11 @@ def load(
             f"data.num_classes={num_classes}, data.shuffle_buffer={shuffle_buffer}: data."
             "in_memory=False needs the number of classes and a buffer of at least 1"
         )
-    bad_records = records.BadRecords(max_bad_records)
+    bad_records = record_files.BadRecords(max_bad_records)
     stored = _find(source, data_dir, num_classes, tfds_settings, record_settings)
     name = name or stored.name
     if streamed:
-        files = {split: records.index_files(stored.record_files(split), bad_records) for split in SPLITS}
+        files = {split: record_files.index_files(stored.split_files(split), bad_records) for split in SPLITS}
         size = image_size or _DEFAULT_IMAGE_SIZE
         loaded: ImageData = StreamData(name, files, stored.schema, size, transform, shuffle_buffer, bad_records)
     else:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf import augment, records
+from conadv_tf import augment, record_files, records
 from conadv_tf.errors import ConfigError
 
 SPLITS = ("train", "test")
@@ -80,7 +80,7 @@ class ImageData(abc.ABC):
       image_shape: (H, W, C) of every image that is handed out.
       num_train, num_test: examples in the splits. Streamed files: all whole records, including those that
         turn out bad when they are decoded.
-      bad_records: `records.BadRecords`, count and per-file report; streaming adds to it while it reads.
+      bad_records: `record_files.BadRecords`, count and per-file report; streaming adds to it while it reads.
       augmentation: what is done to training images.
     """
 
@@ -90,7 +90,7 @@ class ImageData(abc.ABC):
         num_classes: int,
         image_shape: tuple[int, int, int],
         sizes: tuple[int, int],
-        bad_records: records.BadRecords,
+        bad_records: record_files.BadRecords,
         augmentation: augment.Augmentation,
     ):
         self.name, self.num_classes, self.image_shape = name, num_classes, image_shape
@@ -197,7 +197,7 @@ class MemoryData(ImageData):
         num_classes: int,
         splits: dict[str, tuple[np.ndarray, np.ndarray]],
         augmentation: augment.Augmentation,
-        bad_records: records.BadRecords,
+        bad_records: record_files.BadRecords,
         sizes: tuple[int, int] | None = None,
     ):
         own_sizes = len(splits["train"][1]), len(splits["test"][1])
@@ -257,12 +257,12 @@ class StreamData(ImageData):
     def __init__(
         self,
         name: str,
-        files: dict[str, list[records.RecordFile]],
+        files: dict[str, list[record_files.RecordFile]],
         schema: records.Schema,
         image_size: int,
         augmentation: augment.Augmentation,
         shuffle_buffer: int,
-        bad_records: records.BadRecords,
+        bad_records: record_files.BadRecords,
     ):
         train, test = (sum(file.num_records for file in files[split]) for split in SPLITS)
         shape = image_size, image_size, 3

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from conadv_tf import records
+from conadv_tf import record_files, records
 from conadv_tf.errors import ConfigError, DataError
 
 _IMAGE, _LABEL = "image", "label"
@@ -129,7 +129,7 @@ class TfdsData:
             "TFRecords are read: prepare it with file_format='tfrecord' in another --data_dir"
         )
 
-    def record_files(self, split: str) -> list[str]:
+    def split_files(self, split: str) -> list[str]:
         """Paths of the TFRecord files of "train" or "test", for streaming.
 
         Raises:
@@ -152,7 +152,7 @@ class TfdsData:
         return [str(path) for path in splits[name].filepaths]
 
     def read_into_memory(
-        self, split: str, bad_records: records.BadRecords, image_shape: tuple[int, ...] | None
+        self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, ...] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Decodes every image of "train" or "test" through TFDS, in order.
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conadv_tf import augment, data, pipeline, records
+from conadv_tf import augment, data, pipeline, record_files, records
 from conadv_tf.errors import ConfigError, DataError
 
 _FOLDER = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -116,7 +116,7 @@ def counting(size: int, augmentation: str = "none", test_size: int = 5) -> pipel
         max(size, test_size),
         {"train": split(size), "test": split(test_size)},
         augment.Augmentation(augmentation),
-        records.BadRecords(0),
+        record_files.BadRecords(0),
     )
 
 
