@@ -1,0 +1,90 @@
+"""The Colab notebook, executed from end to end in a kernel of its own, as a reader on a CPU would."""
+
+import json
+import os
+import re
+import sys
+import urllib.request
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "conadv_colab.ipynb"
+EPOCHS = 10
+# 360 test images, ten classes: guessing gives 10 %, a perceptron about 90 %.
+LEAST_TOP1 = 93
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the notebook runs, with this checkout's conadv_tf and a TensorBoard of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("CONADV_EPOCHS", str(EPOCHS))
+    # As in an activated virtual environment: %tensorboard starts the program of this name.
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    return tmp_path
+
+
+def executed(folder: Path) -> tuple[nbformat.NotebookNode, list[str]]:
+    """The notebook with its results, and the runs in its TensorBoard, which ends with the kernel."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)  # raises where the cell fails
+        return notebook, tensorboard_runs(notebook)
+
+
+def outputs(notebook: nbformat.NotebookNode, kind: str) -> list[nbformat.NotebookNode]:
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output for output in found if output.output_type == kind]
+
+
+def printed(notebook: nbformat.NotebookNode, stream: str) -> str:
+    return "".join(output.text for output in outputs(notebook, "stream") if output.name == stream)
+
+
+def tensorboard_runs(notebook: nbformat.NotebookNode) -> list[str]:
+    """What the server answers that the frame in the notebook leads to."""
+    frames = "".join(shown.data.get("text/html", "") for shown in outputs(notebook, "display_data"))
+    (port,) = re.findall(r"<iframe.*port = (\d+);", frames, re.DOTALL)
+    with urllib.request.urlopen(f"http://localhost:{port}/data/runs", timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_notebook_is_valid_and_stored_without_results():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(code) >= 8
+    for cell in code:
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        assert len(cell.source.splitlines()) <= 30
+    results = re.compile(r"\d ?%|\d points")
+    assert not [cell.id for cell in notebook.cells if cell.cell_type == "markdown" and results.search(cell.source)]
+
+
+@pytest.mark.parametrize(("strategy", "replicas"), [("auto", "1 replica"), ("mirrored", "2 replicas")])
+def test_notebook_runs_from_end_to_end(strategy, replicas, folder, monkeypatch):
+    monkeypatch.setenv("CONADV_STRATEGY", strategy)
+    notebook, runs = executed(folder)
+    text = printed(notebook, "stdout")
+    assert outputs(notebook, "error") == []
+    assert "WARNING" not in text
+    assert printed(notebook, "stderr") == ""
+    assert "nothing to install" in text
+    assert replicas in text
+    table = dict(re.findall(r"^(conadv|vanilla) .* ([\d.]+) %  ", text, re.MULTILINE))
+    assert table.keys() == {"conadv", "vanilla"}
+    assert all(LEAST_TOP1 <= float(top1) <= 100 for top1 in table.values())
+    assert len(re.findall(r"^epoch +\d+ ", text, re.MULTILINE)) >= 2
+    (panel,) = [shown.data["image/png"] for shown in outputs(notebook, "display_data") if "image/png" in shown.data]
+    assert len(panel) > 5_000
+    assert {"conadv/train", "conadv/validation"} <= set(runs)
