@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from official.vision.ops import augment as tfm
 
-POLICIES = {"imagenet": tfm.AutoAugment.policy_reduced_imagenet, "cifar10": tfm.AutoAugment.policy_reduced_cifar10}
+POLICIES = {"imagenet": "reduced_imagenet", "cifar10": "reduced_cifar10"}  # tf-models' names
 TRANSLATE_PIXELS = 250  # at the largest magnitude, tf-models' default
 CUTOUT_PIXELS = 100
 REPLACE = [128] * 3  # what moves in from outside the image
@@ -49,8 +48,10 @@ class Tables(NamedTuple):
 @functools.cache
 def tables(policy: str) -> Tables:
     """The tables of one of POLICIES."""
+    from official.vision.ops import augment as tfm  # a second to import, and changes Matplotlib's backend
+
     keys: list[tuple[str, float, int]] = []
-    sub_policies = POLICIES[policy]()
+    sub_policies = tfm.AutoAugment(POLICIES[policy]).policies
     choice = np.zeros((len(sub_policies), 2, 2), np.int32)
     for (sub, place, direction), _ in np.ndenumerate(choice):
         name, _, magnitude = sub_policies[sub][place]
@@ -59,15 +60,16 @@ def tables(policy: str) -> Tables:
             keys.append(key)
         choice[sub, place, direction] = 1 + keys.index(key)
     probability = np.array([[operation[1] for operation in sub] for sub in sub_policies], np.float32)
-    return Tables((tf.identity, *(_operation(*key) for key in keys)), choice, probability)
+    to_arguments = tfm.level_to_arg(CUTOUT_PIXELS, TRANSLATE_PIXELS)
+    operations = (_operation(tfm.NAME_TO_FUNC[key[0]], to_arguments[key[0]], *key) for key in keys)
+    return Tables((tf.identity, *operations), choice, probability)
 
 
-def _operation(name: str, magnitude: float, direction: int) -> Operation:
-    function = tfm.NAME_TO_FUNC[name]
+def _operation(function: Callable, to_arguments: Callable, name: str, magnitude: float, direction: int) -> Operation:
     if name in _DIRECTED:
         amount = (-1.0) ** direction * magnitude / _LARGEST_MAGNITUDE * _DIRECTED[name]
         return lambda image: function(image, amount, REPLACE)
-    arguments = tfm.level_to_arg(CUTOUT_PIXELS, TRANSLATE_PIXELS)[name](magnitude)
+    arguments = to_arguments(magnitude)
     return lambda image: function(image, *arguments)
 
 

@@ -397,7 +397,7 @@ def _timed_next(iterator):
         waited = tf.timestamp() - start
 
     def after_the_clock(tensor):
-        with tf.control_dependencies([waited]), tf.compat.v1.colocate_with(tensor):
+        with tf.control_dependencies([waited]), tf.device(tensor.device):
             return tf.identity(tensor)
 
     return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited

@@ -22,7 +22,7 @@ def test_one_device_without_accelerators(monkeypatch):
         ({"strategy": "horovod"}, ConfigError, "--strategy=horovod"),
         ({"strategy": "mirrored", "tpu": "v3-8"}, ConfigError, "--tpu=v3-8"),
         ({"strategy": "multiworker"}, ConfigError, "TF_CONFIG"),
-        ({"tpu": "v3-512"}, RunError, r"accelerator-type=v3-512"),
+        ({"tpu": "v3-512"}, RunError, r"tpu_scripts/create.sh --name=NAME --type=v3-512"),
         ({"strategy": "tpu"}, RunError, "--tpu=local"),
     ],
 )

@@ -1,0 +1,274 @@
+"""Damaged, missing and impossible data: counted, reported, skipped up to a limit, or refused in one line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from record_data import (
+    FOLDER,
+    counting,
+    example_bytes,
+    flip_byte,
+    jpeg,
+    load,
+    make_folder,
+    needs_files,
+    numbered,
+    payloads,
+    stream,
+    take,
+    write,
+)
+
+from conadv_tf import data, records
+from conadv_tf.errors import ConfigError, DataError
+
+
+def raises_data_error(folder: Path, in_memory: bool, **arguments) -> str:
+    """Loads and reads two passes; the one line of the DataError that must come of it."""
+    with pytest.raises((DataError, tf.errors.OpError)) as caught:
+        take((load if in_memory else stream)(folder, **arguments).train_batches(7, 1), 6)
+    found = records.data_error(caught.value)
+    assert found is not None
+    assert "\n" not in str(found)
+    return str(found)
+
+
+def corrupt(encoded: bytes) -> bytes:
+    return encoded[: len(encoded) // 3]
+
+
+DAMAGES = {
+    "wrong checksum": lambda path: flip_byte(path, 2),
+    "corrupt JPEG": lambda path: replace_record(path, 2, corrupt(jpeg_of(path, 2)), 2),
+    "no JPEG": lambda path: replace_record(path, 2, b"not a picture\0\0", 2),
+    "no image": lambda path: replace_record(path, 2, None, 2),
+    "no label": lambda path: replace_record(path, 2, jpeg_of(path, 2), None),
+    "no example": lambda path: replace_payload(path, 2, b"\xff\xff nonsense"),
+}
+REASONS = {
+    "wrong checksum": "unreadable (corrupted record",
+    "corrupt JPEG": "corrupt JPEG",
+    "no JPEG": "corrupt JPEG",
+    "no image": "image/encoded is missing",
+    "no label": "image/class/label is missing",
+    "no example": "not a tf.train.Example",
+}
+
+
+def jpeg_of(path: Path, record: int) -> bytes:
+    feature = tf.train.Example.FromString(payloads(path)[record]).features.feature
+    return feature["image/encoded"].bytes_list.value[0]
+
+
+def replace_record(path: Path, record: int, encoded: bytes | None, label: int | None) -> None:
+    replace_payload(path, record, example_bytes(encoded, label))
+
+
+def replace_payload(path: Path, record: int, payload: bytes) -> None:
+    content = payloads(path)
+    write(path, [*content[:record], payload, *content[record + 1 :]])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_record_is_skipped_counted_and_reported(tmp_path, damage, in_memory, caplog):
+    path = make_folder(tmp_path) / "train-00000-of-00003"
+    DAMAGES[damage](path)
+    with caplog.at_level("WARNING"):
+        loaded = (load if in_memory else stream)(tmp_path, max_bad_records=1)
+        labels = take(loaded.train_batches(20 if in_memory else 21, 1), 2)[1].reshape(2, -1)
+        evaluated = loaded.examples("train", 30)[1]
+    np.testing.assert_array_equal(evaluated, [0, 1, *range(3, 21)])
+    for epoch in labels:
+        expected = [0, 1, *([] if in_memory else [3]), *range(3, 21)]  # the next one takes its place
+        np.testing.assert_array_equal(np.sort(epoch), expected)
+    assert loaded.bad_records.per_file() == {str(path): 1}
+    assert REASONS[damage] in loaded.bad_records.reasons[str(path), 2]
+    assert str(path) in caplog.text
+    assert "record 2" in caplog.text
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("damage", ["wrong checksum", "corrupt JPEG"])
+def test_a_bad_record_beyond_the_limit_ends_the_run(tmp_path, damage, in_memory):
+    path = make_folder(tmp_path) / "train-00000-of-00003"
+    DAMAGES[damage](path)
+    line = raises_data_error(tmp_path, in_memory, max_bad_records=0)
+    assert str(path) in line
+    assert "record 2" in line
+    assert "max_bad_records=0" in line
+    assert REASONS[damage] in line
+
+
+def test_a_resumed_stream_replaces_a_bad_record_by_the_same_image(tmp_path):
+    flip_byte(make_folder(tmp_path) / "train-00000-of-00003", 2)
+    replace_record(tmp_path / "train-00001-of-00003", 5, b"", 12)  # the last one of its file
+    whole = take(stream(tmp_path, augmentation="resized_crop_flip").train_batches(1, 1), 40)
+    for start in (8, 30):
+        tail = take(stream(tmp_path, augmentation="resized_crop_flip").train_batches(5, 1, start), 2)
+        np.testing.assert_array_equal(whole[0][start : start + 10], tail[0])
+        np.testing.assert_array_equal(whole[1][start : start + 10], tail[1])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_two_bad_records_in_a_row_and_a_limit_over_all_files(tmp_path, in_memory):
+    make_folder(tmp_path)
+    for record in (1, 2):
+        flip_byte(tmp_path / "train-00000-of-00003", record)
+    flip_byte(tmp_path / "train-00001-of-00003", 0)
+    assert "3 bad records" in raises_data_error(tmp_path, in_memory, max_bad_records=2)
+    loaded = (load if in_memory else stream)(tmp_path, max_bad_records=3)
+    take(loaded.train_batches(7, 1), 3)
+    assert loaded.bad_records.count == 3
+    assert "2 in" in loaded.bad_records.report()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+def test_a_truncated_file_gives_its_whole_records(tmp_path, in_memory, compression):
+    make_folder(tmp_path)
+    path = tmp_path / "train-00001-of-00003"
+    write(path, numbered(6, 7), compression)
+    path.write_bytes(path.read_bytes()[:-60])
+    loaded = (load if in_memory else stream)(tmp_path, max_bad_records=1)
+    assert loaded.bad_records.count == 1
+    assert 15 <= loaded.num_train < 21
+    labels = take(loaded.train_batches(loaded.num_train, 1), 1)[1]
+    assert set(range(7)) | set(range(13, 21)) <= set(labels)
+    line = raises_data_error(tmp_path, in_memory, max_bad_records=0)
+    assert str(path) in line
+    assert "is lost" in line
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_empty_file_and_one_that_is_no_tfrecord(tmp_path, in_memory):
+    path = make_folder(tmp_path) / "train-00001-of-00003"
+    path.write_bytes(b"")
+    line = raises_data_error(tmp_path, in_memory)
+    assert str(path) in line
+    assert "empty" in line
+    path.write_text("<html>404, and certainly no TFRecord file</html>")
+    assert "no TFRecord" in raises_data_error(tmp_path, in_memory, max_bad_records=0)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "label"),
+    [
+        ({"label_offset": 1}, "label 0 minus data.label_offset=1 is -1, not in 0..999"),
+        ({"num_classes": 20}, "label 20 minus data.label_offset=0 is 20, not in 0..19"),
+    ],
+)
+def test_a_label_out_of_range_is_never_skipped(tmp_path, in_memory, arguments, label):
+    line = raises_data_error(make_folder(tmp_path), in_memory, max_bad_records=100, **arguments)
+    assert label in line
+    assert "record " in line
+    assert "train-0000" in line
+    assert "set data.label_offset or data.num_classes" in line
+
+
+def test_a_label_out_of_range_stops_evaluation(tmp_path):
+    make_folder(tmp_path)
+    write(tmp_path / "validation-00000-of-00001", [example_bytes(jpeg(np.zeros((8, 8, 3), np.uint8)), 5000)])
+    with pytest.raises(tf.errors.OpError) as caught:
+        stream(tmp_path).examples("test", 1)
+    assert "label 5000" in str(records.data_error(caught.value))
+
+
+def test_a_bad_record_has_no_weight_in_streamed_evaluation(tmp_path):
+    path = make_folder(tmp_path) / "validation-00000-of-00001"
+    replace_record(path, 1, b"no picture", 1)
+    loaded = stream(tmp_path)
+    images, labels, weights = take(loaded.evaluation_batches("test", 4, 1), 2)
+    np.testing.assert_array_equal(weights, [1, 0, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(labels, [0, 0, 2, 3, 4, 0, 0, 0])
+    assert not images[1].any()
+    assert loaded.bad_records.count == 1
+
+
+def test_images_in_memory_must_be_of_one_size(tmp_path):
+    path = make_folder(tmp_path) / "train-00001-of-00003"
+    replace_record(path, 3, jpeg(np.zeros((16, 12, 3), np.uint8)), 10)
+    loaded = load(tmp_path, max_bad_records=1)
+    assert loaded.image_shape == (16, 16, 3)
+    assert "16x12, not 16x16" in loaded.bad_records.reasons[str(path), 3]
+    line = raises_data_error(tmp_path, True, image_size=32, max_bad_records=0)
+    assert "16x16, not 32x32" in line
+    assert "data.image_size" in line
+
+
+def test_missing_files_and_directories(tmp_path):
+    with pytest.raises(DataError, match=r"is no directory: point --data_dir"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no file matching 'train-\*'"):
+        load(tmp_path)
+    write(tmp_path / "train-0", numbered(1))
+    with pytest.raises(DataError, match=r"'validation-\*' or 'test-\*'.*data.test_files"):
+        load(tmp_path)
+    write(tmp_path / "test-0", numbered(1))
+    with pytest.raises(DataError, match=r"'training-\*'.*data.train_files"):
+        load(tmp_path, train_files="training-*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "mnist"}, r"data.source='mnist'"),
+        ({"augmentation": "cutout"}, r"data.augmentation='cutout'"),
+        ({"augmentation": "resized_crop_flip"}, r"data.augmentation='resized_crop_flip'"),
+        ({"source": "tfrecords"}, r"data_dir=None"),
+        ({"data_dir": "/somewhere"}, r"data_dir='/somewhere'"),
+        ({"num_classes": 12}, r"data.num_classes=12"),
+        ({"image_size": 32}, r"data.image_size=32"),
+        ({"source": "tfrecords", "data_dir": "/", "in_memory": False}, r"data.num_classes=None"),
+        ({"source": "tfrecords", "data_dir": "/", "max_bad_records": -1}, r"data.max_bad_records=-1"),
+    ],
+)
+def test_impossible_settings(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        data.load(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"rows_per_replica": 0}, {"num_replicas": 0}, {"num_hosts": 2}, {"host": 1}, {"start_position": -1}],
+)
+def test_impossible_layouts(arguments):
+    with pytest.raises(ConfigError, match=f"{next(iter(arguments))}={next(iter(arguments.values()))}"):
+        counting(9).train_batches(**{"rows_per_replica": 2, "num_replicas": 3, **arguments})
+
+
+def test_unknown_split_and_unsplittable_start(tmp_path):
+    streamed = stream(make_folder(tmp_path))
+    with pytest.raises(ConfigError, match="split='valid'"):
+        streamed.evaluation_steps("valid", 4, 1)
+    with pytest.raises(ConfigError, match="start_position=3"):
+        streamed.train_batches(1, 2, start_position=3, num_hosts=2)
+
+
+@needs_files
+def test_a_damaged_cifar_file(tmp_path):
+    content = (FOLDER / "cifar10" / "test-00000-of-00002.tfrecord.gz").read_bytes()
+    (tmp_path / "test-0").write_bytes(content)
+    (tmp_path / "train-0").write_bytes(content[: len(content) // 2])
+    loaded = load(tmp_path, num_classes=10)
+    assert 2000 < loaded.num_train < 3000
+    assert loaded.num_test == 5000
+    assert list(loaded.bad_records.per_file().values()) == [1]
+    np.testing.assert_array_equal(loaded.examples("train", 2000)[1], loaded.examples("test", 2000)[1])
+
+
+@needs_files
+def test_a_damaged_imagenet_file(tmp_path):
+    source = FOLDER / "imagenet_sample" / "train-00000-of-00002"
+    path = tmp_path / "train-0"
+    path.write_bytes(source.read_bytes())
+    (tmp_path / "test-0").write_bytes(source.read_bytes())
+    flip_byte(path, 3, 9000)
+    arguments = {"label_offset": 1, "max_bad_records": 0}
+    line = raises_data_error(tmp_path, False, **arguments)
+    assert f"{path}, record 3: unreadable (corrupted record" in line
+    # The photos differ in size, which memory does not take.
+    assert "data.in_memory=False resizes" in raises_data_error(tmp_path, True, **arguments)
