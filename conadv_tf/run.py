@@ -166,7 +166,7 @@ def describe(run: Run) -> str:
         ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
         ("warm-up", f"{warmup:,} updates to a peak learning rate of {float(schedule(warmup)):.4g}"),
         ("cost", f"{method.forward_units:g} forward passes over the batch an update (vanilla: 3)"),
-        ("carried memory", f"{_shadow_megabytes(run.model):,.0f} MB of old weights on each replica"),
+        ("carried memory", f"{_shadow_megabytes(run.model):.3g} MB of old weights on each replica"),
     ]
     note = plan.remainder_note()
     facts += [("remainder", note)] if note else []
