@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import gin
 import numpy as np
 import tensorflow as tf
 
@@ -48,7 +49,9 @@ class Tables(NamedTuple):
 @functools.cache
 def tables(policy: str) -> Tables:
     """The tables of one of POLICIES."""
-    from official.vision.ops import augment as tfm  # a second to import, and changes Matplotlib's backend
+    # A second to import, and changes Matplotlib's backend. A recipe has locked gin by now, where tf-models registers.
+    with gin.unlock_config():
+        from official.vision.ops import augment as tfm
 
     keys: list[tuple[str, float, int]] = []
     sub_policies = tfm.AutoAugment(POLICIES[policy]).policies

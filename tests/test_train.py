@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from absl import flags as flags_module
 from absl.testing import flagsaver
+from sample_data import FOLDER
 
 from conadv_tf import cli
 
@@ -319,7 +320,7 @@ def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys):
     assert "imagenet: 1,281,167 training" in text
 
 
-IMAGENET_SAMPLE = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data")) / "imagenet_sample"
+IMAGENET_SAMPLE = FOLDER / "imagenet_sample"
 STREAMED = [
     "--gin_file=96k_conadv.gin",
     "--gin_param=train.global_batch_size=8",
@@ -413,3 +414,12 @@ def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
     pair, single_process = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name in single_process:
         np.testing.assert_allclose(pair[name], single_process[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")
+def test_a_recipe_with_autoaugment_trains_in_a_process_of_its_own(tmp_path):
+    """Other tests import tf-models' vision package before a recipe is read; a user's process does so after."""
+    flags = ["--gin_file=32k_aa.gin", *STREAMED[1:], "--gin_param=model.name='cifar_resnet8'"]
+    outcome = train(*flags, f"--data_dir={IMAGENET_SAMPLE}", f"--model_dir={tmp_path}")
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 12
