@@ -3,7 +3,6 @@
 import gzip
 import io
 import itertools
-import os
 import struct
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from sample_data import FOLDER
 
 from conadv_tf import augment, data, pipeline, record_files
 
-FOLDER = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
 needs_files = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no sample data in {FOLDER}: set CONADV_TEST_DATA to run this test"
 )

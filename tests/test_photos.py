@@ -1,17 +1,16 @@
 """The streamed pipeline on real ImageNet photos, some of them grey, and on JPEGs in CMYK."""
 
 import io
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from sample_data import FOLDER
 
 from conadv_tf import augment, data
 
-PHOTOS = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "imagenet_sample"
+PHOTOS = FOLDER / "imagenet_sample"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"{PHOTOS} is not here; set CONADV_TEST_DATA")
 SIZE = 64
 

@@ -1,6 +1,5 @@
 """Every command and program of the README and CONTRIBUTING, as written, in a copy of the checkout."""
 
-import os
 import re
 import shlex
 import shutil
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sample_data import FOLDER as DATA
 
 ROOT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("CONADV_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 def blocks(document: str, language: str) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from sample_data import FOLDER as DATA
 
 from conadv_tf import configure, run
 from conadv_tf.errors import ConfigError
@@ -17,7 +18,6 @@ from conadv_tf.errors import ConfigError
 GIN = Path(configure.recipe_folder())
 FILES = sorted(str(path.relative_to(GIN)) for path in GIN.rglob("*.gin"))
 RECIPES = [name for name in FILES if os.sep not in name]
-DATA = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FOLDERS = {"imagenet": DATA / "imagenet_sample", "cifar10": DATA / "cifar10"}
 # Two micro-batches of a size that this machine trains at once; the recipe's method, attack and optimizer are kept.
 SMALL = ["train.global_batch_size=8", "train.microbatch_size=4", "train.epochs=2", "learning_rate.warmup_epochs=1"]
