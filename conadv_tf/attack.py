@@ -11,7 +11,7 @@ from conadv_tf.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
 NORMS = ("linf", "l2")
 GOALS = ("untargeted", "random_target")
-LABELS = ("hard", "smoothed")
+LABELS = (None, "hard", "smoothed")
 UNITS = ("pixels", "release_units")
 BATCH_NORMS = ("main", "aux", "moving")
 
@@ -33,8 +33,10 @@ class Attack:
       norm: "linf" (sign of the gradient, |δ| ≤ ε) or "l2" (gradient by its per-image RMS, RMS(δ) ≤ ε).
       goal: "untargeted" ascends the loss of the true label; "random_target" descends that of a uniformly
         random wrong one.
-      label: "hard" or "smoothed" (the training loss) cross-entropy.
-      random_start_probability: of δ_0 ~ U(−ε, ε) rather than 0, drawn per batch, in [0, 1].
+      label: "hard" or "smoothed" (the training loss) cross-entropy; None: as the schedule has it, "hard" where it
+        leaves the choice.
+      random_start_probability: of δ_0 ~ U(−ε, ε) rather than 0, drawn per batch, in [0, 1]; None: as the schedule
+        has it, 1 where it leaves the choice.
       batch_norm: what the attack looks through, never updating it: "main" or "aux" (that branch with
         batch statistics), or "moving" (main with moving statistics, about 25 % cheaper).
       units: "pixels", or "release_units": ε and α times 2/255 on images normalised by ImageNet's mean and
@@ -46,8 +48,8 @@ class Attack:
     steps: int = 1
     norm: str = "linf"
     goal: str = "untargeted"
-    label: str = "hard"
-    random_start_probability: float = 1.0
+    label: str | None = None
+    random_start_probability: float | None = None
     batch_norm: str = "main"
     units: str = "pixels"
 
@@ -67,7 +69,7 @@ class Attack:
             raise ConfigError(f"attack.step_size_pixels={self.step_size_pixels} must be above 0; None means epsilon")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"attack.steps={self.steps!r} must be a whole number of at least 1")
-        if not 0 <= self.random_start_probability <= 1:
+        if not 0 <= (self.random_start_probability or 0) <= 1:
             raise ConfigError(
                 f"attack.random_start_probability={self.random_start_probability} is no probability: use [0, 1]"
             )
@@ -99,13 +101,29 @@ class Attack:
             labels = random_wrong_labels(labels, num_classes, target_seed)
         epsilon, lower, upper = self._bounds(images.shape[-1])
         # δ is kept in units of ε, so that the projection is onto a unit ball whatever the units of ε are.
+        probability = 1.0 if self.random_start_probability is None else self.random_start_probability
         coin = tf.random.stateless_uniform((), coin_seed)
         start = tf.random.stateless_uniform(tf.shape(images), start_seed, -1.0, 1.0)
-        delta = start * tf.cast(coin < self.random_start_probability, tf.float32)
+        delta = start * tf.cast(coin < probability, tf.float32)
         for _ in range(self.steps):
-            direction = self._direction(logits, loss, images + epsilon * delta, labels)
-            delta = self._projected(delta + self._relative_step() * direction)
+            gradient = self._gradient(logits, loss, images + epsilon * delta, labels)
+            delta = self._stepped(delta, gradient)
         return tf.stop_gradient(tf.clip_by_value(images + epsilon * delta, lower, upper))
+
+    def one_step(self, images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+        """x̂ of one step from δ_0 = 0 along `gradient`, ∇_x of the loss to ascend, both float32 [rows, H, W, C].
+
+        The result is that of `adversarial_examples`; the scale of the gradient does not matter.
+        """
+        epsilon, lower, upper = self._bounds(images.shape[-1])
+        delta = self._stepped(tf.zeros_like(images), gradient)
+        return tf.stop_gradient(tf.clip_by_value(images + epsilon * delta, lower, upper))
+
+    def keeps_whole_pixels(self) -> bool:
+        """Whether it takes images of whole pixel levels to images of whole pixel levels."""
+        step = self.epsilon_pixels * min(1.0, self._relative_step())
+        whole = float(step).is_integer() and self.steps == 1 and self.random_start_probability == 0
+        return whole and self.norm == "linf" and self.units == "pixels"
 
     def _bounds(self, channels: int):
         """ε and the range of the result in pixel levels: scalars, or float32 [channels]."""
@@ -125,8 +143,8 @@ class Attack:
             return 1.0
         return self.step_size_pixels / self.epsilon_pixels
 
-    def _direction(self, logits, loss, images, labels):
-        """Where the attack steps to: the sign, or the RMS-normalised value, of its loss' input gradient."""
+    def _gradient(self, logits, loss, images, labels):
+        """The input gradient of what the attack ascends."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(images)
             if self.label == "smoothed":
@@ -134,13 +152,13 @@ class Attack:
             else:
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits(images))
             objective = tf.reduce_sum(losses if self.goal == "untargeted" else -losses)
-        gradient = tape.gradient(objective, images)
-        return tf.sign(gradient) if self.norm == "linf" else tf.math.divide_no_nan(gradient, _rms(gradient))
+        return tape.gradient(objective, images)
 
-    def _projected(self, delta):
-        """Onto the unit ball of the norm."""
+    def _stepped(self, delta, gradient):
+        """δ after a step along the gradient's sign, or its RMS-normalised value, projected onto the unit ball."""
         if self.norm == "linf":
-            return tf.clip_by_value(delta, -1.0, 1.0)
+            return tf.clip_by_value(delta + self._relative_step() * tf.sign(gradient), -1.0, 1.0)
+        delta += self._relative_step() * tf.math.divide_no_nan(gradient, _rms(gradient))
         return delta / tf.maximum(1.0, _rms(delta))
 
 

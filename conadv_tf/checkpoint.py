@@ -4,8 +4,9 @@ import tensorflow as tf
 
 from conadv_tf.errors import RunError
 from conadv_tf.resnet import ResNet
+from conadv_tf.shadows import leaf_variables
 from conadv_tf.split_batchnorm import MAIN
-from conadv_tf.trainer import ConAdvModel, leaf_variables
+from conadv_tf.trainer import ConAdvModel
 
 KEEP = 3
 

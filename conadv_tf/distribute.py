@@ -183,3 +183,22 @@ def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:
     own = tf.one_hot(context.replica_id_in_sync_group // replicas_per_group, replicas // replicas_per_group)
     rows = tf.tensordot(own, value, axes=0)
     return tf.tensordot(own, context.all_reduce(tf.distribute.ReduceOp.SUM, rows), axes=1) / replicas_per_group
+
+
+def timed_next(iterator):
+    """The next element and the seconds (float64) it took to arrive; host operations only.
+
+    The element passes through identities that wait for the clock: otherwise the clock would be read behind the first
+    heavy operations on the element.
+    """
+    start = tf.timestamp()
+    with tf.control_dependencies([start]):
+        data = next(iterator)
+    with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
+        waited = tf.timestamp() - start
+
+    def after_the_clock(tensor):
+        with tf.control_dependencies([waited]), tf.device(tensor.device):
+            return tf.identity(tensor)
+
+    return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited

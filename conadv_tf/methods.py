@@ -1,4 +1,5 @@
-"""The training methods on one page (SPEC section 1; paper Eq. 2-5 and Algorithm 1).
+"""The training methods (SPEC section 1; paper Eq. 2-5 and Algorithm 1) and how they are chosen; schedules.py has their
+mathematics on one page.
 
     vanilla   g = ∇_θ mean L(θ_t; x, y; main BN)
     disadv    x̂ from θ_t,      g = (1 − w) ∇_θ mean L(θ_t; x, y; main BN) + w ∇_θ mean L(θ_t; x̂, y; adversarial BN)
@@ -7,42 +8,22 @@
 Where the data bring an AutoAugment image beside each clean one ("concat3"), both adversarial methods train on it too,
 through BN statistics of its own; it shares the clean one's weight 1 − w equally.
 
-A method is a pure function from (weights, stale weights, batch) to the gradients of one replica's
-micro-batch. Everything around it, i.e. averaging over micro-batches and replicas, BN's moving averages, the
-optimizer and the shadow copies, is the trainer's and the same for all. A further method is one function here
-and one line in METHODS.
+A further method or schedule is one function in schedules.py and one entry here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import gin
 import tensorflow as tf
 
+from conadv_tf import schedules
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
-from conadv_tf.resnet import ResNet
 from conadv_tf.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN
 
-SCHEDULES = ("shadow",)
-
-
-class Batch(NamedTuple):
-    """One replica's micro-batch.
-
-    images float32 [rows, H, W, C] in [0, 255], labels int32 [rows], seed int32 [2]; augmented: like images, or None.
-    """
-
-    images: tf.Tensor
-    labels: tf.Tensor
-    seed: tf.Tensor
-    augmented: tf.Tensor | None = None
-
-
-# (network at θ_t, network at θ_{t−τ}, loss, batch) → gradients in the order of the trainable variables, metrics
-# by name. `loss` maps (labels, logits) to float32 [rows].
-Gradients = Callable[[ResNet, ResNet, Callable, Batch], tuple[list[tf.Tensor], dict[str, tf.Tensor]]]
+SCHEDULES = ("shadow", "lookahead", "paired", "phased")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +32,22 @@ class Method:
 
     Attributes:
       name, schedule: for reports; `schedule` is None where there is no choice of one.
-      gradients: see Gradients.
+      gradients: what one replica computes for a micro-batch, see schedules.py.
       branches: the BN branches it trains.
       metric_names: the keys of the metrics it returns; each is a mean over the micro-batch.
       tau: delay of the weights the attack sees; the trainer keeps that many shadow copies.
       start_epoch: before it the run trains as `vanilla`.
       attack: how it makes adversarial examples, None if it makes none.
       forward_units: cost of an update in forward passes over the batch (vanilla: 3; SPEC section 2).
+      carried: what it carries between updates, from the spec of a micro-batch's images; None: nothing.
+      begin: (stale network, loss, batch) → the carry, where a run begins or goes on; see `batches_ahead`.
+      batches_ahead: update t is handed batch t + batches_ahead. `begin` takes the batch before that one; a run's
+        first update goes without where there is none.
+      updates_per_batch: updates that one batch of every replica lasts for.
     """
 
     name: str
-    gradients: Gradients
+    gradients: schedules.Gradients
     branches: tuple[str, ...] = (MAIN,)
     metric_names: tuple[str, ...] = ("loss", "clean_loss", "clean_top1")
     schedule: str | None = None
@@ -69,6 +55,19 @@ class Method:
     start_epoch: int = 0
     attack: Attack | None = None
     forward_units: float = 3.0
+    carried: Callable[[tf.TensorSpec], dict[str, tf.TensorSpec]] | None = None
+    begin: Callable[..., schedules.Carry] | None = None
+    batches_ahead: int = 0
+    updates_per_batch: int = 1
+
+    def batches_before(self, update: int) -> int:
+        """Batches of every replica that the data must be past for a run to go on at `update`.
+
+        Those consumed, less the one that `begin` takes again. `update` counts from the start of the adversarial half.
+        """
+        if not self.begin or update + self.batches_ahead < 1:
+            return update
+        return (update + self.batches_ahead - 1) // self.updates_per_batch
 
 
 @gin.configurable("adversarial")
@@ -97,73 +96,6 @@ class AdversarialHalf:
             raise ConfigError(f"adversarial.start_epoch={self.start_epoch!r} must be a whole number of at least 0")
 
 
-def training_pass(network: ResNet, branch: str, loss, images, labels):
-    """Gradients of the mean loss of one pass through `branch`, the mean loss and top-1 in [0, 1]."""
-    with tf.GradientTape() as tape:
-        logits = network(images, branch=branch, mode="batch", update_statistics=True)
-        value = tf.reduce_mean(loss(labels, logits))
-    gradients = tape.gradient(value, network.trainable_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    correct = tf.equal(tf.argmax(logits, 1, output_type=labels.dtype), labels)
-    return gradients, value, tf.reduce_mean(tf.cast(correct, tf.float32))
-
-
-def attack_images(attack: Attack, network: ResNet, loss, batch: Batch) -> tf.Tensor:
-    """x̂ of the batch at the weights of `network`, which keeps no trace of it."""
-    branch = ADVERSARIAL if attack.batch_norm == "aux" else MAIN
-    mode = "moving" if attack.batch_norm == "moving" else "batch"
-
-    def logits(images: tf.Tensor) -> tf.Tensor:
-        return network(images, branch=branch, mode=mode, update_statistics=False, synchronize=False)
-
-    return attack.adversarial_examples(logits, network.num_classes, loss, batch.images, batch.labels, batch.seed)
-
-
-def vanilla_gradients(network: ResNet, stale: ResNet, loss, batch: Batch):
-    """Plain training on the clean batch."""
-    gradients, value, top1 = training_pass(network, MAIN, loss, batch.images, batch.labels)
-    return gradients, {"loss": value, "clean_loss": value, "clean_top1": top1}
-
-
-def adversarial_gradients(attack: Attack, half: AdversarialHalf, augmented: bool = False) -> Gradients:
-    """Training on the clean batch and on its adversarial examples from the stale weights (Eq. 4)."""
-    clean_share = (1 - half.weight) / 2 if augmented else 1 - half.weight
-
-    def gradients(network: ResNet, stale: ResNet, loss, batch: Batch):
-        rows = attacked_rows(half.fraction, batch.images.shape[0])
-        attacked = Batch(batch.images[:rows], batch.labels[:rows], batch.seed)
-        adversarial_images = attack_images(attack, stale, loss, attacked)
-        passes = [("clean", MAIN, clean_share, batch.images, batch.labels)]
-        if augmented:
-            passes.append(("augmented", AUGMENTED, clean_share, batch.augmented, batch.labels))
-        passes.append(("adversarial", ADVERSARIAL, half.weight, adversarial_images, attacked.labels))
-        mixed: list[tf.Tensor] = []
-        metrics: dict[str, tf.Tensor] = {"loss": tf.constant(0.0)}
-        for name, branch, share, images, labels in passes:
-            # One tape per pass: the activations of one can be freed before the next begins.
-            part, value, top1 = training_pass(network, branch, loss, images, labels)
-            mixed = [m + share * p for m, p in zip(mixed, part, strict=True)] if mixed else [share * p for p in part]
-            metrics |= {"loss": metrics["loss"] + share * value, f"{name}_loss": value, f"{name}_top1": top1}
-        return mixed, metrics
-
-    return gradients
-
-
-def attacked_rows(fraction: float, rows: int | None) -> int | None:
-    """How many of a micro-batch's rows are made adversarial; None (all) where the row count is unknown."""
-    if fraction == 1:
-        return None
-    if rows is None:
-        raise ConfigError(
-            f"adversarial.fraction={fraction} needs batches of a fixed size: batch with drop_remainder=True"
-        )
-    count = round(fraction * rows)
-    if count < 1:
-        raise ConfigError(
-            f"adversarial.fraction={fraction} of {rows} images per micro-batch leaves none: raise one of the two"
-        )
-    return count
-
-
 def vanilla(augmented: bool = False) -> Method:
     """Training without adversarial examples.
 
@@ -174,7 +106,7 @@ def vanilla(augmented: bool = False) -> Method:
         raise ConfigError(
             "data.autoaugment_mode='concat3' is for adversarial methods: with train.method='vanilla' use 'replace'"
         )
-    return Method("vanilla", vanilla_gradients)
+    return Method("vanilla", schedules.vanilla)
 
 
 def disadv(attack: Attack | None = None, half: AdversarialHalf | None = None, augmented: bool = False) -> Method:
@@ -198,17 +130,21 @@ def conadv(
     Args:
       attack: how x̂ is made; None takes gin's `attack`.
       half: what x̂ counts for; None takes gin's `adversarial`.
-      schedule: "shadow" keeps θ_{t−τ} as non-trainable variables (SPEC section 2).
-      tau: ≥ 0; 0 is disadv.
-      augmented: whether the data bring an augmented image beside each clean one, see `Batch`.
+      schedule: how an update is carried out, see schedules.py: "shadow", "lookahead", "paired" or "phased".
+      tau: ≥ 0; 0 is disadv. The schedules other than "shadow" have 1.
+      augmented: whether the data bring an augmented image beside each clean one, see `schedules.Batch`.
 
     Raises:
-      ConfigError: for a schedule or delay there is not.
+      ConfigError: for a schedule or delay there is not, or settings that the schedule cannot have.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"conadv.schedule={schedule!r} is not known: choose one of {SCHEDULES}")
     if not isinstance(tau, int) or tau < 0:
         raise ConfigError(f"conadv.tau={tau!r} must be a whole number of updates, at least 0; the paper's is 1")
+    if schedule != "shadow" and tau != 1:
+        raise ConfigError(
+            f"conadv.tau={tau} with conadv.schedule={schedule!r}, whose delay is 1: set conadv.tau=1 or use 'shadow'"
+        )
     return _adversarial("conadv", schedule, tau, attack, half, augmented)
 
 
@@ -221,20 +157,77 @@ def _adversarial(
     augmented: bool,
 ) -> Method:
     attack, half = attack or Attack(), half or AdversarialHalf()
-    branches = (MAIN, AUGMENTED, ADVERSARIAL) if augmented else (MAIN, ADVERSARIAL)
-    passes = ("clean", "augmented", "adversarial") if augmented else ("clean", "adversarial")
-    attack_units = attack.steps * (1.5 if attack.batch_norm == "moving" else 2.0)
+    if schedule in ("paired", "phased"):
+        _check_shared_pass(schedule, attack)
+    if schedule == "phased":
+        _check_phased(half, augmented)
+    label, start = ("smoothed", 0.0) if schedule in ("paired", "phased") else ("hard", 1.0)
+    given = attack.random_start_probability
+    attack = dataclasses.replace(
+        attack, label=attack.label or label, random_start_probability=start if given is None else given
+    )
+    shares = schedules.Half(half.weight, half.fraction, augmented)
+    names = ("clean", "augmented", "adversarial") if augmented else ("clean", "adversarial")
+    execution: dict = {"gradients": schedules.shadow(attack, shares)}
+    if schedule and schedule != "shadow":
+        execution = {
+            "gradients": getattr(schedules, schedule)(attack, shares),
+            "begin": getattr(schedules, f"begin_{schedule}")(attack, shares),
+            "carried": functools.partial(schedules.carried, schedule, attack, shares),
+            "batches_ahead": 1 if schedule == "lookahead" else 0,
+            "updates_per_batch": 2 if schedule == "phased" else 1,
+        }
     return Method(
         name,
-        adversarial_gradients(attack, half, augmented),
-        branches=branches,
-        metric_names=("loss", *(f"{name}_{metric}" for name in passes for metric in ("loss", "top1"))),
+        branches=(MAIN, AUGMENTED, ADVERSARIAL) if augmented else (MAIN, ADVERSARIAL),
+        metric_names=("loss", *(f"{name}_{metric}" for name in names for metric in ("loss", "top1"))),
         schedule=schedule,
         tau=tau,
         start_epoch=half.start_epoch,
         attack=attack,
-        forward_units=3 * len(passes) - 3 + half.fraction * (3 + attack_units),
+        forward_units=_forward_units(schedule, attack, half, len(names)),
+        **execution,
     )
+
+
+def _forward_units(schedule: str | None, attack: Attack, half: AdversarialHalf, passes: int) -> float:
+    """Cost of an update, SPEC section 2; on each replica for "phased"."""
+    if schedule == "phased":
+        return 3.0
+    attack_units = 0.0 if schedule == "paired" else attack.steps * (1.5 if attack.batch_norm == "moving" else 2.0)
+    return 3 * passes - 3 + half.fraction * (3 + attack_units)
+
+
+def _check_shared_pass(schedule: str, attack: Attack) -> None:
+    """The clean pass is the attack's: one step from the clean image, along the gradient of the training loss."""
+    wanted = {
+        "random_start_probability": (None, 0.0),
+        "label": (None, "smoothed"),
+        "steps": (1,),
+        "goal": ("untargeted",),
+        "batch_norm": ("main",),
+    }
+    for setting, values in wanted.items():
+        if getattr(attack, setting) not in values:
+            raise ConfigError(
+                f"attack.{setting}={getattr(attack, setting)!r} with conadv.schedule={schedule!r}, whose attack is a "
+                f"by-product of the clean pass: set it to {values[-1]!r}, or use schedule 'shadow' or 'lookahead'"
+            )
+
+
+def _check_phased(half: AdversarialHalf, augmented: bool) -> None:
+    """Every replica runs the same pass at every update."""
+    if augmented:
+        raise ConfigError(
+            "data.autoaugment_mode='concat3' with conadv.schedule='phased', which has no third turn: "
+            "use data.autoaugment_mode='replace', or schedule 'paired'"
+        )
+    for setting, value in (("fraction", 1.0), ("start_epoch", 0)):
+        if getattr(half, setting) != value:
+            raise ConfigError(
+                f"adversarial.{setting}={getattr(half, setting)} with conadv.schedule='phased', where every replica "
+                f"does the same work at every update: set it to {value:g}, or use schedule 'paired'"
+            )
 
 
 METHODS = {"vanilla": vanilla, "disadv": disadv, "conadv": conadv}

@@ -15,9 +15,10 @@ class Plan:
       global_batch_size: clean images per update, B.
       num_replicas: K.
       rows: images of one micro-batch on one replica; BN statistics are over these.
-      microbatches: micro-batches each replica accumulates into one update; K · microbatches · rows = B.
+      microbatches: micro-batches each replica accumulates into one update.
       num_train: training images, N.
       epochs, steps_per_epoch, total_steps: an epoch is ⌊N / B⌋ updates.
+      updates_per_batch: updates that one batch of every replica lasts for; K · microbatches · rows is so many B.
     """
 
     global_batch_size: int
@@ -26,6 +27,7 @@ class Plan:
     microbatches: int
     num_train: int
     epochs: int
+    updates_per_batch: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,7 +58,14 @@ class Plan:
         )
 
 
-def make_plan(global_batch_size: int, microbatch_size: int, num_replicas: int, num_train: int, epochs: int) -> Plan:
+def make_plan(
+    global_batch_size: int,
+    microbatch_size: int,
+    num_replicas: int,
+    num_train: int,
+    epochs: int,
+    updates_per_batch: int = 1,
+) -> Plan:
     """The plan of a run.
 
     A replica's share of the batch is one micro-batch if it has at most `microbatch_size` images, otherwise
@@ -76,20 +85,20 @@ def make_plan(global_batch_size: int, microbatch_size: int, num_replicas: int, n
         raise ConfigError(
             f"train.global_batch_size={global_batch_size} exceeds the {num_train} training images: use no more"
         )
-    if global_batch_size % num_replicas:
+    if global_batch_size * updates_per_batch % num_replicas:
         below = global_batch_size // num_replicas * num_replicas
         raise ConfigError(
             f"train.global_batch_size={global_batch_size} does not divide into {num_replicas} replicas: use "
             f"{below or num_replicas} or {below + num_replicas}, or another number of replicas"
         )
-    share = global_batch_size // num_replicas
+    share = global_batch_size * updates_per_batch // num_replicas
     rows = min(share, microbatch_size)
     if share % rows:
         raise ConfigError(
             f"train.microbatch_size={microbatch_size} does not divide the {share} images of a replica "
             f"(train.global_batch_size={global_batch_size} over {num_replicas}): use {_nearest_divisor(share, rows)}"
         )
-    return Plan(global_batch_size, num_replicas, rows, share // rows, num_train, epochs)
+    return Plan(global_batch_size, num_replicas, rows, share // rows, num_train, epochs, updates_per_batch)
 
 
 def check_batch_norm_groups(replicas_per_group: int, num_replicas: int, jit_compile: bool, on_tpu: bool) -> None:

@@ -13,7 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.split_batchnorm import MAIN, SplitBatchNormalization
+from conadv_tf.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
 # Channel means and standard deviations on the 0..1 scale.
 IMAGENET_MEAN, IMAGENET_STDDEV = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -200,9 +200,9 @@ class ResNet(tf_keras.Model):
         self,
         images: tf.Tensor,
         training: bool = False,
-        branch: str = MAIN,
+        branch: str | Turn = MAIN,
         mode: str | None = None,
-        update_statistics: bool | None = None,
+        update_statistics: bool | tf.Tensor | None = None,
         synchronize: bool = True,
     ) -> tf.Tensor:
         """Logits. `training` alone means what it means in Keras; `mode` and `update_statistics` override it.

@@ -13,7 +13,8 @@ from conadv_tf.lars import OPTIMIZERS
 from conadv_tf.plan import Plan, check_batch_norm_groups, make_plan
 from conadv_tf.resnet import ResNet
 from conadv_tf.schedule import warmup_poly_decay
-from conadv_tf.trainer import ConAdvModel, leaf_variables
+from conadv_tf.shadows import leaf_variables
+from conadv_tf.trainer import ConAdvModel
 
 PRECISIONS = ("float32", "mixed_bfloat16")
 PANEL_IMAGES = 6
@@ -129,7 +130,14 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
     method = methods.make_method(settings.method, configure.setting("data.autoaugment_mode") == "concat3")
     data = data_module.load(data_dir=data_dir)
     replicas = num_replicas or strategy.num_replicas_in_sync
-    plan = make_plan(settings.global_batch_size, settings.microbatch_size, replicas, data.num_train, settings.epochs)
+    plan = make_plan(
+        settings.global_batch_size,
+        settings.microbatch_size,
+        replicas,
+        data.num_train,
+        settings.epochs,
+        method.updates_per_batch,
+    )
     if method.start_epoch >= plan.epochs:
         raise ConfigError(
             f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
@@ -160,13 +168,13 @@ def describe(run: Run) -> str:
         ("network", f"{network.architecture}, {_count(network.trainable_variables):,} parameters"),
         ("method", _method_text(method)),
         ("global batch", f"{plan.global_batch_size:,} clean images"),
-        ("replicas", f"{plan.num_replicas:,} × {plan.global_batch_size // plan.num_replicas:,} images"),
+        ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{_turns_text(plan)}"),
         ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),
         ("batch statistics", f"over {plan.rows * network.replicas_per_group} images"),
         ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
         ("warm-up", f"{warmup:,} updates to a peak learning rate of {float(schedule(warmup)):.4g}"),
-        ("cost", f"{method.forward_units:g} forward passes over the batch an update (vanilla: 3)"),
-        ("carried memory", f"{_shadow_megabytes(run.model):.3g} MB of old weights on each replica"),
+        ("cost", f"{method.forward_units:g} forward passes over the images of a replica an update (vanilla: 3)"),
+        ("carried memory", _carried_text(run)),
     ]
     note = plan.remainder_note()
     facts += [("remainder", note)] if note else []
@@ -226,10 +234,14 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
 
 
 def _train_batches(run: Run, first_epoch: int):
-    plan = run.plan
-    start = first_epoch * plan.steps_per_epoch * plan.global_batch_size
+    plan, method = run.plan, run.model.method
+    update, begin = first_epoch * plan.steps_per_epoch, method.start_epoch * plan.steps_per_epoch
+    if update > begin:
+        run.model.resume_at(update - begin)
+    batches = min(update, begin) + method.batches_before(max(update - begin, 0)) * method.updates_per_batch
+    start = batches * plan.global_batch_size
 
-    def batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
+    def dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
         return run.data.train_batches(
             plan.rows,
             plan.num_replicas,
@@ -239,7 +251,7 @@ def _train_batches(run: Run, first_epoch: int):
             host=context.input_pipeline_id,
         )
 
-    return run.strategy.distribute_datasets_from_function(batches)
+    return run.strategy.distribute_datasets_from_function(dataset)
 
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
@@ -296,8 +308,19 @@ def _method_text(method: methods.Method) -> str:
     return f"{method.name}{schedule}, epsilon {method.attack.epsilon_pixels:g} {method.attack.units}"
 
 
-def _shadow_megabytes(model: ConAdvModel) -> float:
-    return sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows)
+def _turns_text(plan: Plan) -> str:
+    return f", which last for {plan.updates_per_batch} updates" if plan.updates_per_batch > 1 else ""
+
+
+def _carried_text(run: Run) -> str:
+    """What one update leaves to the next on each replica, beside weights and optimizer."""
+    model, plan = run.model, run.plan
+    text = f"{sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows):.3g} MB of old weights"
+    if model.method.carried:
+        specs = model.method.carried(tf.TensorSpec((plan.rows, *run.data.train_shape), tf.uint8)).values()
+        carried = plan.microbatches * sum(spec.dtype.size * int(np.prod(spec.shape)) for spec in specs)
+        text += f" and {1e-6 * carried:.3g} MB of images"
+    return f"{text} on each replica"
 
 
 def _count(variables: list[tf.Variable]) -> int:

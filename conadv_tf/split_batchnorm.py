@@ -9,6 +9,7 @@ branch without leaving a trace in it.
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 import tf_keras
@@ -20,6 +21,17 @@ MAIN = "main"
 ADVERSARIAL = "adversarial"
 AUGMENTED = "augmented"
 MODES = ("batch", "moving")
+
+
+class Turn(NamedTuple):
+    """The branch of a replica that takes turns: "main" where `clean`, else "adversarial".
+
+    `clean` is a bool scalar, true on half of the replicas (and micro-batches) of an update. Only within
+    `deferred_statistics`: over all of them, what it defers is the mean over those that took the branch.
+    """
+
+    clean: tf.Tensor
+
 
 # A moving statistic and what a batch measured for it.
 Statistic = tuple[tf.Variable, tf.Tensor]
@@ -102,9 +114,9 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
     def call(
         self,
         inputs: tf.Tensor,
-        branch: str = MAIN,
+        branch: str | Turn = MAIN,
         mode: str = "batch",
-        update_statistics: bool = False,
+        update_statistics: bool | tf.Tensor = False,
         synchronize: bool = True,
     ) -> tf.Tensor:
         """Normalises `inputs`.
@@ -113,7 +125,8 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
           inputs: float tensor [rows, height, width, channels].
           branch: which γ, β and moving statistics to use.
           mode: "batch" normalises with this batch's statistics, "moving" with the moving averages.
-          update_statistics: whether the moving averages learn this batch's statistics ("batch" only).
+          update_statistics: whether the moving averages learn this batch's statistics ("batch" only); a bool tensor
+            decides it when the program runs. A Turn's "main" always learns.
           synchronize: False keeps the statistics local whatever `replicas_per_group` says: the attack
             never talks to another replica (SPEC section 1).
 
@@ -121,9 +134,10 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
           ConfigError: for a branch or mode there is not.
         """
         self._check(branch, mode)
-        gamma, beta = self.gammas[branch], self.betas[branch]
+        gamma, beta = _chosen(self.gammas, branch), _chosen(self.betas, branch)
         if mode == "moving":
-            return self._normalize(inputs, gamma, beta, self.moving_means[branch], self.moving_variances[branch])
+            moving = _chosen(self.moving_means, branch), _chosen(self.moving_variances, branch)
+            return self._normalize(inputs, gamma, beta, *moving)
         if self.replicas_per_group > 1 and synchronize:
             outputs, mean, variance = self._group_batch(inputs, gamma, beta)
         else:
@@ -136,13 +150,14 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
                 epsilon=self.epsilon,
                 is_training=True,
             )
-        if update_statistics:
-            self._record(self.moving_means[branch], mean)
-            self._record(self.moving_variances[branch], variance)
+        if update_statistics is not False:
+            self._learn(self.moving_means, mean, branch, update_statistics)
+            self._learn(self.moving_variances, variance, branch, update_statistics)
         return outputs
 
-    def _check(self, branch: str, mode: str) -> None:
-        if branch not in self.branches:
+    def _check(self, branch: str | Turn, mode: str) -> None:
+        names = {MAIN, ADVERSARIAL} if isinstance(branch, Turn) else {branch}
+        if not names.issubset(self.branches):
             raise ConfigError(f"branch={branch!r}: this layer has the branches {self.branches}; build it with that one")
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: batch normalisation knows {MODES}; choose one of them")
@@ -170,6 +185,15 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]) * self.replicas_per_group, tf.float32)
         return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
 
+    def _learn(self, moving: dict[str, tf.Variable], statistic: tf.Tensor, branch: str | Turn, learns) -> None:
+        if isinstance(branch, Turn):
+            other = moving[ADVERSARIAL]
+            self._record(moving[MAIN], tf.where(branch.clean, 2.0 * statistic, 0.0))
+            self._record(other, tf.where(branch.clean, 0.0, 2.0 * tf.where(learns, statistic, other)))
+        else:
+            own = moving[branch]
+            self._record(own, statistic if learns is True else tf.where(learns, statistic, own))
+
     def _record(self, moving: tf.Variable, statistic: tf.Tensor) -> None:
         statistics = _deferred.get()
         statistic = tf.stop_gradient(statistic)
@@ -181,3 +205,9 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
     def get_config(self) -> dict:
         names = ("branches", "momentum", "epsilon", "gamma_initializer", "replicas_per_group")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def _chosen(variables: dict[str, tf.Variable], branch: str | Turn) -> tf.Variable | tf.Tensor:
+    if isinstance(branch, Turn):
+        return tf.where(branch.clean, variables[MAIN], variables[ADVERSARIAL])
+    return variables[branch]

@@ -2,7 +2,7 @@
 
 One update (SPEC sections 1 and 5), all of it inside one tf.function:
 
-    for each micro-batch, on each replica:  method.gradients → gradients, BN statistics, metrics; summed
+    for each micro-batch, on each replica:  method.gradients → gradients, BN statistics, metrics, summed; the carry
     one all-reduce of that sum over the replicas
     shadow ring: θ_{t−τ} ← θ_{t−τ+1} ← … ← θ_t;  moving statistics;  optimizer: θ_{t+1}
 """
@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import distribute, methods
+from conadv_tf import distribute, methods, schedules
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import is_adapted
 from conadv_tf.losses import SmoothedCrossEntropy
+from conadv_tf.replica_state import Accumulators, CarryVariables
 from conadv_tf.resnet import ResNet
+from conadv_tf.shadows import leaf_variables, shadow_copy
 from conadv_tf.split_batchnorm import AUGMENTED, MAIN, deferred_statistics, moving_average
 
 MONITORS = (
@@ -63,6 +65,7 @@ class ConAdvModel(tf_keras.Model):
             )
         if microbatches < 1:
             raise ConfigError(f"microbatches={microbatches} must be at least 1")
+        _check_turns(method, network, microbatches)
         self.network = network.create_variables()
         self.method = method
         self.microbatches = microbatches
@@ -71,6 +74,8 @@ class ConAdvModel(tf_keras.Model):
         self.train_function: Callable | None = None
         self.test_function: Callable | None = None
         self._active = method
+        self._carry = CarryVariables({}, microbatches)
+        self._resumed_at: int | None = None
         self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
         self._train_mean = tf_keras.metrics.MeanTensor("training", shape=(len(self._log_names(method)),))
 
@@ -96,8 +101,15 @@ class ConAdvModel(tf_keras.Model):
     def make_train_function(self, force: bool = False):
         """One call makes `steps_per_execution` updates without returning to Python."""
         if self.train_function is None or force:
-            compiled = functools.cache(self._compiled_execution)
-            self.train_function = lambda iterator: compiled(self._active.name)(iterator)
+            executions: dict[str, Callable] = {}
+
+            def train(iterator):
+                name = self._active.name
+                if name not in executions:
+                    executions[name] = self._compiled_execution(self._active, iterator)
+                return executions[name](iterator)
+
+            self.train_function = train
         return self.train_function
 
     def make_test_function(self, force: bool = False):
@@ -113,7 +125,7 @@ class ConAdvModel(tf_keras.Model):
         Returns no logs, unlike Keras' own: they are read once, after the step, across replicas. A replica that read
         them would start a collective of its own (several workers even summed them twice).
         """
-        self._apply(self._active, self._contributions(self._active, data, tf.constant(0)))
+        self._apply(self._active, self._computed(self._active, data, tf.constant(0)))
 
     def test_step(self, data) -> None:
         """Adds one batch to the evaluation; rows of weight 0 count nothing. Logs as in `train_step`."""
@@ -140,16 +152,64 @@ class ConAdvModel(tf_keras.Model):
     def _begin_epoch(self, epoch: int) -> None:
         self._active = self.method if epoch >= self.method.start_epoch else methods.vanilla()
 
-    def _compiled_execution(self, method_name: str):
-        del method_name  # the cache key: one program per method
-        method = self._active
+    def _compiled_execution(self, method: methods.Method, iterator) -> Callable:
+        """The program of a training call, and the variables it needs; begins the carry of the method."""
         self.create_optimizer_variables()
+        images, *_ = tf.nest.flatten(iterator.element_spec, expand_composites=True)
         with self.distribute_strategy.scope():
-            accumulators = _Accumulators(self._contribution_shapes(method)) if self.microbatches > 1 else None
+            accumulators = Accumulators(self._contribution_shapes(method)) if self.microbatches > 1 else None
+        if method.carried and not self._carry.names:
+            self._begin_carry(method, images, iterator)
         execution = functools.partial(self._execute, method, accumulators)
         return execution if self.run_eagerly else tf.function(execution, autograph=False)
 
-    def _execute(self, method: methods.Method, accumulators: "_Accumulators | None", iterator):
+    def create_carry(self, images: tf.TensorSpec) -> None:
+        """Variables for what the method carries between updates; `images`: of one replica's micro-batch, as fed."""
+        if self.method.carried:
+            with self.distribute_strategy.scope():
+                self._carry = CarryVariables(self.method.carried(images), self.microbatches)
+
+    def resume_at(self, update: int) -> None:
+        """Says that training goes on at this update (counted from the start of the adversarial half) of a run.
+
+        The data must then begin as `Method.batches_before` says; without this call it begins with the next batch, and
+        a carry starts empty as at the start of a run.
+        """
+        self._resumed_at = update
+
+    def _begin_carry(self, method: methods.Method, images: tf.TensorSpec, iterator) -> None:
+        self.create_carry(images)
+        make = method.begin
+        if make is None or not (method.batches_ahead or self._resumed_at):
+            return
+
+        def begin(data, index: tf.Tensor) -> None:
+            batch = self._batch(data, index, method.batches_ahead - 1)
+            self._carry.write(index, make(self._stale(), self._example_losses, batch))
+
+        program = functools.partial(self._each_microbatch, begin)
+        (program if self.run_eagerly else tf.function(program, autograph=False))(iterator)
+
+    def _each_microbatch(self, replica_function: Callable, iterator) -> tf.Tensor:
+        """Runs it on every replica with (data, index) of each micro-batch; returns the seconds of waiting for data.
+
+        Without an iterator the data are None.
+        """
+
+        def once(index):
+            data, waited = distribute.timed_next(iterator) if iterator else (None, tf.constant(0.0, tf.float64))
+            self.distribute_strategy.run(replica_function, args=(data, index))
+            return waited
+
+        def body(index, waited):
+            return index + 1, waited + once(index)
+
+        if self.microbatches == 1:
+            return once(tf.constant(0))
+        zero = (tf.constant(0), tf.constant(0.0, tf.float64))
+        return tf.while_loop(lambda index, _: index < self.microbatches, body, zero, parallel_iterations=1)[1]
+
+    def _execute(self, method: methods.Method, accumulators: Accumulators | None, iterator):
         def body(step, waited):
             return step + 1, waited + self._update(method, accumulators, iterator)
 
@@ -158,75 +218,89 @@ class ConAdvModel(tf_keras.Model):
         _, waited = tf.while_loop(lambda step, _: step < steps, body, zero, parallel_iterations=1)
         return {**self._train_logs(), "input_wait_seconds": waited}
 
-    def _update(self, method: methods.Method, accumulators: "_Accumulators | None", iterator) -> tf.Tensor:
+    def _update(self, method: methods.Method, accumulators: Accumulators | None, iterator) -> tf.Tensor:
         """One update; returns the seconds spent waiting for its data."""
         strategy = self.distribute_strategy
         self._train_counter.assign_add(1)
         if accumulators is None:
-            data, waited = _timed_next(iterator)
-            strategy.run(self.train_step, args=(data,))
-            return waited
+            return self._on_batches(method, lambda data, index: self.train_step(data), iterator)
 
         def accumulate(data, index):
-            accumulators.add(self._contributions(method, data, index))
-
-        def body(index, waited):
-            data, seconds = _timed_next(iterator)
-            strategy.run(accumulate, args=(data, index))
-            return index + 1, waited + seconds
+            accumulators.add(self._computed(method, data, index))
 
         strategy.run(accumulators.clear)
-        zero = (tf.constant(0), tf.constant(0.0, tf.float64))
-        _, waited = tf.while_loop(lambda index, _: index < self.microbatches, body, zero, parallel_iterations=1)
+        waited = self._on_batches(method, accumulate, iterator)
         strategy.run(lambda: self._apply(method, accumulators.sums()))
         return waited
 
-    def _contributions(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
-        """One micro-batch's share of the update: gradients, BN statistics and metrics, over their number.
+    def _on_batches(self, method: methods.Method, replica_function: Callable, iterator) -> tf.Tensor:
+        """`_each_microbatch`; of a method whose batches last several updates, on the ones its carry keeps."""
+        if method.updates_per_batch == 1:
+            return self._each_microbatch(replica_function, iterator)
 
-        Summed over micro-batches and replicas this is the mean of each. Runs in a replica.
+        def keep(data, index):
+            images, labels = data
+            self._carry.write(index, {"images": images, "labels": tf.reshape(labels, [-1])})
+
+        due = tf.equal(self.optimizer.iterations % method.updates_per_batch, 0)
+        nothing = tf.constant(0.0, tf.float64)
+        waited = tf.cond(due, lambda: self._each_microbatch(keep, iterator), lambda: nothing)
+        self._each_microbatch(replica_function, None)
+        return waited
+
+    def _computed(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
+        """`_contributions` of data, or of those in the carry, which moves on."""
+        carry = self._carry.read(microbatch) if self._carry and method.carried else {}
+        contributions, carry = self._contributions(
+            method, data or (carry["images"], carry["labels"]), microbatch, carry
+        )
+        if carry:
+            self._carry.write(microbatch, carry)
+        return contributions
+
+    def _contributions(self, method: methods.Method, data, microbatch: tf.Tensor, carry: schedules.Carry):
+        """One micro-batch's share of the update and its carry.
+
+        The share is gradients, BN statistics and metrics, over the number of micro-batches and replicas: summed over
+        them it is the mean of each. Runs in a replica.
         """
         if self._jit_compile and not isinstance(self.distribute_strategy, tf.distribute.TPUStrategy):
             compute = tf.function(functools.partial(self._shares, method), jit_compile=True, autograph=False)
-            return compute(data, microbatch)
-        return self._shares(method, data, microbatch)
+            return compute(data, microbatch, carry)
+        return self._shares(method, data, microbatch, carry)
 
-    def _shares(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
+    def _shares(self, method: methods.Method, data, microbatch: tf.Tensor, carry: schedules.Carry):
+        batch = self._batch(data, microbatch, method.batches_ahead)
+        with deferred_statistics() as statistics:
+            update = method.gradients(self.network, self._stale(), self._example_losses, batch, carry)
+        by_variable = {variable.ref(): value for variable, value in statistics}
+        moving = [by_variable[variable.ref()] for variable in self.network.moving_statistics(method.branches)]
+        values = [tf.stack([update.metrics[name] for name in method.metric_names])]
+        share = 1.0 / (self.microbatches * tf.distribute.get_replica_context().num_replicas_in_sync)
+        return [share * tf.cast(value, tf.float32) for value in update.gradients + moving + values], update.carry
+
+    def _batch(self, data, microbatch: tf.Tensor, ahead: int) -> schedules.Batch:
+        """A replica's micro-batch of the update that is `ahead` of the present one."""
         images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
         if weights is not None:
             raise ConfigError("sample_weight in training: every image counts the same here: leave the weights out")
         images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
-        if images.shape[0] is None and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
+        replica = tf.distribute.get_replica_context()
+        if images.shape[0] is None and replica.num_replicas_in_sync > 1:
             # Keras would deal a last, smaller batch out unevenly, and a replica without rows has no mean.
             raise ConfigError("replicas need batches of one fixed size: batch the data with drop_remainder=True")
-        batch = self._batch(images, labels, self._microbatch_seed(microbatch))
-        with deferred_statistics() as statistics:
-            gradients, metrics = method.gradients(self.network, self._stale(), self._example_losses, batch)
-        by_variable = {variable.ref(): value for variable, value in statistics}
-        moving = [by_variable[variable.ref()] for variable in self.network.moving_statistics(method.branches)]
-        values = [tf.stack([metrics[name] for name in method.metric_names])]
-        share = 1.0 / (self.microbatches * tf.distribute.get_replica_context().num_replicas_in_sync)
-        return [share * tf.cast(value, tf.float32) for value in gradients + moving + values]
-
-    def _batch(self, images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> methods.Batch:
-        paired = images.shape.rank == 5
-        if paired != (AUGMENTED in self.method.branches):
+        two = images.shape.rank == 5
+        if two != (AUGMENTED in self.method.branches):
             raise ConfigError(
                 f"the training images are {images.shape}: method {self.method.name!r} was made for "
-                f"{'one image' if paired else 'a clean and an augmented image'} an example (`augmented` in methods.py)"
+                f"{'one image' if two else 'a clean and an augmented image'} an example (`augmented` in methods.py)"
             )
-        clean, augmented = (images[:, 0], images[:, 1]) if paired else (images, None)
-        return methods.Batch(clean, labels, seed, augmented)
-
-    def _microbatch_seed(self, microbatch: tf.Tensor) -> tf.Tensor:
-        """int32 [2] from the run's seed, the update and the micro-batch's place in the global batch.
-
-        That place does not depend on how the batch is split into replicas and micro-batches.
-        """
-        replica = tf.distribute.get_replica_context()
+        clean, augmented = (images[:, 0], images[:, 1]) if two else (images, None)
+        # Does not depend on how the global batch is split into replicas and micro-batches.
         place = microbatch * replica.num_replicas_in_sync + tf.cast(replica.replica_id_in_sync_group, tf.int32)
-        step_seed = tf.random.fold_in([self.seed, 0], tf.cast(self.optimizer.iterations, tf.int32))
-        return tf.random.fold_in(step_seed, place)
+        update = tf.cast(self.optimizer.iterations, tf.int32)
+        seed = tf.random.fold_in(tf.random.fold_in([self.seed, 0], update + ahead), place)
+        return schedules.Batch(clean, labels, seed, augmented, tf.equal((update + place) % 2, 0))
 
     def _apply(self, method: methods.Method, contributions: list[tf.Tensor]) -> None:
         """Averages over replicas and updates everything that changes; runs in a replica."""
@@ -318,7 +392,7 @@ class ConAdvModel(tf_keras.Model):
         Raises:
           ConfigError: for a method without an attack.
         """
-        batch = methods.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
+        batch = schedules.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
         return self.distribute_strategy.experimental_local_results(self._attacked(batch))[0]
 
     @functools.cached_property
@@ -328,76 +402,24 @@ class ConAdvModel(tf_keras.Model):
         if attack is None:
             raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
 
-        def attacked(batch: methods.Batch) -> tf.Tensor:
-            return methods.attack_images(attack, self._stale(), self._example_losses, batch)
+        def attacked(batch: schedules.Batch) -> tf.Tensor:
+            return schedules.attack_images(attack, self._stale(), self._example_losses, batch)
 
         return tf.function(lambda batch: self.distribute_strategy.run(attacked, args=(batch,)), autograph=False)
 
 
-class _Accumulators:
-    """Sums of contributions over micro-batches, each replica its own.
-
-    Not a Keras or checkpoint object: an update clears it first, so that nothing stays of one whose data ran out.
-    """
-
-    def __init__(self, shapes: list):
-        self._sums = [
-            tf.Variable(
-                tf.zeros(shape),
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.SUM,
-            )
-            for shape in shapes
-        ]
-
-    def clear(self) -> None:
-        for total in self._sums:
-            total.assign(tf.zeros_like(total))
-
-    def add(self, contributions: list[tf.Tensor]) -> None:
-        for total, value in zip(self._sums, contributions, strict=True):
-            total.assign_add(value)
-
-    def sums(self) -> list[tf.Tensor]:
-        return [tf.identity(total) for total in self._sums]
-
-
-def shadow_copy(network: ResNet) -> ResNet:
-    """A network of the same weights in variables of its own, none of them trainable."""
-
-    def non_trainable(next_creator, **kwargs):
-        return next_creator(**{**kwargs, "trainable": False})
-
-    copy = ResNet.from_config({**network.get_config(), "name": f"shadow_{network.name}"})
-    with tf.variable_creator_scope(non_trainable):
-        copy.create_variables()
-    copy.trainable = False
-    for shadow, weights in zip(leaf_variables(copy), leaf_variables(network), strict=True):
-        shadow.assign(weights)
-    return copy
-
-
-def leaf_variables(network: ResNet) -> list[tf.Variable]:
-    """All variables, in an order that does not depend on which of them are trainable."""
-    leaves = [m for m in network.submodules if isinstance(m, tf_keras.layers.Layer) and not any(m.submodules)]
-    return [variable for leaf in leaves for variable in leaf.weights]
-
-
-def _timed_next(iterator):
-    """The next element and the seconds (float64) it took to arrive; host operations only.
-
-    The element passes through identities that wait for the clock: otherwise the clock would be read behind the first
-    heavy operations on the element.
-    """
-    start = tf.timestamp()
-    with tf.control_dependencies([start]):
-        data = next(iterator)
-    with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
-        waited = tf.timestamp() - start
-
-    def after_the_clock(tensor):
-        with tf.control_dependencies([waited]), tf.device(tensor.device):
-            return tf.identity(tensor)
-
-    return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited
+def _check_turns(method: methods.Method, network: ResNet, microbatches: int) -> None:
+    """Raises ConfigError unless half of the places of a batch can have the clean turn."""
+    if method.updates_per_batch == 1:
+        return
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas * microbatches % 2:
+        raise ConfigError(
+            f"conadv.schedule={method.schedule!r} halves the replicas, of which there are {replicas} with "
+            f"{microbatches} micro-batches each: use an even number of either, or schedule 'paired'"
+        )
+    if network.replicas_per_group > 1:
+        raise ConfigError(
+            f"conadv.schedule={method.schedule!r} gives neighbouring replicas different passes, which cannot share "
+            f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or schedule 'paired'"
+        )

@@ -136,7 +136,8 @@ def draws(specification: attack.Attack, shape, labels, seed):
     """The random start in units of ε and the labels the attack aims at, drawn as the product documents."""
     start, coin, target = tf.unstack(tf.random.split(seed, 3))
     delta = tf.random.stateless_uniform(shape, start, -1.0, 1.0).numpy()
-    if not tf.random.stateless_uniform((), coin) < specification.random_start_probability:
+    given = specification.random_start_probability
+    if not tf.random.stateless_uniform((), coin) < (1.0 if given is None else given):
         delta = np.zeros_like(delta)
     if specification.goal == "random_target":
         labels = (labels + tf.random.stateless_uniform(labels.shape, target, 1, 10, tf.int32).numpy()) % 10

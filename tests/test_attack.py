@@ -7,7 +7,7 @@ from helpers import assert_identical, fit, make_model, random_batches, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conadv_tf import methods
+from conadv_tf import methods, schedules
 from conadv_tf.attack import Attack, random_wrong_labels
 from conadv_tf.errors import ConfigError
 
@@ -154,8 +154,8 @@ def test_an_attack_changes_no_variable(batch_norm):
     fit(model, images, labels, 2)
     before = snapshot(model)
     examples = model.adversarial_examples(images[0], labels[0]).numpy()
-    batch = methods.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
-    methods.attack_images(attack, model.network, model.loss.call, batch)
+    batch = schedules.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
+    schedules.attack_images(attack, model.network, model.loss.call, batch)
     assert not np.array_equal(examples, images[0])
     assert_identical(snapshot(model), before)
 

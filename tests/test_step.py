@@ -17,7 +17,7 @@ from helpers import (
     snapshot,
 )
 
-from conadv_tf import lars, methods, resnet, trainer
+from conadv_tf import lars, methods, resnet, schedules, trainer
 from conadv_tf.attack import Attack
 
 STILL = Attack(random_start_probability=0.0)
@@ -35,9 +35,9 @@ def traces(monkeypatch) -> dict[str, int]:
 
         return traced
 
-    monkeypatch.setattr(methods, "vanilla_gradients", counting("vanilla", methods.vanilla_gradients))
-    make = methods.adversarial_gradients
-    monkeypatch.setattr(methods, "adversarial_gradients", lambda *given: counting("conadv", make(*given)))
+    monkeypatch.setattr(schedules, "vanilla", counting("vanilla", schedules.vanilla))
+    make = schedules.shadow
+    monkeypatch.setattr(schedules, "shadow", lambda *given: counting("conadv", make(*given)))
     return counts
 
 
@@ -160,9 +160,9 @@ def test_random_starts_differ_between_updates_and_between_micro_batches():
     images, labels = random_batches(1, 6)
     seen = []
 
-    def spy(network, stale, loss, batch):
+    def spy(network, stale, loss, batch, carry):
         tf.py_function(lambda seed: seen.append(tuple(seed.numpy())), [batch.seed], [])
-        return methods.vanilla_gradients(network, stale, loss, batch)
+        return schedules.vanilla(network, stale, loss, batch, carry)
 
     method = dataclasses.replace(methods.vanilla(), gradients=spy)
     model = make_model(method, microbatches=3)

@@ -148,13 +148,28 @@ def test_exported_network_predicts_without_conadv_tf(finished, tmp_path):
     assert float(outcome.stdout.split()[1]) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["vanilla", "disadv", "conadv"])
-def test_killed_run_resumes_to_the_same_weights_bit_for_bit(method, tmp_path):
-    flags = [*SHORT, f"--gin_param=train.method='{method}'"]
+KILLED = {
+    "vanilla": ["train.method='vanilla'"],
+    "disadv": ["train.method='disadv'"],
+    "conadv": ["conadv.schedule='shadow'"],
+    # An epoch is 13 updates: the run goes on where each phase has one turn behind it, and where it has two.
+    "lookahead": ["conadv.schedule='lookahead'"],
+    "lookahead from epoch 2": ["conadv.schedule='lookahead'", "adversarial.start_epoch=2"],
+    "paired": ["conadv.schedule='paired'"],
+    "paired from epoch 2": ["conadv.schedule='paired'", "adversarial.start_epoch=2"],
+    "phased": ["conadv.schedule='phased'", "train.microbatch_size=55"],
+    "phased, odd": ["conadv.schedule='phased'", "train.microbatch_size=110"],
+}
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path):
+    flags = [*SHORT, *(f"--gin_param={binding}" for binding in KILLED[case])]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train(*flags, f"--model_dir={whole}").returncode == 0
     process = subprocess.Popen(command(*flags, f"--model_dir={killed}"), cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (killed / "checkpoints" / "ckpt-26.index").exists():
+    newest, update = killed / "checkpoints" / "checkpoint", 39 if "odd" in case else 26
+    while not (newest.exists() and f'"ckpt-{update}"' in newest.read_text()):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

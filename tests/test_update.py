@@ -7,7 +7,7 @@ import tensorflow as tf
 from helpers import assert_close, draws, fit, make_model, microbatch_seed, named_variables, random_batches
 from reference import Recipe, Rows, State
 
-from conadv_tf import lars, losses, methods
+from conadv_tf import lars, losses, methods, schedules
 from conadv_tf.attack import Attack
 
 RATE, RUN_SEED = 2.0, 5
@@ -159,12 +159,12 @@ def test_adversarial_examples_equal_the_reference(name):
     state = state_of(model)
     attacked = rows[0][0].start.shape[0]
     first = rows[0][0]
-    batch = methods.Batch(
+    batch = schedules.Batch(
         tf.constant(first.images[:attacked], tf.float32),
         tf.constant(labels[0][:attacked]),
         microbatch_seed(RUN_SEED, 0, 0),
     )
-    actual = methods.attack_images(model.method.attack, model.network, model.loss.call, batch).numpy()
+    actual = schedules.attack_images(model.method.attack, model.network, model.loss.call, batch).numpy()
     only = Rows(first.images[:attacked], first.labels[:attacked], first.start, first.attack_labels[:attacked])
     expected, margin = reference.attack(recipe, state, only)
     assert recipe.norm == "l2" or margin > SAFE_MARGIN

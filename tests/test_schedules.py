@@ -1,0 +1,349 @@
+"""The schedules of SPEC section 2: what they compute, against each other and against the formulas."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+import tf_keras
+from helpers import (
+    assert_close,
+    assert_identical,
+    draws,
+    fit,
+    make_model,
+    microbatch_seed,
+    mirrored,
+    random_batches,
+    snapshot,
+)
+from reference import Recipe, Rows, State
+
+from conadv_tf import lars, methods, resnet, trainer
+from conadv_tf.attack import Attack
+from conadv_tf.errors import ConfigError
+from conadv_tf.methods import AdversarialHalf
+
+ROWS, UPDATES, RUN_SEED = 4, 20, 5
+# Twenty updates that move the weights by a few per cent.
+RATE = 0.5
+CONCAT = ("main", "augmented", "adversarial")
+
+
+def trained(method: methods.Method, images, labels, updates: int = UPDATES, replicas: int = 1, **settings):
+    """Logs of every update, and all weights, statistics and momentum after the last."""
+    strategy = mirrored(replicas) if replicas > 1 else None
+    model = make_model(method, lars.LARS(RATE), strategy=strategy, seed=RUN_SEED, **settings)
+    logs = fit(model, images, labels, updates)
+    names = logs[0].keys() - {"input_wait_seconds"}
+    return [{name: log[name] for name in names} for log in logs], snapshot(model)
+
+
+def global_batches(count: int, rows: int, seed: int = 4):
+    return random_batches(count, rows, seed=seed)
+
+
+def assert_equal_runs(one, other, tolerance: float, shadows: bool = True) -> None:
+    for ours, theirs in zip(one[0], other[0], strict=True):
+        assert_close(ours, theirs, tolerance)
+    # The metrics of the last update are in the logs; of the shadows a schedule needs its own.
+    parts = ("network", "optimizer", "shadow") if shadows else ("network", "optimizer")
+    first, second = ({n: v for n, v in run[1].items() if n.startswith(parts)} for run in (one, other))
+    assert_close(first, second, tolerance)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_lookahead_equals_shadow(replicas):
+    images, labels = global_batches(UPDATES + 1, replicas * ROWS)
+    shadow = trained(methods.conadv(), images[:-1], labels[:-1], replicas=replicas)
+    lookahead = trained(methods.conadv(schedule="lookahead"), images, labels, replicas=replicas)
+    assert_equal_runs(lookahead, shadow, 2e-5)
+
+
+def test_lookahead_equals_shadow_with_micro_batches_concat3_and_a_fraction():
+    images, labels = global_batches(2 * (UPDATES + 1), ROWS)
+    others, _ = global_batches(len(images), ROWS, seed=9)
+    both = np.stack([images, others], axis=2)
+    half = AdversarialHalf(weight=1 / 3, fraction=0.5)
+    runs = [
+        trained(
+            methods.conadv(half=half, schedule=schedule, augmented=True), both, labels, microbatches=2, branches=CONCAT
+        )
+        for schedule in ("lookahead", "shadow")
+    ]
+    assert_equal_runs(*runs, 2e-5)
+
+
+def by_turns(images, labels, replicas: int):
+    """Batches of `paired` over replicas / 2 as `phased` takes them: two become one, its even places the first's."""
+    half = replicas // 2
+    images = images.reshape(len(images) // 2, 2, half, ROWS, *images.shape[2:])
+    labels = labels.reshape(len(labels) // 2, 2, half, ROWS)
+    return (
+        np.moveaxis(images, 1, 2).reshape(len(images), replicas * ROWS, *images.shape[4:]),
+        np.moveaxis(labels, 1, 2).reshape(len(labels), replicas * ROWS),
+    )
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_phased_equals_paired_on_half_the_replicas(replicas):
+    images, labels = global_batches(UPDATES, replicas // 2 * ROWS)
+    paired = trained(methods.conadv(schedule="paired"), images, labels, replicas=replicas // 2)
+    phased = trained(methods.conadv(schedule="phased"), *by_turns(images, labels, replicas), replicas=replicas)
+    assert_equal_runs(phased, paired, 2e-5)
+
+
+def test_phased_takes_turns_over_micro_batches_too():
+    """One replica with four micro-batches is a pod of four."""
+    images, labels = global_batches(UPDATES, 2 * ROWS)
+    pod = by_turns(images, labels, 4)
+    one = [part.reshape(2 * UPDATES, ROWS, *part.shape[2:]) for part in pod]
+    expected = trained(methods.conadv(schedule="phased"), *pod, replicas=4)
+    assert_equal_runs(trained(methods.conadv(schedule="phased"), *one, microbatches=4), expected, 2e-5)
+
+
+def state_of(variables: dict[str, np.ndarray]) -> State:
+    """The network of a snapshot as the reference has it; no momentum."""
+    own = {n.removeprefix("network/"): np.float64(v) for n, v in variables.items() if n.startswith("network/")}
+    weights = {name: value for name, value in own.items() if "/moving_" not in name}
+    moving = {name.replace("moving_", ""): value for name, value in own.items() if "/moving_" in name}
+    return State(weights, moving, {name: np.zeros_like(value) for name, value in weights.items()})
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("weight", "fraction"), [(0.5, 1.0), (0.3, 0.5)])
+def test_paired_equals_the_formulas(replicas, weight, fraction):
+    """Independent float64: clean B_t at θ_t; x̂ of B_{t−1} by one step from its clean images at θ_{t−1}."""
+    updates, recipe = 4, Recipe(smoothed=True, weight=weight, fraction=fraction, momentum=0.9)
+    images, labels = global_batches(updates, replicas * ROWS, seed=7)
+    half = AdversarialHalf(weight=weight, fraction=fraction)
+    strategy = mirrored(replicas) if replicas > 1 else None
+    model = make_model(methods.conadv(half=half, schedule="paired"), lars.LARS(2.0), strategy=strategy)
+    model.create_optimizer_variables()
+    states = [state_of(snapshot(model))]
+    data = tf.data.Dataset.from_tensor_slices((images, labels))
+    logs = []
+
+    def keep(epoch, values):
+        states.append(state_of(snapshot(model)))
+        logs.append(values)
+
+    keeper = tf_keras.callbacks.LambdaCallback(on_epoch_end=keep)
+    model.fit(data, steps_per_epoch=1, epochs=updates, verbose=0, callbacks=[keeper])
+    velocity = states[0].velocity
+    for step in range(updates):
+        before = dataclasses.replace(states[step], velocity=velocity)
+        expected, expected_logs = paired_update(
+            recipe, before, states[max(step - 1, 0)], images, labels, step, replicas
+        )
+        assert_close(states[step + 1].weights, expected.weights, 1e-5)
+        assert_close(states[step + 1].moving, expected.moving, 1e-5)
+        assert_close({name: logs[step][name] for name in expected_logs}, expected_logs, 1e-5)
+        velocity = expected.velocity
+
+
+def paired_update(recipe: Recipe, state: State, stale: State, images, labels, step: int, replicas: int):
+    """θ_{t+1} and the logs of update `step`, means over the replicas; see the caller."""
+    w, parts = recipe.weight, []
+    for replica in range(replicas):
+        own = slice(replica * ROWS, (replica + 1) * ROWS)
+        loss, gradient, statistics, top1 = reference.training_pass(
+            recipe, state.weights, images[step, own], labels[step, own], "main"
+        )
+        logs = {"loss": (1 - w) * loss, "clean_loss": loss, "clean_top1": top1}
+        logs |= {"adversarial_loss": 0.0, "adversarial_top1": 0.0}
+        gradient = {name: (1 - w) * value for name, value in gradient.items()}
+        if step:
+            rows = slice(own.start, own.start + round(recipe.fraction * ROWS))
+            whole = images[step - 1, own]
+            clean = Rows(whole, labels[step - 1, own], np.zeros(whole.shape), labels[step - 1, own])
+            made, margin = reference.attack(recipe, stale, clean)
+            assert margin > 5e-6, "choose another seed for the data: a sign is uncertain"
+            other_loss, other, other_statistics, other_top1 = reference.training_pass(
+                recipe, state.weights, made[: rows.stop - rows.start], labels[step - 1, rows], "adversarial"
+            )
+            gradient = {name: gradient[name] + w * other[name] for name in gradient}
+            logs |= {"adversarial_loss": other_loss, "adversarial_top1": other_top1}
+            logs["loss"] += w * other_loss
+            statistics |= other_statistics
+        parts.append((gradient, statistics, logs))
+    gradient, statistics, logs = (
+        {name: np.mean([part[kind][name] for part in parts], axis=0) for name in parts[0][kind]} for kind in range(3)
+    )
+    weights, velocity = reference.lars(recipe, state.weights, gradient, state.velocity, 2.0)
+    moving = dict(state.moving)
+    for name, value in statistics.items():
+        moving[name] = 0.9 * moving[name] + 0.1 * value
+    return State(weights, moving, velocity), logs
+
+
+def test_lookahead_equals_the_formulas():
+    updates, recipe = 3, Recipe(tau=1)
+    images, labels = global_batches(updates + 1, 6, seed=1)
+    model = make_model(methods.conadv(schedule="lookahead"), lars.LARS(2.0), seed=RUN_SEED)
+    model.create_optimizer_variables()
+    states, logs = [state_of(snapshot(model))], []
+
+    def keep(epoch, values):
+        states.append(state_of(snapshot(model)))
+        logs.append(values)
+
+    keeper = tf_keras.callbacks.LambdaCallback(on_epoch_end=keep)
+    data = tf.data.Dataset.from_tensor_slices((images, labels))
+    model.fit(data, steps_per_epoch=1, epochs=updates, verbose=0, callbacks=[keeper])
+    velocity = states[0].velocity
+    for step in range(updates):
+        start, _ = draws(Attack(), images[step].shape, labels[step], microbatch_seed(RUN_SEED, step, 0))
+        rows = Rows(images[step], labels[step], start, labels[step])
+        before = dataclasses.replace(states[step], velocity=velocity)
+        expected, expected_logs, margin = reference.update(recipe, before, states[max(step - 1, 0)], [rows], 2.0)
+        assert margin > 5e-6, "choose another seed for the data: a sign is uncertain"
+        assert_close(states[step + 1].weights, expected.weights, 1e-5)
+        assert_close(states[step + 1].moving, expected.moving, 1e-5)
+        assert_close({name: logs[step][name] for name in expected_logs}, expected_logs, 1e-5)
+        velocity = expected.velocity
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "paired", "phased"])
+def test_without_a_perturbation_it_trains_like_clean_images_through_both_branches(schedule):
+    """ε = 0: the adversarial half is a clean batch, this update's or the one before."""
+    images, labels = global_batches(6, ROWS)
+    attack = Attack(epsilon_pixels=0.0, random_start_probability=0.0)
+    seen = trained(methods.conadv(attack, schedule=schedule), images, labels, updates=2, microbatches=2)[0]
+    if schedule == "lookahead":
+        still = trained(methods.conadv(attack), images, labels, updates=2, microbatches=2)[0]
+        for ours, theirs in zip(seen, still, strict=True):
+            assert_close(ours, theirs, 1e-6)
+        return
+    assert seen[0]["adversarial_loss"] == 0
+    assert seen[0]["loss"] == pytest.approx(0.5 * seen[0]["clean_loss"])
+    assert seen[1]["adversarial_loss"] > 0
+    assert seen[1]["loss"] == pytest.approx(0.5 * (seen[1]["clean_loss"] + seen[1]["adversarial_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "paired", "phased"])
+def test_a_carry_goes_on_over_epochs_and_fits(schedule):
+    """One fit of three epochs, and three fits of one, are the same updates."""
+    images, labels = global_batches(40, ROWS)
+    method = methods.conadv(schedule=schedule)
+    whole, parts = (make_model(method, lars.LARS(RATE), microbatches=2) for _ in range(2))
+    data = tf.data.Dataset.from_tensor_slices((images, labels))
+    whole.fit(data, epochs=3, steps_per_epoch=3, verbose=0)
+    iterator = iter(data)  # one iterator, as a distributed data set would be
+    train = parts.make_train_function()
+    for _ in range(9):
+        train(iterator)
+    assert_identical(
+        {n: v for n, v in snapshot(parts).items() if "metrics" not in n},
+        {n: v for n, v in snapshot(whole).items() if "metrics" not in n},
+    )
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "paired", "phased"])
+def test_the_whole_update_is_an_xla_program(schedule):
+    """What a TPU compiles, carry included, in bfloat16."""
+    model = make_model(methods.conadv(schedule=schedule), microbatches=2, network={"dtype": "mixed_bfloat16"})
+    model.create_optimizer_variables()
+    (images,), (labels,) = random_batches(1, 8)
+    model.create_carry(tf.TensorSpec(images.shape, tf.uint8))
+    update = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True, autograph=False)
+    for _ in range(3):
+        update(images, labels)
+    assert model.updates_made() == 3
+    assert all(np.isfinite(value).all() for value in snapshot(model).values())
+
+
+def test_whole_pixels_are_carried_as_bytes_and_others_as_they_are():
+    spec = tf.TensorSpec((8, 4, 4, 3), tf.uint8)
+
+    def dtype(spec=spec, **attack):
+        return methods.conadv(Attack(**attack), schedule="paired").carried(spec)["adversarial"].dtype
+
+    assert dtype(epsilon_pixels=3.0) == tf.uint8
+    assert dtype(epsilon_pixels=4.0, step_size_pixels=2.0) == tf.uint8
+    assert dtype(epsilon_pixels=4.0, step_size_pixels=5.5) == tf.uint8  # projected to 4
+    assert dtype(epsilon_pixels=2.5) == tf.float32
+    assert dtype(epsilon_pixels=4.0, step_size_pixels=1.5) == tf.float32
+    assert dtype(norm="l2") == tf.float32
+    assert dtype(tf.TensorSpec((8, 4, 4, 3), tf.float32)) == tf.float32
+    for attack, expected in ((Attack(), tf.float32), (Attack(random_start_probability=0.0), tf.uint8)):
+        lookahead = methods.conadv(attack, schedule="lookahead").carried(spec)
+        assert (lookahead["images"].dtype, lookahead["adversarial"].dtype) == (tf.uint8, expected)
+
+
+@pytest.mark.parametrize(
+    "attack", [{"epsilon_pixels": 3.0, "step_size_pixels": 2.0}, {"epsilon_pixels": 2.5}, {"norm": "l2"}]
+)
+def test_bytes_and_floats_train_alike(attack):
+    """Images fed as float32 are carried as float32: the same run as from bytes."""
+    images, labels = global_batches(6, ROWS)
+    method = methods.conadv(Attack(**attack), schedule="paired")
+    runs = [trained(method, fed, labels, updates=6)[1] for fed in (images, images.astype(np.float32))]
+    assert_identical(*runs)
+
+
+def test_costs_are_those_of_the_specification():
+    units = {schedule: methods.conadv(schedule=schedule).forward_units for schedule in methods.SCHEDULES}
+    assert units == {"shadow": 8, "lookahead": 8, "paired": 6, "phased": 3}
+
+
+@pytest.mark.parametrize("schedule", ["paired", "phased"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        {"random_start_probability": 1.0},
+        {"label": "hard"},
+        {"steps": 2},
+        {"goal": "random_target"},
+        {"batch_norm": "moving"},
+    ],
+    ids=lambda attack: next(iter(attack)),
+)
+def test_attacks_that_are_no_by_product_are_refused(schedule, attack):
+    (name, value), *_ = attack.items()
+    with pytest.raises(ConfigError, match=rf"attack\.{name}={value!r}.*{schedule}.*set it to"):
+        methods.conadv(Attack(**attack), schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "paired", "phased"])
+def test_another_delay_than_one_is_refused(schedule):
+    with pytest.raises(ConfigError, match=rf"conadv.tau=2.*{schedule}.*tau=1"):
+        methods.conadv(schedule=schedule, tau=2)
+
+
+@pytest.mark.parametrize(
+    ("half", "augmented", "named"),
+    [({"fraction": 0.5}, False, "fraction=0.5"), ({"start_epoch": 1}, False, "start_epoch=1"), ({}, True, "concat3")],
+)
+def test_unequal_work_is_refused_by_turns(half, augmented, named):
+    with pytest.raises(ConfigError, match=rf"{named}.*phased"):
+        methods.conadv(half=AdversarialHalf(**half), schedule="phased", augmented=augmented)
+
+
+def test_turns_need_an_even_number_of_places_and_own_batch_statistics():
+    with pytest.raises(ConfigError, match="1 with 1 micro-batches"):
+        make_model(methods.conadv(schedule="phased"))
+    with pytest.raises(ConfigError, match="replicas_per_group=1, not 2"):
+        make_model(methods.conadv(schedule="phased"), strategy=mirrored(2), network={"replicas_per_group": 2})
+
+
+def test_batches_of_unknown_size_are_refused():
+    images, labels = random_batches(4, 1)
+    data = tf.data.Dataset.from_tensor_slices((images[:, 0], labels[:, 0])).batch(2)
+    with pytest.raises(ConfigError, match="drop_remainder"):
+        make_model(methods.conadv(schedule="paired")).fit(data, verbose=0)
+
+
+def test_imagenet_schedules_are_lowered_whole_for_a_core():
+    """ResNet-50 on 64 images of 224 × 224 in bfloat16, images carried between updates: no call out of XLA."""
+    method = methods.conadv(schedule="phased")
+    network = resnet.ResNet("resnet50", 1000, (224, 224, 3), method.branches, dtype="mixed_bfloat16")
+    model = trainer.ConAdvModel(network, method, microbatches=2)
+    model.compile(lars.LARS(1.0))
+    model.create_optimizer_variables()
+    model.create_carry(tf.TensorSpec((64, 224, 224, 3), tf.uint8))
+    update = tf.function(lambda: model.train_step(None), jit_compile=True, autograph=False)
+    program = update.experimental_get_compiler_ir()(stage="hlo")
+    assert "u8[2,64,224,224,3]" in program
+    assert program.count(" convolution(") >= 3 * 53
