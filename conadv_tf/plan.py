@@ -98,7 +98,17 @@ def make_plan(
             f"train.microbatch_size={microbatch_size} does not divide the {share} images of a replica "
             f"(train.global_batch_size={global_batch_size} over {num_replicas}): use {_nearest_divisor(share, rows)}"
         )
+    check_turns(updates_per_batch, num_replicas, share // rows)
     return Plan(global_batch_size, num_replicas, rows, share // rows, num_train, epochs, updates_per_batch)
+
+
+def check_turns(updates_per_batch: int, num_replicas: int, microbatches: int) -> None:
+    """Raises ConfigError unless the places of a batch divide into those whose turn it is and the others."""
+    if num_replicas * microbatches % updates_per_batch:
+        raise ConfigError(
+            f"conadv.schedule='phased' halves the places of a batch, of which there are {num_replicas} replicas × "
+            f"{microbatches} micro-batches: use an even number of either, or schedule 'paired'"
+        )
 
 
 def check_batch_norm_groups(replicas_per_group: int, num_replicas: int, jit_compile: bool, on_tpu: bool) -> None:

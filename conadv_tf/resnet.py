@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow as tf
 import tf_keras
 
+from conadv_tf import stem_convolution
 from conadv_tf.errors import ConfigError
 from conadv_tf.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
@@ -64,10 +65,18 @@ class ConvBatchNorm(tf_keras.layers.Layer):
     """Convolution without bias, split BN and, unless `relu` is False, a ReLU."""
 
     def __init__(
-        self, filters: int, kernel_size: int, strides: int, seed: int, norm: dict, relu: bool = True, **kwargs
+        self,
+        filters: int,
+        kernel_size: int,
+        strides: int,
+        seed: int,
+        norm: dict,
+        relu: bool = True,
+        convolution: type[tf_keras.layers.Conv2D] = tf_keras.layers.Conv2D,
+        **kwargs,
     ):
         super().__init__(**kwargs)
-        self.conv = tf_keras.layers.Conv2D(
+        self.conv = convolution(
             filters,
             kernel_size,
             strides,
@@ -173,8 +182,16 @@ class ResNet(tf_keras.Model):
         # A seed for each layer: the initial weights depend on `seed` alone, not on what else the process drew.
         seeds = itertools.count(1000 * seed)
         kernel_size, strides = (7, 2) if self._spec.large_stem else (3, 1)
+        blocks = self._spec.large_stem and all(side % stem_convolution.BLOCK == 0 for side in self.image_shape[:2])
         self.stem = ConvBatchNorm(
-            self._spec.widths[0], kernel_size, strides, next(seeds), norm, dtype=dtype, name="stem"
+            self._spec.widths[0],
+            kernel_size,
+            strides,
+            next(seeds),
+            norm,
+            convolution=stem_convolution.StemConvolution if blocks else tf_keras.layers.Conv2D,
+            dtype=dtype,
+            name="stem",
         )
         self.blocks = list(self._residual_blocks(seeds, norm, dtype))
         self.classifier = tf_keras.layers.Dense(

@@ -18,6 +18,7 @@ from conadv_tf import distribute, methods, schedules
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import is_adapted
 from conadv_tf.losses import SmoothedCrossEntropy
+from conadv_tf.plan import check_turns
 from conadv_tf.replica_state import Accumulators, CarryVariables
 from conadv_tf.resnet import ResNet
 from conadv_tf.shadows import leaf_variables, shadow_copy
@@ -65,7 +66,11 @@ class ConAdvModel(tf_keras.Model):
             )
         if microbatches < 1:
             raise ConfigError(f"microbatches={microbatches} must be at least 1")
-        _check_turns(method, network, microbatches)
+        if method.updates_per_batch > 1 and network.replicas_per_group > 1:
+            raise ConfigError(
+                f"conadv.schedule={method.schedule!r} gives neighbouring replicas different passes, which cannot share "
+                f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or 'paired'"
+            )
         self.network = network.create_variables()
         self.method = method
         self.microbatches = microbatches
@@ -154,6 +159,7 @@ class ConAdvModel(tf_keras.Model):
 
     def _compiled_execution(self, method: methods.Method, iterator) -> Callable:
         """The program of a training call, and the variables it needs; begins the carry of the method."""
+        check_turns(method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync, self.microbatches)
         self.create_optimizer_variables()
         images, *_ = tf.nest.flatten(iterator.element_spec, expand_composites=True)
         with self.distribute_strategy.scope():
@@ -406,20 +412,3 @@ class ConAdvModel(tf_keras.Model):
             return schedules.attack_images(attack, self._stale(), self._example_losses, batch)
 
         return tf.function(lambda batch: self.distribute_strategy.run(attacked, args=(batch,)), autograph=False)
-
-
-def _check_turns(method: methods.Method, network: ResNet, microbatches: int) -> None:
-    """Raises ConfigError unless half of the places of a batch can have the clean turn."""
-    if method.updates_per_batch == 1:
-        return
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas * microbatches % 2:
-        raise ConfigError(
-            f"conadv.schedule={method.schedule!r} halves the replicas, of which there are {replicas} with "
-            f"{microbatches} micro-batches each: use an even number of either, or schedule 'paired'"
-        )
-    if network.replicas_per_group > 1:
-        raise ConfigError(
-            f"conadv.schedule={method.schedule!r} gives neighbouring replicas different passes, which cannot share "
-            f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or schedule 'paired'"
-        )

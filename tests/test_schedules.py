@@ -322,8 +322,9 @@ def test_unequal_work_is_refused_by_turns(half, augmented, named):
 
 
 def test_turns_need_an_even_number_of_places_and_own_batch_statistics():
-    with pytest.raises(ConfigError, match="1 with 1 micro-batches"):
-        make_model(methods.conadv(schedule="phased"))
+    images, labels = random_batches(2, ROWS)
+    with pytest.raises(ConfigError, match="1 replicas × 1 micro-batches"):
+        fit(make_model(methods.conadv(schedule="phased")), images, labels, 1)
     with pytest.raises(ConfigError, match="replicas_per_group=1, not 2"):
         make_model(methods.conadv(schedule="phased"), strategy=mirrored(2), network={"replicas_per_group": 2})
 
