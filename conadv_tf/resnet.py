@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import stem_convolution
+from conadv_tf import stem_convolution, xla
 from conadv_tf.errors import ConfigError
 from conadv_tf.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
@@ -89,8 +89,16 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         self.norm = SplitBatchNormalization(**norm, dtype=kwargs.get("dtype"), name="norm")
         self.relu = relu
 
+    def _expands(self, channels: int) -> bool:
+        """Whether it is a pointwise convolution from `channels` to more."""
+        conv = self.conv
+        return conv.kernel_size == conv.strides == (1, 1) and channels < conv.filters
+
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        outputs = self.norm(self.conv(inputs), **norm_call)
+        if self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
+            outputs = self.norm(inputs, kernel=tf.cast(self.conv.kernel, inputs.dtype), **norm_call)
+        else:
+            outputs = self.norm(self.conv(inputs), **norm_call)
         return tf.nn.relu(outputs) if self.relu else outputs
 
 

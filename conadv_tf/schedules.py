@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from conadv_tf import xla
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
 from conadv_tf.resnet import ResNet
@@ -90,10 +91,9 @@ def train_on(network: ResNet, loss, parts: list[Part]):
     metrics: dict[str, tf.Tensor] = {"loss": tf.constant(0.0)}
     by_image = None
     for part in parts:
-        # One tape per pass: the activations of one can be freed before the next begins.
-        own, own_by_image, value, top1 = training_pass(
-            network, part.branch, loss, part.images, part.labels, part.learns
-        )
+        # One tape per pass, and one pass after the other: the activations of one are freed before the next begins.
+        mixed, [images] = xla.after(mixed, [part.images])
+        own, own_by_image, value, top1 = training_pass(network, part.branch, loss, images, part.labels, part.learns)
         by_image = own_by_image if by_image is None else by_image
         own = [part.share * gradient for gradient in own]
         mixed = [m + g for m, g in zip(mixed, own, strict=True)] if mixed else own
@@ -127,7 +127,8 @@ def shadow(attack: Attack, half: Half) -> Gradients:
 
     def gradients(network: ResNet, stale: ResNet, loss, batch: Batch, carry: Carry) -> Update:
         adversarial = attack_images(attack, stale, loss, _attacked(half, batch))
-        gradients, metrics, _ = train_on(network, loss, _parts(half, batch, adversarial))
+        [adversarial], [images] = xla.after([adversarial], [batch.images])
+        gradients, metrics, _ = train_on(network, loss, _parts(half, batch._replace(images=images), adversarial))
         return Update(gradients, metrics, {})
 
     return gradients
@@ -139,7 +140,8 @@ def lookahead(attack: Attack, half: Half) -> Gradients:
     def gradients(network: ResNet, stale: ResNet, loss, batch: Batch, carry: Carry) -> Update:
         now = Batch(_pixels(carry["images"]), carry["labels"], batch.seed, _pixels(carry.get("augmented")))
         gradients, metrics, _ = train_on(network, loss, _parts(half, now, _pixels(carry["adversarial"])))
-        return Update(gradients, metrics, begin_lookahead(attack, half)(network, loss, batch))
+        gradients, [images] = xla.after(gradients, [batch.images])
+        return Update(gradients, metrics, begin_lookahead(attack, half)(network, loss, batch._replace(images=images)))
 
     return gradients
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import distribute
+from conadv_tf import distribute, expansion
 from conadv_tf.errors import ConfigError
 
 MAIN = "main"
@@ -118,6 +118,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         mode: str = "batch",
         update_statistics: bool | tf.Tensor = False,
         synchronize: bool = True,
+        kernel: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Normalises `inputs`.
 
@@ -129,6 +130,8 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             decides it when the program runs. A Turn's "main" always learns.
           synchronize: False keeps the statistics local whatever `replicas_per_group` says: the attack
             never talks to another replica (SPEC section 1).
+          kernel: of a widening 1×1 convolution to do first, [1, 1, C, channels] for inputs of C channels, where
+            `is_local` (expansion.py).
 
         Raises:
           ConfigError: for a branch or mode there is not.
@@ -138,7 +141,9 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         if mode == "moving":
             moving = _chosen(self.moving_means, branch), _chosen(self.moving_variances, branch)
             return self._normalize(inputs, gamma, beta, *moving)
-        if self.replicas_per_group > 1 and synchronize:
+        if kernel is not None:
+            outputs, mean, variance = expansion.expand_and_normalize(inputs, kernel, gamma, beta, self.epsilon)
+        elif self.replicas_per_group > 1 and synchronize:
             outputs, mean, variance = self._group_batch(inputs, gamma, beta)
         else:
             outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -154,6 +159,10 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             self._learn(self.moving_means, mean, branch, update_statistics)
             self._learn(self.moving_variances, variance, branch, update_statistics)
         return outputs
+
+    def is_local(self, call: dict) -> bool:
+        """Whether a call with these arguments normalises with the statistics of its own batch alone."""
+        return call["mode"] == "batch" and not (self.replicas_per_group > 1 and call["synchronize"])
 
     def _check(self, branch: str | Turn, mode: str) -> None:
         names = {MAIN, ADVERSARIAL} if isinstance(branch, Turn) else {branch}

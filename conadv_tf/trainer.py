@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import distribute, methods, schedules
+from conadv_tf import distribute, methods, schedules, xla
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import is_adapted
 from conadv_tf.losses import SmoothedCrossEntropy
@@ -270,10 +270,12 @@ class ConAdvModel(tf_keras.Model):
         The share is gradients, BN statistics and metrics, over the number of micro-batches and replicas: summed over
         them it is the mean of each. Runs in a replica.
         """
-        if self._jit_compile and not isinstance(self.distribute_strategy, tf.distribute.TPUStrategy):
-            compute = tf.function(functools.partial(self._shares, method), jit_compile=True, autograph=False)
+        compute = functools.partial(self._shares, method)
+        on_tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
+        if self._jit_compile and not on_tpu:
+            compute = tf.function(compute, jit_compile=True, autograph=False)
+        with xla.compiling(self._jit_compile or on_tpu):
             return compute(data, microbatch, carry)
-        return self._shares(method, data, microbatch, carry)
 
     def _shares(self, method: methods.Method, data, microbatch: tf.Tensor, carry: schedules.Carry):
         batch = self._batch(data, microbatch, method.batches_ahead)

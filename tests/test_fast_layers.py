@@ -1,0 +1,117 @@
+"""The forms of convolution and normalisation that a TPU computes faster, against the plain ones."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from conadv_tf import expansion, resnet, xla
+from conadv_tf.split_batchnorm import deferred_statistics
+from conadv_tf.stem_convolution import StemConvolution
+
+
+def random(seed: int, *shape: int, low: float = -1.0, high: float = 1.0) -> tf.Tensor:
+    return tf.constant(np.random.default_rng(seed).uniform(low, high, shape), tf.float32)
+
+
+def outputs_and_gradients(function, *inputs: tf.Tensor) -> list[np.ndarray]:
+    """What `function` gives, and the gradients of a weighted sum of its first output."""
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = tf.nest.flatten(function(*inputs))
+        loss = tf.reduce_sum(outputs[0] * random(9, *outputs[0].shape))
+    return [value.numpy() for value in [*outputs, *tape.gradient(loss, list(inputs))]]
+
+
+def assert_equal_to(expected: list[np.ndarray], actual: list[np.ndarray], tolerance: float = 1e-5) -> None:
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=tolerance * np.abs(one).max())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 40), (4, 4)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_stem_convolution_and_its_gradients_equal_the_plain_ones(size, channels):
+    layer = StemConvolution(5, 7, 2, padding="same", use_bias=False)
+    images = random(1, 2, *size, channels)
+    layer(images)
+
+    def stem(images, kernel):
+        return layer.convolution_op(images, kernel)
+
+    def plain(images, kernel):
+        return tf.nn.conv2d(images, kernel, 2, "SAME")
+
+    kernel = random(2, 7, 7, channels, 5)
+    assert_equal_to(outputs_and_gradients(plain, images, kernel), outputs_and_gradients(stem, images, kernel))
+
+
+def plain_expansion(inputs, kernel, gamma, beta):
+    wide = tf.nn.conv2d(inputs, kernel, 1, "SAME")
+    outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=wide, scale=gamma, offset=beta, mean=[], variance=[], epsilon=1e-5, is_training=True
+    )
+    return outputs, mean, variance
+
+
+def expanded(inputs, kernel, gamma, beta):
+    return expansion.expand_and_normalize(inputs, kernel, gamma, beta, 1e-5)
+
+
+# Inputs with a mean, as after a ReLU, and without; far from zero their spread is a small difference of large moments.
+@pytest.mark.parametrize(("low", "tolerance"), [(-1.0, 1e-5), (0.0, 1e-5), (0.8, 1e-3)])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_expansion_and_its_gradients_equal_convolution_and_batch_norm(low, tolerance, jit_compile):
+    inputs = random(1, 4, 7, 5, 6, low=low), random(2, 1, 1, 6, 20), random(3, 20, low=0.5), random(4, 20)
+    fused = tf.function(expanded, jit_compile=jit_compile, autograph=False)
+    assert_equal_to(outputs_and_gradients(plain_expansion, *inputs), outputs_and_gradients(fused, *inputs), tolerance)
+
+
+def test_expansion_of_a_constant_is_finite():
+    inputs = tf.ones((2, 3, 3, 4)), random(2, 1, 1, 4, 8), tf.ones(8), tf.zeros(8)
+    assert all(np.isfinite(value).all() for value in outputs_and_gradients(expanded, *inputs))
+
+
+def test_a_product_keeps_what_bfloat16_would_round():
+    one, other = random(1, 8, 8), tf.cast(tf.cast(random(2, 8, 8), tf.bfloat16), tf.float32)
+    upper = tf.cast(tf.cast(one, tf.bfloat16), tf.float32)
+    exact = np.float64(one.numpy()) @ np.float64(other.numpy())
+    np.testing.assert_allclose(expansion.in_full_precision(one, other), exact, atol=1e-6)
+    assert np.abs(np.float64(upper.numpy()) @ np.float64(other.numpy()) - exact).max() > 1e-4
+
+
+def training_pass(compiled: bool) -> list[np.ndarray]:
+    """Loss, gradients and statistics of a network of two bottleneck blocks, as XLA compiles it."""
+    network = resnet.ResNet("tiny_bottleneck", 10, (16, 16, 3), seed=1).create_variables()
+    for variable in network.trainable_variables:
+        if "gamma" in variable.name:
+            variable.assign(tf.ones_like(variable))  # the last of a block starts at 0 and would hide it
+
+    def step(images):
+        with deferred_statistics() as statistics, tf.GradientTape() as tape:
+            loss = tf.reduce_mean(network(images, mode="batch", update_statistics=True)[:, 0])
+        gradients = tape.gradient(loss, network.trainable_variables)
+        return [loss, *gradients, *(value for _, value in statistics)]
+
+    with xla.compiling(compiled):
+        values = tf.function(step, jit_compile=True, autograph=False)(random(1, 8, 16, 16, 3, low=0.0, high=255.0))
+    return [value.numpy() for value in values]
+
+
+def test_a_network_compiled_with_expansions_computes_what_it_does_without(monkeypatch):
+    tiny = resnet.Architecture((1, 1), (8, 16), True, False, resnet.CIFAR_MEAN, resnet.CIFAR_STDDEV)
+    monkeypatch.setitem(resnet.ARCHITECTURES, "tiny_bottleneck", tiny)
+    plain, fused = (training_pass(compiled) for compiled in (False, True))
+    assert any(not np.array_equal(one, other) for one, other in zip(plain, fused, strict=True))
+    assert_equal_to(plain, fused, 2e-4)
+
+
+def test_after_orders_what_xla_compiles_and_nothing_else():
+    def function(x, y):
+        [first], [second] = xla.after([x * 2.0], [y])
+        return first, second + 1.0
+
+    arguments = tf.constant(1.0), tf.constant(2.0)
+    assert [value.numpy() for value in tf.function(function)(*arguments)] == [2.0, 3.0]
+    with xla.compiling(True):
+        compiled = tf.function(function, jit_compile=True)
+        assert [value.numpy() for value in compiled(*arguments)] == [2.0, 3.0]
+        assert "opt-barrier" in compiled.experimental_get_compiler_ir(*arguments)(stage="hlo")
