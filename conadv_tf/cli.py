@@ -10,7 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 from absl import app, flags, logging
 
-from conadv_tf import configure, distribute, records, report, run
+from conadv_tf import configure, distribute, preflight, records, report, run
 from conadv_tf.errors import ConfigError, DataError, RunError
 
 DEFAULT_RECIPE = "digits_conadv.gin"
@@ -22,7 +22,7 @@ flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an 
 flags.DEFINE_string("strategy", "auto", f"One of {', '.join(distribute.STRATEGIES)}.")
 flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
-flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and stop.")
+flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def _train() -> None:
     recipe = configure.recipe_name(gin_files)
     configure.configure(gin_files, FLAGS.gin_param)
     if FLAGS.preflight:
-        print(_preflight(recipe, gin_files))
+        _preflight(recipe, gin_files)
         return
     built = run.build(recipe, distribute.make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
@@ -76,8 +76,8 @@ def _train() -> None:
     print(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
 
 
-def _preflight(recipe: str, gin_files: list[str]) -> str:
-    """The arithmetic of the run, with the replicas of --tpu=TYPE and without its data where none are here."""
+def _preflight(recipe: str, gin_files: list[str]) -> None:
+    """Prints the arithmetic of the run, without its data where none are here, and what it costs on --tpu=TYPE."""
     if FLAGS.data_dir is None and configure.setting("data.source") in ("tfrecords", "tfds"):
         if configure.setting("data.num_train") is None:
             raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
@@ -88,7 +88,8 @@ def _preflight(recipe: str, gin_files: list[str]) -> str:
     )
     built = run.build(recipe, strategy, FLAGS.data_dir, distribute.replicas_of(FLAGS.tpu, strategy))
     _check_effect()
-    return run.describe(built)
+    print(run.describe(built), flush=True)
+    print(preflight.report(built, FLAGS.tpu, FLAGS.model_dir))
 
 
 def _check_effect() -> None:

@@ -274,7 +274,7 @@ class ConAdvModel(tf_keras.Model):
         on_tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         if self._jit_compile and not on_tpu:
             compute = tf.function(compute, jit_compile=True, autograph=False)
-        with xla.compiling(self._jit_compile or on_tpu):
+        with xla.compiling(xla.is_compiling() or self._jit_compile or on_tpu):
             return compute(data, microbatch, carry)
 
     def _shares(self, method: methods.Method, data, microbatch: tf.Tensor, carry: schedules.Carry):

@@ -17,7 +17,7 @@ from absl import flags as flags_module
 from absl.testing import flagsaver
 from sample_data import FOLDER
 
-from conadv_tf import cli
+from conadv_tf import cli, tpu_compiler
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--gin_param=train.epochs=6", "--gin_param=learning_rate.warmup_epochs=1"]
@@ -320,10 +320,13 @@ def test_preflight_builds_and_trains_nothing(tmp_path, monkeypatch, capsys):
         ("v5litepod-256", ("256 × 384 images", "6 × 64 images")),
     ],
 )
-def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys):
+def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys, monkeypatch):
+    monkeypatch.setattr(tpu_compiler, "PACKAGES", ("libtpu-of-no-one",))  # test_preflight.py compiles
     call_command_line("--gin_file=96k_conadv.gin", f"--tpu={tpu}", "--preflight", "--gin_param=data.image_size=32")
     text = capsys.readouterr().out
-    facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines())
+    *lines, last = text.splitlines()
+    assert last.startswith("  not compiled: libtpu-of-no-one is not installed")
+    facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines)
     assert facts["global batch"] == "98,304 clean images"
     assert facts["replicas"] == layout[0]
     assert facts["micro-batches"].startswith(layout[1])

@@ -1,0 +1,169 @@
+"""What the TPU compiler says of one update of every method and schedule, beside tf-models' ResNet-50; needs no TPU.
+
+    python benchmarks/tpu_cost.py [--rows=64] [--generation=v3] [--only=vanilla,paired] [--check]
+
+Every update is compiled whole, minutes each; what was compiled before comes from the preflight's cache. Prints a
+Markdown table and writes tpu_cost.json. Both measures are the compiler's: `optimal` is its lower bound of the time,
+`Mcycles` the sum of its estimates for each instruction. `phased` is per update.
+
+`--check` fails, and names each figure that is missed: the ratios at 64 images a core, the spare memory at 192.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+import tensorflow as tf
+import tf_keras
+from official.modeling.optimization import lars as tfm_lars
+from official.vision.modeling import classification_model
+from official.vision.modeling.backbones import resnet as tfm_resnet
+
+from conadv_tf import configure, methods, run
+from conadv_tf.preflight_programs import Programs, lower
+from conadv_tf.preflight_table import Work
+from conadv_tf.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
+from conadv_tf.tpu_compiler import Compiler, Cost
+from conadv_tf.tpu_generations import GENERATIONS, Generation
+
+TF_MODELS, VANILLA = "tf-models ResNet-50", "vanilla"
+# Highest ratios of (optimal, cycles) to vanilla's; of vanilla to tf-models'. TPU v3, 64 images a core.
+GOALS = {
+    VANILLA: (0.98, 0.95),
+    "shadow": (2.75, 2.8),
+    "lookahead": (2.75, 2.8),
+    "paired": (2.0, 2.1),
+    "phased": (1.04, 1.10),
+}
+GOAL_ROWS, GOAL_TEMP = 64, 1.15
+SPARE_ROWS, GOAL_SPARE = 192, 0.30
+
+
+def built_run(recipe: str, rows: int) -> run.Run:
+    """A recipe with `rows` images on one replica; on synthetic ones of their size where its data are files."""
+    settings = [f"train.global_batch_size = {rows}", f"train.microbatch_size = {rows}"]
+    configure.configure([recipe], settings)
+    if configure.setting("data.source") in ("tfrecords", "tfds"):
+        configure.configure([recipe], [*settings, "data.source = 'synthetic'", "data.augmentation = 'none'"])
+    return run.build("tpu_cost", tf.distribute.OneDeviceStrategy("CPU:0"), None, 1)
+
+
+def tf_models_update(rows: int) -> bytes:
+    """One update of tf-models' ResNet-50 in bfloat16 under its own LARS, on the same uint8 images."""
+    policy = tf_keras.mixed_precision.global_policy()
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        images = tf_keras.layers.InputSpec(shape=[None, 224, 224, 3])
+        backbone = tfm_resnet.ResNet(50, input_specs=images, norm_momentum=0.9, norm_epsilon=1e-5)
+        model = classification_model.ClassificationModel(backbone, 1000, input_specs=images)
+    finally:
+        tf_keras.mixed_precision.set_global_policy(policy)
+    optimizer = tfm_lars.LARS(0.1, 0.9, 5e-4, exclude_from_weight_decay=["gamma", "beta", "bias"])
+    optimizer._create_all_weights(model.trainable_variables)
+
+    def update(images, labels):
+        scaled = tf.cast(images, tf.float32) / 255.0
+        inputs = tf.cast((scaled - tf.constant(IMAGENET_MEAN)) / tf.constant(IMAGENET_STDDEV), tf.bfloat16)
+        with tf.GradientTape() as tape:
+            logits = tf.cast(model(inputs, training=True), tf.float32)
+            targets = tf.one_hot(labels, 1000) * 0.9 + 0.1 / 1000
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        pairs = zip(gradients, model.trainable_variables, strict=True)
+        optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False)
+        return loss
+
+    return lower(update, tf.TensorSpec((rows, 224, 224, 3), tf.uint8), tf.TensorSpec((rows,), tf.int32))
+
+
+def compile_all(recipe: str, rows: int, generation: Generation, only: list[str]) -> dict[str, Cost]:
+    """Cost of one update by name of the method; tf-models' where the recipe trains ResNet-50."""
+    built = built_run(recipe, rows)
+    programs, compiler = Programs(built, rows), Compiler(generation)
+    updates = {VANILLA: lambda: programs.update(methods.vanilla()), "disadv": lambda: programs.update(methods.disadv())}
+    for schedule in methods.SCHEDULES:
+        updates[schedule] = lambda name=schedule: programs.update(methods.conadv(schedule=name, tau=1))
+    if built.model.network.architecture == "resnet50":
+        updates = {TF_MODELS: lambda: tf_models_update(rows), **updates}
+    costs = {}
+    for name in [name for name in updates if not only or name in only]:
+        print(f"  compiling {name}", file=sys.stderr, flush=True)
+        costs[name] = compiler.compile(updates[name]())
+    return costs
+
+
+def base_of(name: str) -> str:
+    return TF_MODELS if name == VANILLA else VANILLA
+
+
+def ratios(name: str, costs: dict[str, Cost]) -> tuple[float | None, float | None, float | None]:
+    """(optimal, cycles, temporary memory) over those of `base_of(name)`; None where one of them is not known."""
+    own, base = costs[name], costs.get(base_of(name))
+    if not base or name == TF_MODELS or own.over_bytes or base.over_bytes:
+        return None, None, None
+    seconds, base_seconds = Work.of(own).compiler_seconds(), Work.of(base).compiler_seconds()
+    optimal = seconds / base_seconds if seconds and base_seconds else None
+    return optimal, own.cycles / base.cycles, own.temp_bytes / base.temp_bytes
+
+
+def spare(cost: Cost, generation: Generation) -> float:
+    """Share of HBM that is left; negative where the program does not fit."""
+    if cost.over_bytes:
+        return -cost.over_bytes / generation.hbm_bytes
+    return 1 - (cost.resident_bytes + cost.temp_bytes) / generation.hbm_bytes
+
+
+def markdown(costs: dict[str, Cost], generation: Generation) -> str:
+    lines = ["| | optimal | Mcycles | TFLOP | temp | HBM spare | × optimal | × cycles | × temp |", "|---" * 9 + "|"]
+    for name, cost in costs.items():
+        seconds = Work.of(cost).compiler_seconds()
+        optimal = f"{1000 * seconds:.1f} ms" if seconds else "–"
+        relative = [f"{ratio:.3f}" if ratio else "–" for ratio in ratios(name, costs)]
+        absolute = [optimal, f"{cost.cycles / 1e6:.1f}", f"{cost.flop / 1e12:.3f}", f"{cost.temp_bytes / 1e9:.2f} GB"]
+        cells = [name, *absolute, f"{100 * spare(cost, generation):.0f} %", *relative]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"× is to {VANILLA}; of {VANILLA} to {TF_MODELS}."])
+
+
+def missed(costs: dict[str, Cost], rows: int, generation: Generation) -> list[str]:
+    """A line for each figure that is missed, or cannot be judged."""
+    found = []
+    for name in [name for name in GOALS if name in costs]:
+        optimal, cycles, temp = ratios(name, costs)
+        figures = [("optimal", optimal, GOALS[name][0]), ("cycles", cycles, GOALS[name][1])]
+        figures += [("temporary memory", temp, GOAL_TEMP)] if name != VANILLA else []
+        if rows == GOAL_ROWS and generation.name == "v3":
+            found += [
+                f"{name} / {base_of(name)}, {what}: {'unknown' if value is None else f'{value:.3f}'}, goal ≤ {goal}"
+                for what, value, goal in figures
+                if value is None or value > goal
+            ]
+        left = spare(costs[name], generation)
+        if rows == SPARE_ROWS and generation.name == "v3" and left < GOAL_SPARE:
+            found.append(f"{name}, HBM spare at {rows} images: {100 * left:.0f} %, goal ≥ {100 * GOAL_SPARE:.0f} %")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=GOAL_ROWS)
+    parser.add_argument("--generation", choices=sorted(GENERATIONS), default="v3")
+    parser.add_argument("--gin_file", default="96k_conadv.gin")
+    parser.add_argument("--only", default="", help="names of rows, with commas between")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    generation = GENERATIONS[arguments.generation]
+    only = [name.strip() for name in arguments.only.split(",") if name.strip()]
+    costs = compile_all(arguments.gin_file, arguments.rows, generation, only)
+    print(markdown(costs, generation))
+    rows = {name: {**dataclasses.asdict(cost), "ratios": ratios(name, costs)} for name, cost in costs.items()}
+    misses = missed(costs, arguments.rows, generation)
+    with open("tpu_cost.json", "w") as file:
+        json.dump({"arguments": vars(arguments), "rows": rows, "missed": misses}, file, indent=2)
+    if arguments.check and misses:
+        sys.exit("\n".join(["missed:", *misses]))
+
+
+if __name__ == "__main__":
+    main()
