@@ -25,6 +25,7 @@ from conadv_tf import data
 SIZE, ROWS = 224, 16
 PARSER, PARSER_AA = "tf-models parser", "tf-models parser, AutoAugment"
 OURS, OURS_AA, EVALUATION = "train", "train, AutoAugment", "evaluation"
+OURS_CACHED, EVALUATION_CACHED = "train, cached", "evaluation, cached"
 
 
 def tf_models(records: list[bytes], policy: str | None) -> tf.data.Dataset:
@@ -36,7 +37,7 @@ def tf_models(records: list[bytes], policy: str | None) -> tf.data.Dataset:
     return source.map(decoder.decode).map(parser.parse_fn(True)).batch(ROWS)
 
 
-def ours(data_dir: str, autoaugment: str) -> data.ImageData:
+def ours(data_dir: str, autoaugment: str, cache: str = "none") -> data.ImageData:
     return data.load(
         source="tfrecords",
         data_dir=data_dir,
@@ -47,21 +48,36 @@ def ours(data_dir: str, autoaugment: str) -> data.ImageData:
         augmentation="resized_crop_flip",
         autoaugment=autoaugment,
         shuffle_buffer=16,
+        cache=cache,
+        test_files="train-*",  # the same photos, so that both pipelines have the same work
     )
 
 
 def contestants(data_dir: str) -> dict[str, tf.data.Dataset]:
     files = sorted(tf.io.gfile.glob(os.path.join(data_dir, "train-*")))
     records = list(tf.data.TFRecordDataset(files).as_numpy_iterator())
-    plain = ours(data_dir, "none")
+    plain, cached = ours(data_dir, "none"), ours(data_dir, "none", "memory")
     return {
         PARSER: tf_models(records, None),
         OURS: plain.train_batches(ROWS, 1),
-        # Of a few records the last batch, with its padding, would come too often: whole batches alone.
-        EVALUATION: plain.evaluation_batches("train", ROWS, 1).take(plain.num_train // ROWS).repeat(),
+        OURS_CACHED: cached.train_batches(ROWS, 1),
+        EVALUATION: evaluation(plain),
+        EVALUATION_CACHED: evaluation(cached),
         PARSER_AA: tf_models(records, "reduced_imagenet"),
         OURS_AA: ours(data_dir, "imagenet").train_batches(ROWS, 1),
     }
+
+
+def evaluation(loaded: data.ImageData) -> tf.data.Dataset:
+    """Evaluations without end; of a few records padding would come too often, so whole batches alone are looked at."""
+    whole = loaded.num_test // ROWS
+    return (
+        loaded.evaluation_batches("test", ROWS, 1)
+        .repeat()
+        .enumerate()
+        .filter(lambda number, batch: number % loaded.evaluation_steps("test", ROWS, 1) < whole)
+        .map(lambda number, batch: batch)
+    )
 
 
 def rate(batches: tf.data.Dataset, images: int) -> float:

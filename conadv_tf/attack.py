@@ -6,6 +6,7 @@ from collections.abc import Callable
 import gin
 import tensorflow as tf
 
+from conadv_tf import xla
 from conadv_tf.errors import ConfigError
 from conadv_tf.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
@@ -103,7 +104,7 @@ class Attack:
         # δ is kept in units of ε, so that the projection is onto a unit ball whatever the units of ε are.
         probability = 1.0 if self.random_start_probability is None else self.random_start_probability
         coin = tf.random.stateless_uniform((), coin_seed)
-        start = tf.random.stateless_uniform(tf.shape(images), start_seed, -1.0, 1.0)
+        start = xla.random_uniform(tf.shape(images), start_seed, -1.0, 1.0)
         delta = start * tf.cast(coin < probability, tf.float32)
         for _ in range(self.steps):
             gradient = self._gradient(logits, loss, images + epsilon * delta, labels)

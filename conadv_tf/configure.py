@@ -17,6 +17,8 @@ ONE_LINE = 100_000
 
 # What may change when a run is resumed: how it is executed and reported, not what it computes.
 EXECUTION_SETTINGS = (
+    "data.cache",
+    "data.service",
     "mirrored.logical_cpus",
     "train.checkpoint_every_epochs",
     "train.evaluate_every_epochs",

@@ -8,12 +8,14 @@ once in each pass, and any update can be rebuilt from (seed, t) alone.
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
-from conadv_tf import augment, record_files, records
+from conadv_tf import augment, data_service, decode, record_files, records
+from conadv_tf.cache import Cache
 from conadv_tf.errors import ConfigError
 
 SPLITS = ("train", "test")
@@ -82,7 +84,10 @@ class ImageData(abc.ABC):
         turn out bad when they are decoded.
       bad_records: `record_files.BadRecords`, count and per-file report; streaming adds to it while it reads.
       augmentation: what is done to training images.
+      services: addresses "HOST:PORT" of processes that make the training batches; see data_service.py.
     """
+
+    services: Sequence[str] = ()
 
     def __init__(
         self,
@@ -146,7 +151,7 @@ class ImageData(abc.ABC):
         """
         layout = Layout(rows_per_replica, num_replicas, num_hosts, host)
         steps = self.evaluation_steps(split, rows_per_replica, num_replicas, num_hosts)
-        return _finish(self._evaluation(split, layout, steps))
+        return _finish(self._evaluation(split, layout, steps, keeps=True))
 
     def evaluation_steps(self, split: str, rows_per_replica: int, num_replicas: int, num_hosts: int = 1) -> int:
         """Number of batches that `evaluation_batches` gives to each replica, equal for all."""
@@ -160,13 +165,19 @@ class ImageData(abc.ABC):
         """Of a training example: (H, W, C), or (2, H, W, C) where AutoAugment's image comes beside the clean one."""
         return (2, *self.image_shape) if self.augmentation.concatenates else self.image_shape
 
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Memory that data.cache takes, over all hosts: of encoded training records, of decoded test images."""
+        return 0, 0
+
     def size(self, split: str) -> int:
         """Number of examples of the split, "train" or "test"."""
         return self.num_train if split == "train" else self.num_test
 
     def examples(self, split: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The first n good examples of a split: (images uint8 [<=n, H, W, C], labels int32 [<=n])."""
-        rows = self.evaluation_batches(split, 1, 1).unbatch().filter(lambda image, label, weight: weight > 0)
+        single = self._evaluation(split, Layout(1, 1), self.evaluation_steps(split, 1, 1), keeps=False)
+        rows = _finish(single).unbatch().filter(lambda image, label, weight: weight > 0)
         images, labels, _ = next(iter(rows.batch(n)))
         return images.numpy(), labels.numpy()
 
@@ -175,8 +186,8 @@ class ImageData(abc.ABC):
         """See `train_batches`."""
 
     @abc.abstractmethod
-    def _evaluation(self, split: str, layout: Layout, steps: int) -> tf.data.Dataset:
-        """See `evaluation_batches`."""
+    def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
+        """See `evaluation_batches`; `keeps`: where data.cache asks for it, what is read is kept for the next time."""
 
     @abc.abstractmethod
     def _largest_share(self, split: str, num_hosts: int) -> int:
@@ -226,7 +237,7 @@ class MemoryData(ImageData):
 
         return tf.data.Dataset.range(tf.int64.max).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
-    def _evaluation(self, split: str, layout: Layout, steps: int) -> tf.data.Dataset:
+    def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
         def batch(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             position = layout.positions(number)
             real = position < self.size(split)
@@ -252,6 +263,9 @@ class StreamData(ImageData):
       image_size: height and width of every image after cropping and resizing, pixels.
       augmentation: of training images; without a random crop they are the central one.
       shuffle_buffer: records in the shuffle buffer.
+      cached: whether a host keeps, once it has read them, the encoded records of its share of the training split and
+        the decoded images of its share of the test split. What is handed out is the same.
+      services: addresses of processes that decode the training split, see data_service.py; empty: the hosts do.
     """
 
     def __init__(
@@ -263,13 +277,30 @@ class StreamData(ImageData):
         augmentation: augment.Augmentation,
         shuffle_buffer: int,
         bad_records: record_files.BadRecords,
+        cached: bool = False,
+        services: Sequence[str] = (),
     ):
         train, test = (sum(file.num_records for file in files[split]) for split in SPLITS)
         shape = image_size, image_size, 3
         super().__init__(name, schema.num_classes or 0, shape, (train, test), bad_records, augmentation)
         self._files, self._schema = files, schema
-        self._shuffle_buffer = shuffle_buffer
+        self._shuffle_buffer, self._cached, self.services = shuffle_buffer, cached, services
         self._examiners = {split: records.Examiner(files[split], schema, bad_records) for split in SPLITS}
+        self._caches: dict[tuple[object, ...], Cache] = {}
+        if cached:
+            sizes = (name, *(size / 1e9 for size in self.cache_bytes))
+            logging.info("%s: data.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *sizes)
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        encoded = sum(file.payload_bytes for file in self._files["train"])
+        image = int(np.prod(self.image_shape)) + 8  # its label and weight
+        return (encoded, self.num_test * image) if self._cached else (0, 0)
+
+    def _cache(self, *key: object, specs: tuple[tf.TensorSpec, ...]) -> Cache:
+        if key not in self._caches:
+            self._caches[key] = Cache(specs)
+        return self._caches[key]
 
     def _share(self, split: str, num_hosts: int, host: int) -> int:
         """Records that one host owns."""
@@ -281,23 +312,26 @@ class StreamData(ImageData):
         return max(self._share(split, num_hosts, host) for host in range(num_hosts))
 
     def _records(
-        self, split: str, layout: Layout, reorder: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+        self, split: str, layout: Layout, kept: Cache | None, reorder: Callable[[tf.Tensor], tf.Tensor] = tf.identity
     ) -> tf.data.Dataset:
         """The host's records (payload, file, record), files in the order that `reorder` gives them."""
-        files = self._files[split]
-        if len(files) % layout.num_hosts == 0:
-            owned = tf.range(layout.host, len(files), layout.num_hosts, dtype=tf.int64)
-            return records.raw_records(files, reorder(owned))
-        first = tf.constant(np.cumsum([0] + [file.num_records for file in files[:-1]]), tf.int64)
-        everything = records.raw_records(files, reorder(tf.range(len(files), dtype=tf.int64)))
-        return everything.filter(lambda payload, file, record: (first[file] + record) % layout.num_hosts == layout.host)
+        files, hosts, host = self._files[split], layout.num_hosts, layout.host
+        if len(files) % hosts == 0:
+            return records.raw_records(files, reorder(tf.range(host, len(files), hosts, dtype=tf.int64)), kept=kept)
+        return records.raw_records(files, reorder(tf.range(len(files), dtype=tf.int64)), hosts, host, kept)
 
-    def _shuffled(self, layout: Layout, seed: int, epoch: tf.Tensor) -> tf.data.Dataset:
+    def _kept_records(self, layout: Layout) -> Cache | None:
+        """Where the host keeps what it reads of the training split."""
+        if not self._cached:
+            return None
+        return self._cache("train", layout.num_hosts, layout.host, specs=records.RECORD_SPECS)
+
+    def _shuffled(self, layout: Layout, seed: int, epoch: tf.Tensor, kept: Cache | None) -> tf.data.Dataset:
         # Of this function graph alone: the order must not depend on the program's global seed.
         tf.random.set_seed(1)
         order_seed = tf.stack([augment.epoch_seed(seed, layout.host, epoch), -1])  # no image's
         in_file_order = self._records(
-            "train", layout, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
+            "train", layout, kept, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
         )
         return in_file_order.shuffle(self._shuffle_buffer, order_seed[0], reshuffle_each_iteration=False)
 
@@ -309,45 +343,49 @@ class StreamData(ImageData):
                 f"{layout.num_hosts}: start at a multiple of the global batch, use fewer hosts than records"
             )
         first_epoch, skipped = divmod(start_position // layout.num_hosts, share)
+        kept = self._kept_records(layout)
 
         def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
-            numbered = self._shuffled(layout, seed, epoch).enumerate()
-            key = augment.epoch_seed(seed, layout.host, epoch)
-            return numbered.skip(tf.cast(epoch == first_epoch, tf.int64) * skipped).map(
-                lambda index, raw: (tf.stack([key, index]), *raw)
-            )
+            key = tf.data.Dataset.from_tensors(augment.epoch_seed(seed, layout.host, epoch)).repeat()
+            index = tf.data.Dataset.range(tf.int64.max)
+            seeded = tf.data.Dataset.zip(self._shuffled(layout, seed, epoch, kept), key, index)
+            return seeded.skip(tf.cast(epoch == first_epoch, tf.int64) * skipped)
 
         stream = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records)
-        # The place of a bad record is taken by the next good one of its file.
-        replace = self._examiners["train"].next_good
-        return records.decode_batches(
-            stream,
-            layout.rows_per_replica,
-            lambda seed, payload, file, record: self._train_example(payload, seed),
-            lambda seed, payload, *place: self._train_example(records.reread(replace, *place), seed),
+
+        def image(encoded: tf.Tensor, image_seed: tf.Tensor) -> tf.Tensor:
+            return augment.jpeg(encoded, self.augmentation, self.image_shape[0], image_seed)
+
+        decoder = decode.Decoder(self._files["train"], self._schema, image, self.train_shape, replaces=True)
+        services = data_service.of_host(self.services, layout.num_hosts, layout.host)
+        batches = data_service.spread(
+            lambda parts, part: decoder.batches(stream, layout.rows_per_replica, parts, part), services
         )
+        counted = decode.count_bad(batches, self._examiners["train"])
+        return counted.map(lambda images, labels, weights: (images, labels))
 
-    def _train_example(self, payload: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        encoded, label = self._schema.parse(payload)
-        return augment.jpeg(encoded, self.augmentation, self.image_shape[0], seed), label
-
-    def _evaluation(self, split: str, layout: Layout, steps: int) -> tf.data.Dataset:
-        blank = (tf.zeros(self.image_shape, tf.uint8), tf.constant(0), tf.constant(0.0))
-
-        def example(payload: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            encoded, label = self._schema.parse(payload)
-            return augment.central_crop(encoded, self.image_shape[0]), label, tf.constant(1.0)
-
-        def second_look(payload: tf.Tensor, *place: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            payload = records.reread(self._examiners[split].payload_or_empty, *place)
-            return tf.cond(payload == b"", lambda: blank, lambda: example(payload))
-
-        def padding_or_second_look(payload: tf.Tensor, file: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            return tf.cond(file < 0, lambda: blank, lambda: second_look(payload, file, record))
-
-        none = tf.constant(-1, tf.int64)
+    def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
+        kept = self._kept_records(layout) if keeps and split == "train" else None
+        none = tf.constant(decode.NO_PLACE, tf.int64)
         padding = tf.data.Dataset.from_tensors((tf.constant(""), none, none)).repeat()
-        padded = self._records(split, layout).concatenate(padding).take(steps * layout.rows_per_host)
-        return records.decode_batches(
-            padded, layout.rows_per_replica, lambda payload, *place: example(payload), padding_or_second_look
+        zero = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64)).repeat()  # nothing is drawn
+
+        def fresh() -> tf.data.Dataset:
+            padded = self._records(split, layout, kept).concatenate(padding).take(steps * layout.rows_per_host)
+            batches = decoder.batches(tf.data.Dataset.zip(padded, zero, zero), layout.rows_per_replica)
+            return decode.count_bad(batches, self._examiners[split])
+
+        decoder = decode.Decoder(
+            self._files[split],
+            self._schema,
+            lambda encoded, _: augment.central_crop(encoded, self.image_shape[0]),
+            self.image_shape,
+            replaces=False,
         )
+        batches = fresh()
+        if not (self._cached and keeps and split == "test"):
+            return batches
+        cache = self._cache(split, layout, specs=batches.element_spec)
+        count = tf.constant(steps * layout.replicas_per_host, tf.int64)
+        once = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64))
+        return once.flat_map(lambda group: cache.through(batches, group, tf.data.Dataset.range(count), count))

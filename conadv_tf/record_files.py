@@ -16,7 +16,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -32,20 +32,32 @@ _HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the c
 class BadRecords:
     """Records that could not be used, counted once each, over both splits.
 
-    `limit` is how many may be skipped, `reasons` maps (path, record) to what is wrong.
+    `limit` is how many may be skipped.
     """
 
     def __init__(self, limit: int):
         if limit < 0:
             raise ConfigError(f"data.max_bad_records={limit} is negative: 0 stops at the first bad record")
         self.limit = limit
-        self.reasons: dict[tuple[str, int], str] = {}
+        self._reasons: dict[tuple[str, int], str] = {}
+        self._sources: list[Callable[[], list[tuple[str, int, str]]]] = []
         self._lock = threading.Lock()
+
+    @property
+    def reasons(self) -> dict[tuple[str, int], str]:
+        """What is wrong with each bad record so far, by (path, record)."""
+        for source in self._sources:
+            self._reasons.update({(path, record): reason for path, record, reason in source()})
+        return self._reasons
 
     @property
     def count(self) -> int:
         """Number of bad records so far."""
         return len(self.reasons)
+
+    def add_source(self, source: Callable[[], list[tuple[str, int, str]]]) -> None:
+        """`source` says (path, record, reason) of bad records counted elsewhere, and not held to the limit here."""
+        self._sources.append(source)
 
     def per_file(self) -> dict[str, int]:
         """Number of bad records of each file that has any."""
@@ -55,13 +67,13 @@ class BadRecords:
     def add(self, path: str, record: int, reason: str) -> None:
         """Counts a bad record, warns at the first of each file, raises DataError beyond the limit."""
         with self._lock:
-            if (path, record) in self.reasons:
+            if (path, record) in self._reasons:
                 return
-            first_of_file = all(known != path for known, _ in self.reasons)
-            self.reasons[path, record] = reason
-        if self.count > self.limit:
+            first_of_file = all(known != path for known, _ in self._reasons)
+            self._reasons[path, record] = reason
+        if len(self._reasons) > self.limit:
             raise DataError(
-                f"{path}, record {record}: {reason}; with it {self.count} bad records, more than "
+                f"{path}, record {record}: {reason}; with it {len(self._reasons)} bad records, more than "
                 f"data.max_bad_records={self.limit}: repair the file or raise data.max_bad_records"
             )
         if first_of_file:
@@ -100,6 +112,11 @@ class RecordFile:
     def num_records(self) -> int:
         """Number of whole records."""
         return len(self.bounds) - 1
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all records, without what the file format adds."""
+        return int(self.bounds[-1]) - _FRAME_BYTES * self.num_records
 
     def read(self, record: int) -> bytes:
         """The payload of one record, independent of all others; tf.errors.OpError where it is damaged."""

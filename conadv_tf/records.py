@@ -5,19 +5,28 @@ wrong with it. The files are found and indexed by record_files.py.
 """
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf import message
 
+from conadv_tf.cache import Cache
 from conadv_tf.errors import DataError
 from conadv_tf.record_files import BadRecords, RecordFile
 
 _READ_BYTES = 1 << 20
+RECORD_SPECS = (tf.TensorSpec([], tf.string),)  # of a Cache of payloads
 _ANY_SHAPE = (0, 0, 0)  # in memory, before the first image says which
+
+
+def fail_unless(condition: tf.Tensor | bool, line: str, *values: tf.Tensor) -> tf.Operation:
+    """An operation that fails with the line of a DataError, where it has {} the values, unless the condition holds."""
+    texts = [value if value.dtype == tf.string else tf.strings.as_string(value) for value in values]
+    fixed = ("DataError: " + line).split("{}")
+    pieces = [piece for pair in zip(fixed, [*texts, ""], strict=True) for piece in pair]
+    return tf.debugging.Assert(condition, [tf.strings.join(pieces)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +44,51 @@ class Schema:
     image_feature: str = "image/encoded"
     label_feature: str = "image/class/label"
 
-    def parse(self, payload: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """(JPEG string scalar, label int32 scalar); InvalidArgumentError at run time if unusable."""
-        features = tf.io.parse_single_example(
-            payload,
+    def features(self, payloads: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(images string, labels int64, after the offset and of any size), shaped like the payloads.
+
+        InvalidArgumentError at run time if one is no such record.
+        """
+        features = tf.io.parse_example(
+            payloads,
             {
                 self.image_feature: tf.io.FixedLenFeature([], tf.string),
                 self.label_feature: tf.io.FixedLenFeature([], tf.int64),
             },
         )
-        label = features[self.label_feature] - self.label_offset
-        inside = (label >= 0) & (label < (self.num_classes or tf.int32.max))
-        with tf.control_dependencies([tf.debugging.Assert(inside, [label])]):
-            return features[self.image_feature], tf.cast(label, tf.int32)
+        return features[self.image_feature], features[self.label_feature] - self.label_offset
+
+    def parse(self, payloads: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(images string, labels int32); InvalidArgumentError at run time if one is unusable or out of range."""
+        images, labels = self.features(payloads)
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(self._inside(labels)), [labels])]):
+            return images, tf.cast(labels, tf.int32)
 
     def check_label(self, stored: int, path: str, record: int) -> int:
         """The label after the offset; a DataError where it is out of range, which is never skipped."""
         label = stored - self.label_offset
-        if 0 <= label < (self.num_classes or tf.int32.max):
+        if self._inside(label):
             return label
+        raise DataError(self._label_line().format(path, record, stored, label))
+
+    def check_in_graph(self, label: tf.Tensor, path: tf.Tensor, record: tf.Tensor) -> tf.Operation:
+        """The same of a label after the offset, int64 scalar: an operation that fails with the DataError's line."""
+        return fail_unless(self._inside(label), self._label_line(), path, record, label + self.label_offset, label)
+
+    def _inside(self, label):
+        return (label >= 0) & (label < (self.num_classes or tf.int32.max))
+
+    def _label_line(self) -> str:
         classes = f"0..{self.num_classes - 1}" if self.num_classes else "0, 1, 2, ..."
-        raise DataError(
-            f"{path}, record {record}: label {stored} minus data.label_offset={self.label_offset} is "
-            f"{label}, not in {classes}: set data.label_offset or data.num_classes to what the files carry"
+        return (
+            f"{{}}, record {{}}: label {{}} minus data.label_offset={self.label_offset} is {{}}, not in {classes}: set "
+            "data.label_offset or data.num_classes to what the files carry"
         )
 
 
-def raw_records(files: Sequence[RecordFile], order: tf.Tensor) -> tf.data.Dataset:
+def raw_records(
+    files: Sequence[RecordFile], order: tf.Tensor, shares: int = 1, share: int = 0, kept: Cache | None = None
+) -> tf.data.Dataset:
     """Records of the files, in the given order of files, not yet parsed.
 
     A damaged record hides the rest of its file from TensorFlow's reader; these come as empty payloads, so
@@ -70,6 +97,9 @@ def raw_records(files: Sequence[RecordFile], order: tf.Tensor) -> tf.data.Datase
     Args:
       files: indexed files.
       order: int64 [any], indices into `files`.
+      shares: records share, share + shares, ... of all files together are read.
+      share: likewise.
+      kept: keeps the payloads of `RECORD_SPECS`, by their number in all files, and gives them back.
 
     Returns:
       Dataset of (payload string, file int64, record int64), scalars.
@@ -77,16 +107,33 @@ def raw_records(files: Sequence[RecordFile], order: tf.Tensor) -> tf.data.Datase
     paths = tf.constant([file.path for file in files])
     compressions = tf.constant([file.compression for file in files])
     counts = tf.constant([file.num_records for file in files], tf.int64)
+    firsts = tf.math.cumsum(counts, exclusive=True)
 
     def read(file: tf.Tensor) -> tf.data.Dataset:
-        payloads = tf.data.TFRecordDataset(paths[file], compressions[file], buffer_size=_READ_BYTES)
+        payloads = _of_file(paths[file], compressions[file])
         lost = tf.data.Dataset.from_tensors("").repeat()
         whole = payloads.ignore_errors().concatenate(lost).take(counts[file])
-        return tf.data.Dataset.zip(
-            whole, tf.data.Dataset.from_tensors(file).repeat(), tf.data.Dataset.range(counts[file])
-        )
+        begin = (share - firsts[file]) % shares
+        numbers = tf.data.Dataset.range(begin, counts[file], shares)
+        if shares > 1:
+            whole = whole.shard(shares, begin)
+        if kept is not None:
+            count = tf.maximum(counts[file] - begin + shares - 1, 0) // shares
+            keys = tf.data.Dataset.range(firsts[file] + begin, firsts[file] + counts[file], shares)
+            whole = kept.through(tf.data.Dataset.zip((whole,)), file, keys, count).map(lambda payload: payload)
+        return tf.data.Dataset.zip(whole, tf.data.Dataset.from_tensors(file).repeat(), numbers)
 
     return tf.data.Dataset.from_tensor_slices(order).flat_map(read)
+
+
+def _of_file(path: tf.Tensor, compression: tf.Tensor) -> tf.data.Dataset:
+    """Payloads of a file; none where it cannot be opened, which TensorFlow's reader would try for ever."""
+
+    def open_once(_: tf.Tensor) -> tf.Tensor:
+        return tf.data.TFRecordDataset(path, compression).take(1).get_single_element()
+
+    opened = tf.data.Dataset.from_tensors(0).map(open_once).ignore_errors()
+    return opened.flat_map(lambda _: tf.data.TFRecordDataset(path, compression, buffer_size=_READ_BYTES))
 
 
 def wrong_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
@@ -101,8 +148,9 @@ class Examiner:
     Attributes:
       files: indexed files; their order gives the file numbers.
       schema: how a record becomes an example.
-      image_shape: (H, W, 3) that every image must have, or None where they are streamed: JPEGs of any size.
+      image_shape: (H, W, 3) that every image must have, or None where they are streamed: photos of any size.
       bad_records: where the bad ones are counted.
+      tables: of hosts where this process does not run, by device: see decode.count_bad.
     """
 
     def __init__(
@@ -114,6 +162,7 @@ class Examiner:
     ):
         self.files, self.schema, self.bad_records = files, schema, bad_records
         self.image_shape = image_shape
+        self.tables: dict[str, tf.lookup.experimental.MutableHashTable] = {}
 
     def payload_or_empty(self, file: int, record: int) -> bytes:
         """The payload if the record is good; b"", and one more bad record, if not.
@@ -121,16 +170,24 @@ class Examiner:
         Raises:
           DataError: label out of range, or more bad records than allowed.
         """
+        payload, fault = self._examine(file, record)
+        if fault is None:
+            return payload
+        self.bad_records.add(self.files[file].path, record, fault)
+        return b""
+
+    def look(self, file: int, record: int) -> tuple[str, int, str]:
+        """(path, record, what is wrong) of a record that could not be used."""
+        _, fault = self._examine(file, record)
+        return self.files[file].path, record, fault or "unreadable when it was needed"
+
+    def _examine(self, file: int, record: int) -> tuple[bytes, str | None]:
         path = self.files[file].path
         try:
             payload = self.files[file].read(record)
-            fault = self._fault(payload, path, record)
+            return payload, self._fault(payload, path, record)
         except (OSError, tf.errors.OpError) as error:
-            fault = f"unreadable ({str(error).splitlines()[0].split('} ')[-1].split(' [Op:')[0]})"
-        if fault is None:
-            return payload
-        self.bad_records.add(path, record, fault)
-        return b""
+            return b"", f"unreadable ({str(error).splitlines()[0].split('} ')[-1].split(' [Op:')[0]})"
 
     def _fault(self, payload: bytes, path: str, record: int) -> str | None:
         try:
@@ -146,8 +203,6 @@ class Examiner:
             shape = tuple(tf.io.decode_jpeg(encoded[0], channels=3).shape)  # reads PNGs as well
         except tf.errors.InvalidArgumentError:
             return "corrupt JPEG"
-        if self.image_shape is None and not tf.io.is_jpeg(encoded[0]):
-            return "no JPEG, and only JPEGs are streamed (data.in_memory=True)"
         if self.image_shape is None or self.image_shape in (_ANY_SHAPE, shape):
             return None
         return wrong_shape(shape, self.image_shape)
@@ -222,42 +277,14 @@ def read_into_memory(
     return images[good], labels[good]
 
 
-def reread(read: Callable[[int, int], bytes], file: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
-    """The payload, string scalar, that Python's `read` gives for a record of a file, both int64 scalars."""
-    payload = tf.numpy_function(lambda *place: np.array(read(*map(int, place)), object), [file, record], tf.string)
-    return tf.ensure_shape(payload, [])
-
-
-def decode_batches(stream: tf.data.Dataset, rows: int, decode: Callable, second_look: Callable) -> tf.data.Dataset:
-    """Batches of `rows` elements mapped by `decode`, in order; those on which it fails, by `second_look`.
-
-    Guarding every element against failure would cost half as much as decoding it, so a batch is first decoded without
-    guards, and only one that fails is decoded again with them.
-    """
-
-    def guarded(*element: tf.Tensor) -> tf.data.Dataset:
-        single = tf.data.Dataset.from_tensors(element)
-        return single.map(decode).ignore_errors().concatenate(single.map(second_look)).take(1)
-
-    def batch(*elements: tf.Tensor) -> tf.data.Dataset:
-        single = tf.data.Dataset.from_tensor_slices(elements)
-        whole = single.map(decode).batch(rows, drop_remainder=True).ignore_errors()
-        return whole.concatenate(single.flat_map(guarded).batch(rows, drop_remainder=True)).take(1)
-
-    return stream.batch(rows, drop_remainder=True).interleave(
-        batch,
-        cycle_length=os.cpu_count() or 1,
-        block_length=1,
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
-    )
-
-
 def data_error(error: BaseException) -> DataError | None:
     """The DataError, of one line, that an exception from the pipeline is or carries; None if there is none.
 
     TensorFlow wraps what its threads raise, and gin adds a line to what `data.load` raises.
     """
     text = f"DataError: {error}" if isinstance(error, DataError) else str(error)
-    found = re.search(r"DataError: ([^\n]+)", text)
-    return DataError(found.group(1)) if found else None
+    if "Unknown iteration client id" in text:
+        return DataError("data.service: one of its processes was started anew: start the same command again")
+    # An assertion of TensorFlow's puts brackets around its line.
+    found = re.search(r"\[DataError: ([^\n]+)\]|DataError: ([^\n]+)", text)
+    return DataError(found.group(1) or found.group(2)) if found else None

@@ -6,7 +6,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf import callbacks, checkpoint, configure, distribute, methods, pipeline, report
+from conadv_tf import callbacks, checkpoint, configure, data_service, distribute, methods, pipeline, report
 from conadv_tf import data as data_module
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import OPTIMIZERS
@@ -176,6 +176,10 @@ def describe(run: Run) -> str:
         ("cost", f"{method.forward_units:g} forward passes over the images of a replica an update (vanilla: 3)"),
         ("carried memory", _carried_text(run)),
     ]
+    encoded, decoded = run.data.cache_bytes
+    if encoded:
+        cached = f"{encoded / 1e9:.3g} GB of records and {decoded / 1e9:.3g} GB of test images, over all hosts"
+        facts.append(("cache", cached))
     note = plan.remainder_note()
     facts += [("remainder", note)] if note else []
     return "\n".join(f"  {name:<18}{text}" for name, text in facts)
@@ -217,20 +221,22 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
         callbacks.ProgressBar(plan, run.recipe, throughput, first_epoch),
         callbacks.TensorBoard(folder, plan, run.data.examples("train", PANEL_IMAGES)),
     ]
-    run.model.fit(
-        _train_batches(run, first_epoch),
-        epochs=plan.epochs,
-        initial_epoch=first_epoch,
-        steps_per_epoch=plan.steps_per_epoch,
-        verbose=0,
-        callbacks=[
-            throughput,
-            callbacks.StopIfNotFinite(),
-            callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
-            *(watchers if folder.writes else []),
-            callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
-        ],
-    )
+    training = [
+        throughput,
+        callbacks.StopIfNotFinite(),
+        callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
+        *(watchers if folder.writes else []),
+        callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
+    ]
+    with data_service.watched(run.data.services):
+        run.model.fit(
+            _train_batches(run, first_epoch),
+            epochs=plan.epochs,
+            initial_epoch=first_epoch,
+            steps_per_epoch=plan.steps_per_epoch,
+            verbose=0,
+            callbacks=training,
+        )
 
 
 def _train_batches(run: Run, first_epoch: int):

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
 _compiling: contextvars.ContextVar[bool] = contextvars.ContextVar("compiling", default=False)
+_for_tpu: contextvars.ContextVar[bool] = contextvars.ContextVar("for_tpu", default=False)
 
 
 @contextlib.contextmanager
@@ -18,6 +19,17 @@ def compiling(compiled: bool) -> Iterator[None]:
         yield
     finally:
         _compiling.reset(token)
+
+
+@contextlib.contextmanager
+def compiling_for_tpu() -> Iterator[None]:
+    """Says that what is traced inside, on another device, will be compiled for a TPU."""
+    token = _for_tpu.set(True)
+    try:
+        with compiling(True):
+            yield
+    finally:
+        _for_tpu.reset(token)
 
 
 def is_compiling() -> bool:
@@ -34,3 +46,19 @@ def after(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.Te
         return earlier, values
     both = gen_xla_ops.xla_optimization_barrier([*earlier, *values])
     return both[: len(earlier)], both[len(earlier) :]
+
+
+def random_uniform(shape, seed: tf.Tensor, low: float, high: float) -> tf.Tensor:
+    """float32 [shape] in [low, high) from `seed` int32 [2], as tf.random.stateless_uniform.
+
+    TensorFlow chooses the algorithm by the device, the chip's own generator on a TPU, which has no name elsewhere. A
+    program that is lowered elsewhere to be compiled for a TPU gets ThreeFry, additions and shifts of whole vectors:
+    the Philox of other devices would cost a TPU gigabytes in changes of layout.
+    """
+    if not _for_tpu.get():
+        return tf.random.stateless_uniform(shape, seed, low, high)
+    algorithm, state = tf.random.Algorithm.THREEFRY.value, tf.cast(seed, tf.uint64)
+    _, bits = gen_xla_ops.xla_rng_bit_generator(algorithm, state, tf.convert_to_tensor(shape, tf.int32), tf.uint32)
+    mantissa, one = tf.bitwise.right_shift(bits, tf.constant(9, tf.uint32)), tf.constant(0x3F800000, tf.uint32)
+    unit = tf.bitcast(tf.bitwise.bitwise_or(mantissa, one), tf.float32) - 1.0
+    return low + (high - low) * unit

@@ -21,6 +21,9 @@ case "$*" in
   "storage ls "*)
     if [[ -e storage_error ]]; then cat storage_error >&2; exit 1; fi
     [[ $3 != */ ]] || cat objects ;;
+  "compute instances list "*)
+    if [[ -e describe_error ]]; then cat describe_error >&2; exit 1; fi
+    if [[ -e instances ]]; then cat instances; fi ;;
   *" describe "*acceleratorType*) cat type ;;
   *" describe "*)
     if [[ -e describe_error ]]; then cat describe_error >&2; exit 1; fi
@@ -31,6 +34,7 @@ case "$*" in
   *"tpu-vm create "*) cat after_create > tpu-vm ;;
   *"queued-resources create "*) echo ACTIVE > queued-resources; cat after_create > tpu-vm ;;
   *" delete "*) rm -f tpu-vm queued-resources ;;
+  "compute scp "*) [[ ! -d home ]] || cp "$3" home/ ;;
   *" scp "*) [[ ! -d home ]] || cp "$5" home/ ;;
   *" ssh "*)
     if [[ -e ssh_answer ]]; then cat ssh_answer; fi
@@ -85,7 +89,7 @@ class Cloud:
 
     def changes(self) -> list[list[str]]:
         """The calls that are no mere look."""
-        return [call for call in self.calls() if not {"describe", "get-value", "ls"} & set(call[:4])]
+        return [call for call in self.calls() if not {"describe", "get-value", "list", "ls"} & set(call[:4])]
 
     def verbs(self) -> list[str]:
         return [f"{call[2]} {call[3]}" for call in self.changes()]

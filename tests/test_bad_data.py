@@ -1,5 +1,9 @@
 """Damaged, missing and impossible data: counted, reported, skipped up to a limit, or refused in one line."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,8 +168,8 @@ def test_an_empty_file_and_one_that_is_no_tfrecord(tmp_path, in_memory):
 def test_a_label_out_of_range_is_never_skipped(tmp_path, in_memory, arguments, label):
     line = raises_data_error(make_folder(tmp_path), in_memory, max_bad_records=100, **arguments)
     assert label in line
-    assert "record " in line
-    assert "train-0000" in line
+    assert line.startswith(f"{tmp_path}/train-0000")
+    assert ", record " in line
     assert "set data.label_offset or data.num_classes" in line
 
 
@@ -174,7 +178,30 @@ def test_a_label_out_of_range_stops_evaluation(tmp_path):
     write(tmp_path / "validation-00000-of-00001", [example_bytes(jpeg(np.zeros((8, 8, 3), np.uint8)), 5000)])
     with pytest.raises(tf.errors.OpError) as caught:
         stream(tmp_path).examples("test", 1)
-    assert "label 5000" in str(records.data_error(caught.value))
+    path = tmp_path / "validation-00000-of-00001"
+    assert str(records.data_error(caught.value)).startswith(f"{path}, record 0: label 5000 minus data.label_offset=0")
+
+
+def test_a_png_among_jpegs_is_used(tmp_path):
+    path = make_folder(tmp_path, size=8) / "train-00001-of-00003"
+    shades = np.arange(32, dtype=np.uint8) * 7
+    picture = np.stack(np.broadcast_arrays(shades[:, None], shades[None], np.uint8(90)), axis=-1)
+    replace_record(path, 3, tf.io.encode_png(picture).numpy(), 10)
+    loaded = stream(tmp_path, image_size=28)  # what is left of 32 pixels
+    images, labels = loaded.examples("train", 21)
+    np.testing.assert_array_equal(labels, np.arange(21))
+    assert np.abs(images[10].astype(int) - picture[2:30, 2:30]).mean() < 2
+    np.testing.assert_array_equal(np.sort(take(loaded.train_batches(7, 1), 3)[1]), np.arange(21))
+    assert loaded.bad_records.count == 0
+
+
+def test_a_file_without_a_good_record_and_one_that_is_gone(tmp_path):
+    path = make_folder(tmp_path, (2, 3)) / "train-00000-of-00002"
+    loaded = stream(tmp_path)
+    path.unlink()
+    with pytest.raises(tf.errors.OpError) as caught:
+        take(loaded.train_batches(5, 1), 1)
+    assert str(records.data_error(caught.value)) == f"{path}: no good record among 2: fetch the file again"
 
 
 def test_a_bad_record_has_no_weight_in_streamed_evaluation(tmp_path):
@@ -272,3 +299,62 @@ def test_a_damaged_imagenet_file(tmp_path):
     assert f"{path}, record 3: unreadable (corrupted record" in line
     # The photos differ in size, which memory does not take.
     assert "data.in_memory=False resizes" in raises_data_error(tmp_path, True, **arguments)
+
+
+SERVER = """
+import sys, time
+import tensorflow as tf
+cluster = tf.train.ClusterSpec({"worker": [sys.argv[1]]})
+tf.distribute.Server(cluster, job_name="worker", task_index=0, start=True)
+time.sleep(100)
+"""
+REMOTE = """
+import sys
+from pathlib import Path
+import tensorflow as tf
+from record_data import stream, take
+from conadv_tf import records
+tf.config.experimental_connect_to_host(sys.argv[1], "worker")
+for limit in (2, 0):
+    loaded = stream(Path(sys.argv[2]), max_bad_records=limit)
+    with tf.device("/job:worker/replica:0/task:0/device:CPU:0"):
+        try:
+            labels = take(loaded.train_batches(21, 1), 2)[1]
+            _, tested, weights = take(loaded.evaluation_batches("test", 5, 1), 1)
+        except tf.errors.OpError as error:
+            print(records.data_error(error))
+            continue
+    print(sorted(labels.tolist()), weights.tolist(), loaded.bad_records.count, loaded.bad_records.report())
+    print(*loaded.bad_records.reasons.values())
+"""
+
+
+def test_a_bad_record_on_an_input_host_without_our_python(tmp_path):
+    """A process that only serves TensorFlow stands for the other hosts of a TPU pod."""
+    make_folder(tmp_path)
+    flip_byte(tmp_path / "train-00000-of-00003", 2)
+    replace_record(tmp_path / "validation-00000-of-00001", 1, b"no picture", 1)
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    tests = Path(__file__).parent
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    server = subprocess.Popen([sys.executable, "-c", SERVER, address], env=environment)
+    try:
+        outcome = subprocess.run(
+            [sys.executable, "-c", REMOTE, address, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+    finally:
+        server.kill()
+        server.wait()
+    assert outcome.returncode == 0, outcome.stderr
+    labels, reasons, refused = outcome.stdout.splitlines()
+    expected = sorted([0, 1, 3, *range(3, 21)] * 2)
+    assert labels.startswith(f"{expected} [1.0, 0.0, 1.0, 1.0, 1.0] 2 2 bad records skipped (at most 2): 1 in ")
+    assert reasons == "unreadable (corrupted record at 12) corrupt JPEG"
+    place = f"{tmp_path}/train-00000-of-00003, record 2"
+    assert refused.startswith(f"{place}: cannot be used; with it its host has met more bad records than")
+    assert refused.endswith("data.max_bad_records=0: repair the file or raise data.max_bad_records")

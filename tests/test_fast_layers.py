@@ -115,3 +115,15 @@ def test_after_orders_what_xla_compiles_and_nothing_else():
         compiled = tf.function(function, jit_compile=True)
         assert [value.numpy() for value in compiled(*arguments)] == [2.0, 3.0]
         assert "opt-barrier" in compiled.experimental_get_compiler_ir(*arguments)(stage="hlo")
+
+
+def test_random_numbers_drawn_for_a_tpu_are_uniform_and_follow_the_seed():
+    with xla.compiling_for_tpu():
+        draw = tf.function(lambda seed: xla.random_uniform((64, 64), seed, -1.0, 1.0), jit_compile=True)
+        one, again, other = (draw(tf.constant(seed)).numpy() for seed in ([1, 2], [1, 2], [1, 3]))
+    np.testing.assert_array_equal(one, again)
+    assert np.mean(one == other) < 0.01
+    assert -1.0 <= one.min() < -0.99 < 0.99 < one.max() < 1.0
+    # Mean and variance of 4,096 uniform numbers, within four standard errors.
+    assert abs(one.mean()) < 4 * np.sqrt(1 / 3 / one.size)
+    assert abs(one.var() - 1 / 3) < 4 * np.sqrt(4 / 45 / one.size)

