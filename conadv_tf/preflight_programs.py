@@ -90,7 +90,7 @@ def lower(function: Callable, *specs: tf.TensorSpec) -> bytes:
     What TensorFlow adds of the process that made it is left out: it numbers functions, and notes lines of source.
     """
     compiled = tf.function(function, jit_compile=True, autograph=False)
-    with xla.compiling(True):
+    with xla.compiling_for_tpu():
         serialized = compiled.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
     module = hlo_pb2.HloModuleProto.FromString(serialized)
     module.name = module.entry_computation_name = "program"
