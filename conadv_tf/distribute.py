@@ -153,7 +153,7 @@ def _no_tpu_message(tpu: str, error: Exception) -> str:
 
 
 def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
-    """The sum of each value over the replicas, in one all-reduce; runs in a replica; not differentiable.
+    """The sum of each value over the replicas, in one all-reduce a dtype; runs in a replica; not differentiable.
 
     `ReplicaContext.all_reduce` would do the same behind an IdentityN of all values, for the sake of their gradients.
     TensorFlow's graph optimizer first drops orderings as implied by that op and then takes the op apart: an update of
@@ -163,7 +163,12 @@ def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
     def reduce(strategy: tf.distribute.Strategy, *values):
         return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, [(value, value) for value in values])
 
-    return tf.distribute.get_replica_context().merge_call(reduce, args=tuple(values))
+    sums: dict[int, tf.Tensor] = {}
+    for dtype in dict.fromkeys(value.dtype for value in values):
+        alike = {index: value for index, value in enumerate(values) if value.dtype == dtype}
+        reduced = tf.distribute.get_replica_context().merge_call(reduce, args=tuple(alike.values()))
+        sums |= dict(zip(alike, reduced, strict=True))
+    return [sums[index] for index in range(len(values))]
 
 
 def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:

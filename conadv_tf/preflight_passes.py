@@ -84,7 +84,7 @@ class Passes:
             kind(method) in self._costs and microbatches(self._built, method, self._rows) % 1 == 0,
             self.work(method),
             self.used_bytes(method),
-            contributed_bytes(self._built, method),
+            reduced_bytes(self._built, method),
             generation,
             Layout(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
         )
@@ -135,6 +135,13 @@ def contributed_bytes(built: Run, method: methods.Method) -> int:
     branch = floats(network.moving_statistics([MAIN]))  # γ and β have as many numbers
     shared = floats(network.trainable_variables) - branch * len(network.branches)
     return 4 * (shared + 2 * branch * len(method.branches))
+
+
+def reduced_bytes(built: Run, method: methods.Method) -> int:
+    """What each replica adds to the all-reduce: gradients in their dtype on the way, BN statistics."""
+    statistics = 4 * len(method.branches) * floats(built.model.network.moving_statistics([MAIN]))
+    gradients = contributed_bytes(built, method) - statistics
+    return gradients * built.model.all_reduce_dtype.size // 4 + statistics
 
 
 def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> float:

@@ -71,7 +71,12 @@ class Programs:
             # Alone, the replica has no neighbours to share batch statistics with.
             config = {**like.network.get_config(), "branches": method.branches, "replicas_per_group": 1}
             # Taking turns needs two places; the program is that of either.
-            model = ConAdvModel(ResNet.from_config(config), method, microbatches=method.updates_per_batch)
+            model = ConAdvModel(
+                ResNet.from_config(config),
+                method,
+                method.updates_per_batch,
+                all_reduce_dtype=like.all_reduce_dtype.name,
+            )
             optimizer = {**like.optimizer.get_config(), "learning_rate": like.optimizer.learning_rate}
             model.compile(type(like.optimizer).from_config(optimizer), like.loss)
             model.create_optimizer_variables()

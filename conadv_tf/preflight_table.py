@@ -125,7 +125,7 @@ def make_row(
     compiled: bool,
     work: Work,
     used_bytes: float,
-    contributed_bytes: int,
+    reduced_bytes: int,
     generation: Generation,
     layout: Layout,
 ) -> Row:
@@ -136,11 +136,11 @@ def make_row(
       compiled: see Row.
       work: of one update on one replica.
       used_bytes: HBM of a replica.
-      contributed_bytes: what each replica adds to the all-reduce.
+      reduced_bytes: what each replica adds to the all-reduce.
       generation: of the slice.
       layout: of the run.
     """
-    moving = allreduce_seconds(generation, layout.replicas, contributed_bytes)
+    moving = allreduce_seconds(generation, layout.replicas, reduced_bytes)
     update = estimated_seconds(work, generation) + moving
     images_per_second = layout.global_batch_size / update
     hours = layout.images / images_per_second / 3600

@@ -17,6 +17,7 @@ from conadv_tf.shadows import leaf_variables
 from conadv_tf.trainer import ConAdvModel
 
 PRECISIONS = ("float32", "mixed_bfloat16")
+ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 PANEL_IMAGES = 6
 
 
@@ -33,6 +34,7 @@ class Settings:
       epochs: passes over the training set.
       seed: of the initial weights, the order of the images, augmentation and attack.
       precision: "float32", or "mixed_bfloat16" (float32 variables and losses).
+      all_reduce_dtype: of gradients on their way between replicas, "float32" or "bfloat16" (half the traffic).
       jit_compile: XLA off a TPU as well; a TPU always compiles.
       steps_per_execution: updates made without returning to Python; 0: an epoch's on a TPU, one elsewhere.
       evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
@@ -45,13 +47,18 @@ class Settings:
     epochs: int = 90
     seed: int = 0
     precision: str = "float32"
+    all_reduce_dtype: str = "float32"
     jit_compile: bool = False
     steps_per_execution: int = 0
     evaluate_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
 
     def __post_init__(self):
-        for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("precision", PRECISIONS),
+            ("all_reduce_dtype", ALL_REDUCE_DTYPES),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"train.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
         for name, least in (
@@ -147,7 +154,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
         network = make_network(data, method, plan, settings.seed, settings.precision)
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         check_batch_norm_groups(network.replicas_per_group, replicas, settings.jit_compile, on_tpu)
-        model = ConAdvModel(network, method, plan.microbatches, settings.seed)
+        model = ConAdvModel(network, method, plan.microbatches, settings.seed, settings.all_reduce_dtype)
         schedule = warmup_poly_decay(plan.steps_per_epoch, plan.total_steps)
         model.compile(
             OPTIMIZERS[settings.optimizer](schedule),

@@ -51,12 +51,22 @@ class ConAdvModel(tf_keras.Model):
       method: see methods.py.
       microbatches: batches accumulated into one update, on each replica (SPEC section 5).
       seed: of the attack's random starts.
+      all_reduce_dtype: of gradients on their way between replicas, "float32" or "bfloat16"; BN statistics and metrics
+        stay float32.
 
     Raises:
       ConfigError: if the network lacks a branch, or microbatches < 1.
     """
 
-    def __init__(self, network: ResNet, method: methods.Method, microbatches: int = 1, seed: int = 0, **kwargs):
+    def __init__(
+        self,
+        network: ResNet,
+        method: methods.Method,
+        microbatches: int = 1,
+        seed: int = 0,
+        all_reduce_dtype: str = "float32",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         missing = [branch for branch in method.branches if branch not in network.branches]
         if missing:
@@ -75,6 +85,7 @@ class ConAdvModel(tf_keras.Model):
         self.method = method
         self.microbatches = microbatches
         self.seed = seed
+        self.all_reduce_dtype = tf.as_dtype(all_reduce_dtype)
         self.shadows = [shadow_copy(network) for _ in range(method.tau)]
         self.train_function: Callable | None = None
         self.test_function: Callable | None = None
@@ -313,9 +324,11 @@ class ConAdvModel(tf_keras.Model):
     def _apply(self, method: methods.Method, contributions: list[tf.Tensor]) -> None:
         """Averages over replicas and updates everything that changes; runs in a replica."""
         replica = tf.distribute.get_replica_context()
-        *averages, values = distribute.sum_over_replicas(contributions)
         variables = self.network.trainable_variables
-        gradients, statistics = averages[: len(variables)], averages[len(variables) :]
+        count = len(variables)
+        sent = [tf.cast(gradient, self.all_reduce_dtype) for gradient in contributions[:count]]
+        *averages, values = distribute.sum_over_replicas(sent + contributions[count:])
+        gradients, statistics = [tf.cast(value, tf.float32) for value in averages[:count]], averages[count:]
         self._train_mean.update_state(self._log_values(method, values, gradients))
         replica.merge_call(self._push_weights)
         replica.merge_call(functools.partial(self._assign_statistics, method), args=(statistics,))

@@ -33,6 +33,7 @@ def make_model(
     branches=BRANCHES,
     trained: bool = True,
     network: dict | None = None,
+    all_reduce_dtype: str = "float32",
     **compiled,
 ) -> trainer.ConAdvModel:
     """A compiled model; `trained` gives γ, β and moving statistics values unlike the initial ones."""
@@ -41,7 +42,7 @@ def make_model(
         net = resnet.ResNet(architecture, 10, SHAPES[architecture], **settings).create_variables()
         if trained:
             scramble(net)
-        model = trainer.ConAdvModel(net, method, microbatches, seed=seed)
+        model = trainer.ConAdvModel(net, method, microbatches, seed, all_reduce_dtype)
         model.compile(lars.LARS(2.0) if optimizer is None else optimizer, **compiled)
         return model
 

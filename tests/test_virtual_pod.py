@@ -104,3 +104,20 @@ def test_no_micro_batches_are_refused():
 def test_a_network_without_the_adversarial_branch_is_refused():
     with pytest.raises(ConfigError, match="adversarial"):
         make_model(methods.disadv(), branches=("main",))
+
+
+def test_gradients_sent_in_bfloat16_are_rounded_to_it_and_statistics_are_not():
+    images, labels = random_batches(2, 2 * ROWS, seed=9)
+    runs = []
+    for dtype in ("float32", "bfloat16"):
+        model = make_model(methods.vanilla(), lars.LARS(RATE), strategy=mirrored(2), all_reduce_dtype=dtype)
+        runs.append((fit(model, images, labels, 1)[0], snapshot(model)))
+    (exact_logs, exact), (logs, rounded) = runs
+    kernels = [name for name in exact if name.startswith("network/") and name.endswith("kernel")]
+    assert kernels
+    for name in kernels:
+        assert not np.array_equal(rounded[name], exact[name])
+        assert np.abs(rounded[name] - exact[name]).max() < 2**-7 * np.abs(exact[name]).max()
+    same = [name for name in exact if "moving" in name]
+    assert_close({name: rounded[name] for name in same}, {name: exact[name] for name in same}, 1e-6)
+    assert logs["loss"] == pytest.approx(exact_logs["loss"], rel=1e-6)
