@@ -22,7 +22,6 @@ EXECUTION_SETTINGS = (
     "mirrored.logical_cpus",
     "train.checkpoint_every_epochs",
     "train.evaluate_every_epochs",
-    "train.jit_compile",
     "train.steps_per_execution",
 )
 

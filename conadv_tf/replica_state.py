@@ -42,23 +42,19 @@ class CarryVariables:
     """
 
     def __init__(self, specs: dict[str, tf.TensorSpec], microbatches: int):
-        self._variables = {
+        self.variables = {
             name: _variable((microbatches, *spec.shape), spec.dtype) for name, spec in sorted(specs.items())
         }
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._variables)
 
     def read(self, microbatch: tf.Tensor) -> dict[str, tf.Tensor]:
         return {
             name: tf.raw_ops.ResourceGather(resource=variable.handle, indices=microbatch, dtype=variable.dtype)
-            for name, variable in self._variables.items()
+            for name, variable in self.variables.items()
         }
 
     def write(self, microbatch: tf.Tensor, carry: dict[str, tf.Tensor]) -> None:
         for name, value in carry.items():
-            variable = self._variables[name]
+            variable = self.variables[name]
             if variable.dtype.is_integer and value.dtype.is_floating:
                 value = tf.round(value)
             value = tf.cast(value, variable.dtype)

@@ -175,7 +175,7 @@ class ConAdvModel(tf_keras.Model):
         images, *_ = tf.nest.flatten(iterator.element_spec, expand_composites=True)
         with self.distribute_strategy.scope():
             accumulators = Accumulators(self._contribution_shapes(method)) if self.microbatches > 1 else None
-        if method.carried and not self._carry.names:
+        if method.carried and not self._carry.variables:
             self._begin_carry(method, images, iterator)
         execution = functools.partial(self._execute, method, accumulators)
         return execution if self.run_eagerly else tf.function(execution, autograph=False)
@@ -200,9 +200,11 @@ class ConAdvModel(tf_keras.Model):
         if make is None or not (method.batches_ahead or self._resumed_at):
             return
 
+        def carry(data, index: tf.Tensor) -> schedules.Carry:
+            return make(self._stale(), self._example_losses, self._batch(data, index, method.batches_ahead - 1))
+
         def begin(data, index: tf.Tensor) -> None:
-            batch = self._batch(data, index, method.batches_ahead - 1)
-            self._carry.write(index, make(self._stale(), self._example_losses, batch))
+            self._carry.write(index, self._compiled(carry)(data, index))
 
         program = functools.partial(self._each_microbatch, begin)
         (program if self.run_eagerly else tf.function(program, autograph=False))(iterator)
@@ -281,12 +283,19 @@ class ConAdvModel(tf_keras.Model):
         The share is gradients, BN statistics and metrics, over the number of micro-batches and replicas: summed over
         them it is the mean of each. Runs in a replica.
         """
-        compute = functools.partial(self._shares, method)
+        return self._compiled(functools.partial(self._shares, method))(data, microbatch, carry)
+
+    def _compiled(self, function: Callable) -> Callable:
+        """The same, compiled by XLA where the model is; runs in a replica."""
         on_tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         if self._jit_compile and not on_tpu:
-            compute = tf.function(compute, jit_compile=True, autograph=False)
-        with xla.compiling(xla.is_compiling() or self._jit_compile or on_tpu):
-            return compute(data, microbatch, carry)
+            function = tf.function(function, jit_compile=True, autograph=False)
+
+        def call(*arguments):
+            with xla.compiling(xla.is_compiling() or self._jit_compile or on_tpu):
+                return function(*arguments)
+
+        return call
 
     def _shares(self, method: methods.Method, data, microbatch: tf.Tensor, carry: schedules.Carry):
         batch = self._batch(data, microbatch, method.batches_ahead)

@@ -61,6 +61,14 @@ def test_lookahead_equals_shadow(replicas):
     assert_equal_runs(lookahead, shadow, 2e-5)
 
 
+def test_lookahead_equals_shadow_where_xla_compiles_both():
+    """Its first x̂ too: XLA draws other random starts than TensorFlow's own kernels."""
+    images, labels = global_batches(5, ROWS)
+    shadow = trained(methods.conadv(), images[:-1], labels[:-1], 4, jit_compile=True)
+    lookahead = trained(methods.conadv(schedule="lookahead"), images, labels, 4, jit_compile=True)
+    assert_equal_runs(lookahead, shadow, 2e-5)
+
+
 def test_lookahead_equals_shadow_with_micro_batches_concat3_and_a_fraction():
     images, labels = global_batches(2 * (UPDATES + 1), ROWS)
     others, _ = global_batches(len(images), ROWS, seed=9)

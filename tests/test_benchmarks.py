@@ -1,0 +1,111 @@
+"""The benchmarks' own arithmetic, and a small run of each that is quick enough."""
+
+import importlib
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from conadv_tf import methods
+from conadv_tf.preflight_table import Work, calibration
+from conadv_tf.tpu_generations import GENERATIONS, allreduce_seconds
+
+V3 = GENERATIONS["v3"]
+PASSES = {
+    "train": Work(optimal_seconds=0.050),
+    "attack": Work(optimal_seconds=0.030),
+    "both": Work(optimal_seconds=0.055),
+    "end": Work(optimal_seconds=0.004),
+}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(os.path.dirname(__file__), "..", "benchmarks"))
+    return importlib.import_module
+
+
+def test_step_time_ratios_goals_and_what_is_missed(benchmark):
+    step_time = benchmark("step_time")
+    times = {
+        step_time.PLAIN: [10.0, 20.0, 30.0],
+        step_time.VANILLA: [20.0, 20.0, 20.0],
+        step_time.PAIRED: [40.0, 42.0, 44.0],
+        step_time.MOVING: [40.0, 40.0, 50.0],
+    }
+    rows = step_time.table(times, 100)
+    assert rows[step_time.PAIRED]["milliseconds"] == 42
+    assert rows[step_time.PAIRED]["images_per_second"] == pytest.approx(100_000 / 42)
+    assert rows[step_time.PAIRED]["ratio_to_plain_fit"] == pytest.approx(2.1)
+    assert rows[step_time.PAIRED]["ratio_to_vanilla"] == pytest.approx([2.0, 2.1, 2.2])
+    assert step_time.missed(rows) == [f"{step_time.PAIRED} / vanilla is 2.100, goal 2.05"]
+    assert "| conadv, paired | 42.0 | 2,381 | 2.100 | 2.100 (2.000 to 2.200) |" in step_time.text(rows)
+
+
+def test_step_time_measures_and_checks(benchmark, monkeypatch, tmp_path, capsys):
+    step_time = benchmark("step_time")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(step_time, "GOALS", {"conadv, phased": 0.01})
+    command = ["step_time.py", "--network=digits_resnet", "--batch=4", "--steps=2", "--rounds=2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--only=conadv, phased", "--check"])
+    with pytest.raises(SystemExit, match=r"missed: conadv, phased / vanilla is \d"):
+        step_time.main()
+    with open("step_time.json") as file:
+        rows = json.load(file)["rows"]
+    assert list(rows) == [step_time.PLAIN, step_time.VANILLA, "conadv, phased"]
+    assert "| conadv, phased |" in capsys.readouterr().out
+
+
+def test_step_time_knows_every_schedule(benchmark):
+    names = benchmark("step_time").keras_models("digits_resnet")
+    assert {f"conadv, {schedule}" for schedule in methods.SCHEDULES} < names.keys()
+
+
+def test_art_trains_the_same_network(benchmark):
+    """The peer's own loop, around the product's network."""
+    pytest.importorskip("art", reason="needs adversarial-robustness-toolbox")
+    step_time = benchmark("step_time")
+    assert step_time.peer("digits_resnet", 4)(2) > 0
+
+
+def test_scaling_adds_up_passes_and_the_all_reduce(benchmark):
+    scaling = benchmark("scaling")
+    by_compiler, _ = calibration()
+    made = {}
+    for method in scaling.compared():
+        made[method.schedule or method.name] = scaling.point("a", method, 4096, PASSES, 100_000_000, V3)
+    seconds = {"vanilla": 0.054, "disadv": 0.134, "shadow": 0.134, "paired": 0.109, "phased": 0.059}
+    cores = {"vanilla": 64, "disadv": 64, "shadow": 64, "paired": 64, "phased": 128}
+    for name, point in made.items():
+        moving = allreduce_seconds(V3, cores[name], 100_000_000)
+        assert point.replicas == cores[name]
+        assert point.images_per_ms == pytest.approx(4.096 / (by_compiler * seconds[name] + moving))
+
+
+def test_scaling_leaves_out_slices_there_are_not(benchmark):
+    scaling = benchmark("scaling")
+    phased = methods.conadv(schedule="phased")
+    assert scaling.point("a", phased, 98_304, PASSES, 1, V3) is None
+    assert scaling.point("a", methods.vanilla(), 98_304, PASSES, 1, V3).replicas == 1536
+
+
+def test_scaling_prints_beside_the_paper_and_plots(benchmark, tmp_path):
+    scaling = benchmark("scaling")
+    found = [
+        scaling.point(panel, method, batch, PASSES, 100_000_000, V3)
+        for panel, (_, batches) in scaling.PANELS.items()
+        for method in scaling.compared()
+        for batch in batches
+    ]
+    found = [point for point in found if point]
+    row = next(line for line in scaling.markdown("a", found, V3).splitlines() if line.startswith("| 32,768 | 512 |"))
+    assert row.endswith("| – | 81.7 | ≈ 123 |")
+    cells = scaling.ratios(found).splitlines()[-1].split(" | ")
+    own = {(p.panel, p.method, p.batch): p.images_per_ms for p in found}
+    assert float(cells[5]) == pytest.approx(own["b", "phased", 2048] / own["b", "vanilla", 2048], abs=0.006)
+    scaling.plot(found, V3, str(tmp_path / "scaling.png"))
+    pixels = importlib.import_module("matplotlib.pyplot").imread(tmp_path / "scaling.png")
+    assert pixels.shape[1] >= 1800
+    assert np.mean(pixels[..., :3] < 0.5) > 0.01
