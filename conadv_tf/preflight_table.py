@@ -209,7 +209,7 @@ def _legend(rows: list[Row], generation: Generation) -> list[str]:
         f"compiler: the TPU compiler's own lower bound; roofline: FLOP at {generation.peak_flops / 1e12:g} TFLOP/s or "
         f"traffic at {generation.hbm_bandwidth / 1e9:g} GB/s, the longer.",
         f"ms/update: {by_compiler:.2f} × compiler (or {by_roofline:.2f} × roofline) + all-reduce. These factors make "
-        f"vanilla ResNet-50 take the {1000 * MEASURED_SECONDS:g} ms that MLPerf v0.7 measured",
+        f"a plain ResNet-50 take the {1000 * MEASURED_SECONDS:g} ms that MLPerf v0.7 measured",
         f"(TF2, v3-{MEASURED_REPLICAS}, {MEASURED_ROWS} images a core); nothing was measured for this table. Input, "
         "collectives of distributed BN, evaluation and start-up are not in it.",
     ]

@@ -153,10 +153,8 @@ KILLED = {
     "disadv": ["train.method='disadv'"],
     "conadv": ["conadv.schedule='shadow'"],
     # An epoch is 13 updates: the run goes on where each phase has one turn behind it, and where it has two.
-    "lookahead": ["conadv.schedule='lookahead'"],
-    "lookahead from epoch 2": ["conadv.schedule='lookahead'", "adversarial.start_epoch=2"],
-    "paired": ["conadv.schedule='paired'"],
-    "paired from epoch 2": ["conadv.schedule='paired'", "adversarial.start_epoch=2"],
+    "lookahead from epoch 1": ["conadv.schedule='lookahead'", "adversarial.start_epoch=1"],
+    "paired from epoch 1": ["conadv.schedule='paired'", "adversarial.start_epoch=1"],
     "phased": ["conadv.schedule='phased'", "train.microbatch_size=55"],
     "phased, odd": ["conadv.schedule='phased'", "train.microbatch_size=110"],
 }
