@@ -43,9 +43,7 @@ SPARE_ROWS, GOAL_SPARE = 192, 0.30
 def built_run(recipe: str, rows: int) -> run.Run:
     """A recipe with `rows` images on one replica; on synthetic ones of their size where its data are files."""
     settings = [f"train.global_batch_size = {rows}", f"train.microbatch_size = {rows}"]
-    configure.configure([recipe], settings)
-    if configure.setting("data.source") in ("tfrecords", "tfds"):
-        configure.configure([recipe], [*settings, "data.source = 'synthetic'", "data.augmentation = 'none'"])
+    configure.configure_without_files([recipe], settings)
     return run.build("tpu_cost", tf.distribute.OneDeviceStrategy("CPU:0"), None, 1)
 
 

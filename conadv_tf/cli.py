@@ -13,8 +13,6 @@ from absl import app, flags, logging
 from conadv_tf import configure, distribute, preflight, records, report, run
 from conadv_tf.errors import ConfigError, DataError, RunError
 
-DEFAULT_RECIPE = "digits_conadv.gin"
-
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A recipe, as given or below gin/; repeatable, later over earlier.")
 flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pixels=4"; repeatable, over all files.')
@@ -64,7 +62,7 @@ def _quiet() -> None:
 
 
 def _train() -> None:
-    gin_files = FLAGS.gin_file or [DEFAULT_RECIPE]
+    gin_files = FLAGS.gin_file or [configure.DEFAULT_RECIPE]
     recipe = configure.recipe_name(gin_files)
     configure.configure(gin_files, FLAGS.gin_param)
     if FLAGS.preflight:
@@ -78,10 +76,8 @@ def _train() -> None:
 
 def _preflight(recipe: str, gin_files: list[str]) -> None:
     """Prints the arithmetic of the run, without its data where none are here, and what it costs on --tpu=TYPE."""
-    if FLAGS.data_dir is None and configure.setting("data.source") in ("tfrecords", "tfds"):
-        if configure.setting("data.num_train") is None:
-            raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
-        configure.configure(gin_files, [*FLAGS.gin_param, "data.source = 'synthetic'", "data.augmentation = 'none'"])
+    if FLAGS.data_dir is None:
+        configure.configure_without_files(gin_files, FLAGS.gin_param)
     typed = distribute.parse_accelerator_type(FLAGS.tpu or "")
     strategy = (
         tf.distribute.OneDeviceStrategy("CPU:0") if typed else distribute.make_strategy(FLAGS.strategy, FLAGS.tpu)

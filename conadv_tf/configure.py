@@ -15,6 +15,8 @@ from conadv_tf.errors import ConfigError
 # Width at which gin writes every binding on one line.
 ONE_LINE = 100_000
 
+DEFAULT_RECIPE = "digits_conadv.gin"
+
 # What may change when a run is resumed: how it is executed and reported, not what it computes.
 EXECUTION_SETTINGS = (
     "data.cache",
@@ -75,6 +77,19 @@ def operative_config() -> str:
     """Every setting that had an effect so far, defaults included, as gin text with one binding a line."""
     lines = gin.operative_config_str(max_line_length=ONE_LINE).splitlines()
     return "\n".join(line for line in lines if not line.startswith("#")).strip() + "\n"
+
+
+def configure_without_files(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
+    """As `configure`, on synthetic images in the place of data that are files, for looking at a run without them.
+
+    Raises:
+      ConfigError: see `configure`; also for files whose images are not counted by the recipe.
+    """
+    configure(gin_files, gin_params)
+    if setting("data.source") in ("tfrecords", "tfds"):
+        if setting("data.num_train") is None:
+            raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
+        configure(gin_files, [*gin_params, "data.source = 'synthetic'", "data.augmentation = 'none'"])
 
 
 def difference(saved: str, current: str) -> tuple[str, str, str] | None:

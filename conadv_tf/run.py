@@ -281,7 +281,8 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
     return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True)
 
 
-def _result(run: Run, folder: report.RunFolder) -> dict:
+def facts(run: Run) -> dict:
+    """What result.json says of a run that is known before it is trained."""
     plan, method = run.plan, run.model.method
     return {
         "recipe": run.recipe,
@@ -297,6 +298,12 @@ def _result(run: Run, folder: report.RunFolder) -> dict:
         "microbatches": plan.microbatches,
         "epochs": plan.epochs,
         "steps": plan.total_steps,
+    }
+
+
+def _result(run: Run, folder: report.RunFolder) -> dict:
+    return {
+        **facts(run),
         **report.evaluation_result(evaluate(run, "train"), evaluate(run, "test")),
         **report.speed_result(folder.read_metrics()),
         "versions": report.versions(),

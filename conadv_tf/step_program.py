@@ -31,7 +31,6 @@ from conadv_tf.resnet import ResNet
 from conadv_tf.trainer import ConAdvModel
 
 FORMAT = 1
-DEFAULT_RECIPE = "digits_conadv.gin"
 Values = dict[str, tf.Tensor]
 
 
@@ -196,11 +195,8 @@ def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights:
 
 def _begin(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
     """The carry into the update whose batch this is."""
-    method = model.method
     for index in range(model.microbatches):
-        batch = model._batch((images[index], labels[index]), tf.constant(index), method.batches_ahead - 1)
-        if method.begin:
-            model._carry.write(tf.constant(index), method.begin(model._stale(), model._example_losses, batch))
+        model._begin_microbatch(model.method, (images[index], labels[index]), tf.constant(index))
     return {}
 
 
@@ -272,20 +268,11 @@ def _write(path: str, text: str) -> None:
 
 
 def _facts(built: run.Run) -> dict:
-    plan, method, augmentation = built.plan, built.model.method, built.data.augmentation
+    augmentation = built.data.augmentation
     return {
-        "recipe": built.recipe,
-        "method": method.name,
-        "schedule": method.schedule,
-        "tau": method.tau,
-        "epsilon": method.attack.epsilon_pixels if method.attack else None,
-        "dataset": built.data.name,
-        "model": built.model.network.architecture,
-        "seed": built.settings.seed,
+        **run.facts(built),
         "num_classes": built.data.num_classes,
-        "global_batch_size": plan.global_batch_size,
-        "epochs": plan.epochs,
-        "steps_per_epoch": plan.steps_per_epoch,
+        "steps_per_epoch": built.plan.steps_per_epoch,
         # None: what xla_step.py has no counterpart of.
         "augmentation": augmentation.crop if augmentation.policy == "none" else None,
     }
@@ -317,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="as of train.py")
     parser.add_argument("--save_data", action="store_true", help="write data.npz too")
     parsed = parser.parse_args(arguments)
-    parsed.gin_file = parsed.gin_file or [DEFAULT_RECIPE]
+    parsed.gin_file = parsed.gin_file or [configure.DEFAULT_RECIPE]
     try:
         _export_recipe(parsed)
     except (ConfigError, DataError, RunError) as error:

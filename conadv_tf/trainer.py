@@ -196,18 +196,20 @@ class ConAdvModel(tf_keras.Model):
 
     def _begin_carry(self, method: methods.Method, images: tf.TensorSpec, iterator) -> None:
         self.create_carry(images)
+        if method.batches_ahead or self._resumed_at:
+            program = functools.partial(self._each_microbatch, functools.partial(self._begin_microbatch, method))
+            (program if self.run_eagerly else tf.function(program, autograph=False))(iterator)
+
+    def _begin_microbatch(self, method: methods.Method, data, index: tf.Tensor) -> None:
+        """Carries on what the method begins with from a micro-batch; runs in a replica."""
         make = method.begin
-        if make is None or not (method.batches_ahead or self._resumed_at):
+        if make is None:
             return
 
         def carry(data, index: tf.Tensor) -> schedules.Carry:
             return make(self._stale(), self._example_losses, self._batch(data, index, method.batches_ahead - 1))
 
-        def begin(data, index: tf.Tensor) -> None:
-            self._carry.write(index, self._compiled(carry)(data, index))
-
-        program = functools.partial(self._each_microbatch, begin)
-        (program if self.run_eagerly else tf.function(program, autograph=False))(iterator)
+        self._carry.write(index, self._compiled(carry)(data, index))
 
     def _each_microbatch(self, replica_function: Callable, iterator) -> tf.Tensor:
         """Runs it on every replica with (data, index) of each micro-batch; returns the seconds of waiting for data.
@@ -269,12 +271,10 @@ class ConAdvModel(tf_keras.Model):
 
     def _computed(self, method: methods.Method, data, microbatch: tf.Tensor) -> list[tf.Tensor]:
         """`_contributions` of data, or of those in the carry, which moves on."""
-        carry = self._carry.read(microbatch) if self._carry and method.carried else {}
-        contributions, carry = self._contributions(
-            method, data or (carry["images"], carry["labels"]), microbatch, carry
-        )
-        if carry:
-            self._carry.write(microbatch, carry)
+        carry = self._carry.read(microbatch)
+        data = data or (carry["images"], carry["labels"])
+        contributions, carry = self._contributions(method, data, microbatch, carry)
+        self._carry.write(microbatch, carry)
         return contributions
 
     def _contributions(self, method: methods.Method, data, microbatch: tf.Tensor, carry: schedules.Carry):
