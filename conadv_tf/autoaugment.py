@@ -14,17 +14,18 @@ import numpy as np
 import tensorflow as tf
 
 POLICIES = {"imagenet": "reduced_imagenet", "cifar10": "reduced_cifar10"}  # tf-models' names
-TRANSLATE_PIXELS = 250  # at the largest magnitude, tf-models' default
-CUTOUT_PIXELS = 100
+# Of the image's side, at the largest magnitude: 10 of CIFAR's 32 pixels in the policy's own code (tensorflow/models,
+# research/autoaugment). tf-models' default of 250 pixels leaves nothing of a small image. ImageNet's policy has none.
+TRANSLATION = 10 / 32
 REPLACE = [128] * 3  # what moves in from outside the image
 
-# Degrees, shear and pixels at the largest magnitude of what has a random direction.
+# Degrees, shear and shares of the side at the largest magnitude of what has a random direction.
 _DIRECTED = {
     "Rotate": 30.0,
     "ShearX": 0.3,
     "ShearY": 0.3,
-    "TranslateX": TRANSLATE_PIXELS,
-    "TranslateY": TRANSLATE_PIXELS,
+    "TranslateX": TRANSLATION,
+    "TranslateY": TRANSLATION,
 }
 _LARGEST_MAGNITUDE = 10.0
 _DRAWS = 5  # of an image: sub-policy, and for each of two operations whether and in which direction
@@ -63,7 +64,8 @@ def tables(policy: str) -> Tables:
             keys.append(key)
         choice[sub, place, direction] = 1 + keys.index(key)
     probability = np.array([[operation[1] for operation in sub] for sub in sub_policies], np.float32)
-    to_arguments = tfm.level_to_arg(CUTOUT_PIXELS, TRANSLATE_PIXELS)
+    # Cutout and translations in pixels, which neither policy takes from here.
+    to_arguments = tfm.level_to_arg(0, 0)
     operations = (_operation(tfm.NAME_TO_FUNC[key[0]], to_arguments[key[0]], *key) for key in keys)
     return Tables((tf.identity, *operations), choice, probability)
 
@@ -71,7 +73,8 @@ def tables(policy: str) -> Tables:
 def _operation(function: Callable, to_arguments: Callable, name: str, magnitude: float, direction: int) -> Operation:
     if name in _DIRECTED:
         amount = (-1.0) ** direction * magnitude / _LARGEST_MAGNITUDE * _DIRECTED[name]
-        return lambda image: function(image, amount, REPLACE)
+        axis = {"TranslateX": 1, "TranslateY": 0}.get(name)
+        return lambda image: function(image, amount * (1 if axis is None else image.shape[axis]), REPLACE)
     arguments = to_arguments(magnitude)
     return lambda image: function(image, *arguments)
 

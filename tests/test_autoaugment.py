@@ -12,8 +12,10 @@ from conadv_tf import augment, autoaugment, data, methods, pipeline, record_file
 from conadv_tf.errors import ConfigError
 
 SIZE = 24
-# Arguments of the operations that have a random direction, at magnitude 10 (Cubuk et al., Table 6).
-DIRECTED = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 250.0, "TranslateY": 250.0}
+# Arguments of the operations that have a random direction, at magnitude 10 (Cubuk et al., Table 6; translations by up
+# to 10 of CIFAR's 32 pixels).
+PIXELS = 10 * SIZE / 32
+DIRECTED = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": PIXELS, "TranslateY": PIXELS}
 GREY = [128, 128, 128]
 
 
