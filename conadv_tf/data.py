@@ -12,6 +12,7 @@ from absl import logging
 from conadv_tf import augment, data_service, record_files, records
 from conadv_tf.errors import ConfigError
 from conadv_tf.pipeline import SPLITS, ImageData, MemoryData, StreamData
+from conadv_tf.subset import Subset
 
 _IMAGENET = 1_281_167, 50_000  # train and test images
 _SYNTHETIC_IMAGES = 256  # different ones; example i shows image i modulo this
@@ -32,6 +33,7 @@ def _digits(
     image_size: int | None,
     num_train: int | None,
     augmentation: augment.Augmentation,
+    subset: Subset,
 ) -> MemoryData:
     """scikit-learn's 1,797 grey 8x8 digits, 1,437 train and 360 test, stratified, always the same ones."""
     from sklearn import datasets, model_selection  # seconds to import; other sources do without
@@ -47,7 +49,7 @@ def _digits(
     numbers = np.arange(len(labels))
     train, test = model_selection.train_test_split(numbers, test_size=360, stratify=labels, random_state=0)
     splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-    return MemoryData(name, 10, splits, augmentation, record_files.BadRecords(0))
+    return MemoryData(name, 10, subset.of(splits), augmentation, record_files.BadRecords(0))
 
 
 def _synthetic(
@@ -56,6 +58,7 @@ def _synthetic(
     image_size: int | None,
     num_train: int | None,
     augmentation: augment.Augmentation,
+    subset: Subset,
 ) -> MemoryData:
     """Noise in the shape of ImageNet unless told otherwise, always the same, for benchmarks and --preflight."""
     size, classes = image_size or _DEFAULT_IMAGE_SIZE, num_classes or 1000
@@ -64,9 +67,14 @@ def _synthetic(
         random.integers(0, 256, (_SYNTHETIC_IMAGES, size, size, 3), np.uint8),
         random.integers(0, classes, _SYNTHETIC_IMAGES, np.int32),
     )
-    splits = {"train": pool, "test": pool}
-    sizes = (num_train or _IMAGENET[0], _IMAGENET[1])
-    return MemoryData(name, classes, splits, augmentation, record_files.BadRecords(0), sizes)
+    shown = subset.downscaled(pool[0]), pool[1]
+    sizes = {
+        "train": subset.num_train(num_train or _IMAGENET[0]),
+        "validation": subset.validation_images,
+        "test": _IMAGENET[1],
+    }
+    sizes = {split: size for split, size in sizes.items() if size}
+    return MemoryData(name, classes, dict.fromkeys(sizes, shown), augmentation, record_files.BadRecords(0), sizes)
 
 
 class _Stored(Protocol):
@@ -111,6 +119,7 @@ def _memory(
     image_size: int | None,
     augmentation: augment.Augmentation,
     bad_records: record_files.BadRecords,
+    subset: Subset,
 ) -> MemoryData:
     shape = (image_size, image_size, stored.channels) if image_size else None
     splits = {}
@@ -120,7 +129,7 @@ def _memory(
     if bad_records.count:
         logging.warning("%s", bad_records.report())
     num_classes = stored.schema.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
-    return MemoryData(name, num_classes, splits, augmentation, bad_records)
+    return MemoryData(name, num_classes, subset.of(splits), augmentation, bad_records)
 
 
 _BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
@@ -258,8 +267,11 @@ def load(
     transform = augment.Augmentation(augmentation, autoaugment, autoaugment_mode)
     transform.check(streamed)
     services = _check_reading(source, streamed, cache, service)
+    subset = Subset()
+    if streamed and not subset.is_whole:
+        raise ConfigError(f"{subset} takes a part of images in memory: set data.in_memory=True, or drop it")
     if source in _BUILT_IN:
-        return _BUILT_IN[source](name or source, num_classes, image_size, num_train, transform)
+        return _BUILT_IN[source](name or source, num_classes, image_size, num_train, transform, subset)
     if streamed and ((source == "tfrecords" and not num_classes) or shuffle_buffer < 1):
         raise ConfigError(
             f"data.num_classes={num_classes}, data.shuffle_buffer={shuffle_buffer}: data."
@@ -271,10 +283,10 @@ def load(
     if streamed:
         files = {split: record_files.index_files(stored.split_files(split), bad_records) for split in SPLITS}
         size = image_size or _DEFAULT_IMAGE_SIZE
-        how = shuffle_buffer, bad_records, cache == "memory", services
+        how = (shuffle_buffer, bad_records, cache == "memory", services)
         loaded: ImageData = StreamData(name, files, stored.schema, size, transform, *how)
     else:
-        loaded = _memory(name, stored, image_size, transform, bad_records)
-    if num_train not in (None, loaded.num_train):
+        loaded = _memory(name, stored, image_size, transform, bad_records, subset)
+    if num_train and loaded.num_train != subset.num_train(num_train):
         logging.warning("%s: %d training images, not data.num_train=%d", data_dir or name, loaded.num_train, num_train)
     return loaded

@@ -80,8 +80,8 @@ class ImageData(abc.ABC):
       name: what to call the data set in results.
       num_classes: labels are 0..num_classes-1.
       image_shape: (H, W, C) of every image that is handed out.
-      num_train, num_test: examples in the splits. Streamed files: all whole records, including those that
-        turn out bad when they are decoded.
+      sizes: examples in the splits: "train", "test" and perhaps "validation". Streamed files: all whole records,
+        including those that turn out bad when they are decoded.
       bad_records: `record_files.BadRecords`, count and per-file report; streaming adds to it while it reads.
       augmentation: what is done to training images.
       services: addresses "HOST:PORT" of processes that make the training batches; see data_service.py.
@@ -94,13 +94,23 @@ class ImageData(abc.ABC):
         name: str,
         num_classes: int,
         image_shape: tuple[int, int, int],
-        sizes: tuple[int, int],
+        sizes: dict[str, int],
         bad_records: record_files.BadRecords,
         augmentation: augment.Augmentation,
     ):
         self.name, self.num_classes, self.image_shape = name, num_classes, image_shape
         self.augmentation = augmentation
-        (self.num_train, self.num_test), self.bad_records = sizes, bad_records
+        self.sizes, self.bad_records = sizes, bad_records
+
+    @property
+    def num_train(self) -> int:
+        """Training examples."""
+        return self.sizes["train"]
+
+    @property
+    def num_test(self) -> int:
+        """Test examples."""
+        return self.sizes["test"]
 
     def train_batches(
         self,
@@ -155,8 +165,8 @@ class ImageData(abc.ABC):
 
     def evaluation_steps(self, split: str, rows_per_replica: int, num_replicas: int, num_hosts: int = 1) -> int:
         """Number of batches that `evaluation_batches` gives to each replica, equal for all."""
-        if split not in SPLITS:
-            raise ConfigError(f"split={split!r} is not known: choose one of {', '.join(SPLITS)}")
+        if split not in self.sizes:
+            raise ConfigError(f"split={split!r} is not known: choose one of {', '.join(self.sizes)}")
         layout = Layout(rows_per_replica, num_replicas, num_hosts)
         return -(-self._largest_share(split, num_hosts) // layout.rows_per_host)
 
@@ -169,10 +179,6 @@ class ImageData(abc.ABC):
     def cache_bytes(self) -> tuple[int, int]:
         """Memory that data.cache takes, over all hosts: of encoded training records, of decoded test images."""
         return 0, 0
-
-    def size(self, split: str) -> int:
-        """Number of examples of the split, "train" or "test"."""
-        return self.num_train if split == "train" else self.num_test
 
     def examples(self, split: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The first n good examples of a split: (images uint8 [<=n, H, W, C], labels int32 [<=n])."""
@@ -209,9 +215,9 @@ class MemoryData(ImageData):
         splits: dict[str, tuple[np.ndarray, np.ndarray]],
         augmentation: augment.Augmentation,
         bad_records: record_files.BadRecords,
-        sizes: tuple[int, int] | None = None,
+        sizes: dict[str, int] | None = None,
     ):
-        own_sizes = len(splits["train"][1]), len(splits["test"][1])
+        own_sizes = {split: len(labels) for split, (_, labels) in splits.items()}
         shape = splits["train"][0].shape[1:]
         if augmentation.policy != "none" and shape[-1] != 3:
             raise ConfigError(
@@ -240,7 +246,7 @@ class MemoryData(ImageData):
     def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
         def batch(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             position = layout.positions(number)
-            real = position < self.size(split)
+            real = position < self.sizes[split]
             images, labels = self._lookup(split, tf.where(real, position, 0))
             images *= tf.cast(real, tf.uint8)[:, None, None, None]
             return images, labels * tf.cast(real, tf.int32), tf.cast(real, tf.float32)
@@ -249,7 +255,7 @@ class MemoryData(ImageData):
         return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _largest_share(self, split: str, num_hosts: int) -> int:
-        return -(-self.size(split) // num_hosts)
+        return -(-self.sizes[split] // num_hosts)
 
 
 class StreamData(ImageData):
@@ -280,16 +286,16 @@ class StreamData(ImageData):
         cached: bool = False,
         services: Sequence[str] = (),
     ):
-        train, test = (sum(file.num_records for file in files[split]) for split in SPLITS)
+        sizes = {split: sum(file.num_records for file in files[split]) for split in SPLITS}
         shape = image_size, image_size, 3
-        super().__init__(name, schema.num_classes or 0, shape, (train, test), bad_records, augmentation)
+        super().__init__(name, schema.num_classes or 0, shape, sizes, bad_records, augmentation)
         self._files, self._schema = files, schema
         self._shuffle_buffer, self._cached, self.services = shuffle_buffer, cached, services
         self._examiners = {split: records.Examiner(files[split], schema, bad_records) for split in SPLITS}
         self._caches: dict[tuple[object, ...], Cache] = {}
         if cached:
-            sizes = (name, *(size / 1e9 for size in self.cache_bytes))
-            logging.info("%s: data.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *sizes)
+            shown = (name, *(size / 1e9 for size in self.cache_bytes))
+            logging.info("%s: data.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *shown)
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
@@ -306,7 +312,7 @@ class StreamData(ImageData):
         """Records that one host owns."""
         if len(self._files[split]) % num_hosts == 0:
             return sum(file.num_records for file in self._files[split][host::num_hosts])
-        return len(range(host, self.size(split), num_hosts))
+        return len(range(host, self.sizes[split], num_hosts))
 
     def _largest_share(self, split: str, num_hosts: int) -> int:
         return max(self._share(split, num_hosts, host) for host in range(num_hosts))

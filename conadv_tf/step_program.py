@@ -279,7 +279,7 @@ def _facts(built: run.Run) -> dict:
 
 
 def _save_data(built: run.Run, path: str) -> None:
-    train, test = (built.data.examples(split, built.data.size(split)) for split in ("train", "test"))
+    train, test = (built.data.examples(split, built.data.sizes[split]) for split in ("train", "test"))
     np.savez(path, train_images=train[0], train_labels=train[1], test_images=test[0], test_labels=test[1])
 
 

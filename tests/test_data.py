@@ -230,7 +230,7 @@ def test_cifar_equals_a_plain_reading(cifar, split):
         / {"train": "train-00000-of-00010.tfrecord.gz", "test": "test-00001-of-00002.tfrecord.gz"}[split]
     )
     plain = payloads(path)
-    assert cifar.size(split) == len(plain) == 5000
+    assert cifar.sizes[split] == len(plain) == 5000
     assert (cifar.image_shape, cifar.num_classes) == ((32, 32, 3), 10)
     images, labels = cifar.examples(split, 300)
     for number in range(300):

@@ -98,7 +98,7 @@ def test_memory_holds_what_tfds_reads(prepared):
     for split, tfds_split in (("train", "train"), ("test", "validation")):
         found = in_any_order(zip(*loaded.examples(split, 99), strict=True))
         assert found == in_any_order(by_tfds("square", prepared, tfds_split))
-        assert len(set(found)) == loaded.size(split)
+        assert len(set(found)) == loaded.sizes[split]
 
 
 def test_streamed_files_hold_what_tfds_reads(prepared):
@@ -111,7 +111,7 @@ def test_streamed_files_hold_what_tfds_reads(prepared):
         ]
         found = in_any_order(zip(*loaded.examples(split, 99), strict=True))
         assert found == in_any_order(expected)
-        assert len(set(found)) == loaded.size(split)
+        assert len(set(found)) == loaded.sizes[split]
 
 
 def test_streamed_and_in_memory_have_one_order(prepared):

@@ -1,0 +1,85 @@
+"""A part of a data set in memory, for scale models of large runs: fewer images, fewer pixels, a validation split."""
+
+import dataclasses
+
+import gin
+import numpy as np
+
+from conadv_tf.errors import ConfigError
+
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+_SEED = 0  # of what is drawn; not the run's, so that all seeds of a study train on the same images
+
+
+@gin.configurable("subset")
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """What is taken of a data set.
+
+    Attributes:
+      train_images: so many training images, drawn once and for all; None: all but those of the validation split.
+      validation_images: so many of the other training images are a split of their own, "validation", on which settings
+        are chosen without a look at the test images. They do not depend on `train_images`.
+      downscale: height and width are divided by it; a pixel is the mean of the block it replaces, rounded.
+    """
+
+    train_images: int | None = None
+    validation_images: int = 0
+    downscale: int = 1
+
+    def __post_init__(self):
+        if self.train_images is not None and self.train_images < 1:
+            raise ConfigError(f"subset.train_images={self.train_images} must be at least 1; None means all")
+        if self.validation_images < 0 or self.downscale < 1:
+            raise ConfigError(
+                f"subset.validation_images={self.validation_images} must be at least 0 and subset.downscale="
+                f"{self.downscale} at least 1"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it leaves a data set as it is."""
+        # Not by comparing with Subset(), which gin configures too.
+        return (self.train_images, self.validation_images, self.downscale) == (None, 0, 1)
+
+    def num_train(self, available: int) -> int:
+        """Training images taken of those there are.
+
+        Raises:
+          ConfigError: if there are too few.
+        """
+        wanted = self.train_images or available - self.validation_images
+        if wanted < 1 or wanted + self.validation_images > available:
+            raise ConfigError(
+                f"subset.train_images={self.train_images} and subset.validation_images={self.validation_images} are "
+                f"more than the {available} training images there are: take fewer"
+            )
+        return wanted
+
+    def of(self, splits: Splits) -> Splits:
+        """The subset of "train" and "test", images uint8 [n, H, W, C] and labels int32 [n].
+
+        Raises:
+          ConfigError: if there are too few images, or their sides do not divide by `downscale`.
+        """
+        if self.is_whole:
+            return splits
+        images, labels = splits["train"]
+        order = np.random.default_rng(_SEED).permutation(len(labels))
+        train, validation = np.split(order, [self.num_train(len(labels))])
+        validation = validation[len(validation) - self.validation_images :]
+        taken = {"train": (images[train], labels[train]), "test": splits["test"]}
+        if self.validation_images:
+            taken["validation"] = (images[validation], labels[validation])
+        return {split: (self.downscaled(images), labels) for split, (images, labels) in taken.items()}
+
+    def downscaled(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [n, H, W, C] of fewer pixels."""
+        rows, height, width, channels = images.shape
+        side = self.downscale
+        if height % side or width % side:
+            raise ConfigError(f"subset.downscale={side} does not divide the images' {height}x{width} pixels: choose 2")
+        if side == 1:
+            return images
+        blocks = images.reshape(rows, height // side, side, width // side, side, channels)
+        return np.round(blocks.mean((2, 4), np.float32)).astype(np.uint8)
