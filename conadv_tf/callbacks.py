@@ -179,11 +179,16 @@ class Recorder(tf_keras.callbacks.Callback):
         self._epochs = folder.read_metrics()[:first_epoch]
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
-        values = {name.replace("val_", "test_"): float(f"{float(value):.6g}") for name, value in logs.items()}
+        values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}
         self._epochs.append({"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **values})
         self._folder.write_metrics(self._epochs)
         if self._folder.writes and ((epoch + 1) % self._every == 0 or epoch + 1 == self._plan.epochs):
             self._checkpoints.save()
+
+
+def recorded(value: float) -> float:
+    """A value as metrics.jsonl keeps it: six significant digits."""
+    return float(f"{float(value):.6g}")
 
 
 class TensorBoard(tf_keras.callbacks.Callback):
@@ -205,10 +210,18 @@ class TensorBoard(tf_keras.callbacks.Callback):
         "adversarial_top1": "adversarial/top1",
         "learning_rate": "optimizer/learning_rate",
         "gradient_norm": "optimizer/gradient_norm",
+        "squared_gradient_norm": "optimizer/squared_gradient_norm",
         "trust_ratio_min": "trust_ratio/min",
         "trust_ratio_median": "trust_ratio/median",
         "trust_ratio_max": "trust_ratio/max",
         "drift": "conadv/drift",
+        "theory_drift": "theory/drift",
+        "theory_lipschitz_x_theta": "theory/lipschitz_x_theta",
+        "theory_equal_signs": "theory/equal_signs",
+        "theory_fresh_loss": "theory/fresh_loss",
+        "theory_stale_loss": "theory/stale_loss",
+        "theory_perturbation_distance": "theory/perturbation_distance",
+        "theory_mean_squared_gradient_norm": "theory/mean_squared_gradient_norm",
         "images_per_second": "speed/images_per_second",
         "input_wait_share": "speed/input_wait_share",
         "val_loss": "test/loss",

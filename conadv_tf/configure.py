@@ -22,6 +22,8 @@ EXECUTION_SETTINGS = (
     "data.cache",
     "data.service",
     "mirrored.logical_cpus",
+    "monitor.every_epochs",
+    "monitor.images",
     "train.checkpoint_every_epochs",
     "train.evaluate_every_epochs",
     "train.steps_per_execution",
@@ -102,6 +104,19 @@ def difference(saved: str, current: str) -> tuple[str, str, str] | None:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and name not in EXECUTION_SETTINGS:
             return name, old.get(name, "unset"), new.get(name, "unset")
+    return None
+
+
+def contradiction(saved: str) -> tuple[str, str, str] | None:
+    """The first setting of the parsed recipe, unlike `difference` none of the defaults, that a saved run had otherwise.
+
+    Returns:
+      (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
+    """
+    old, new = _settings(saved), _settings(gin.config_str(max_line_length=ONE_LINE))
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name] and name not in EXECUTION_SETTINGS:
+            return name, old[name], new[name]
     return None
 
 

@@ -79,15 +79,11 @@ class RunFolder:
             ) from error
 
 
-def evaluation_result(train: dict[str, float], test: dict[str, float]) -> dict[str, float]:
-    """Accuracies in percent over exactly every image of each split, and their gap in points (Table 4)."""
-    train_top1, test_top1 = _percent(train["top1"]), _percent(test["top1"])
-    return {
-        "train_top1": train_top1,
-        "test_top1": test_top1,
-        "test_top5": _percent(test["top5"]),
-        "generalization_gap": round(train_top1 - test_top1, 4),
-    }
+def evaluation_result(splits: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Accuracies in percent over exactly every image of each split, and the gap of train and test in points."""
+    top1 = {f"{split}_top1": _percent(means["top1"]) for split, means in splits.items()}
+    gap = round(top1["train_top1"] - top1["test_top1"], 4)
+    return {**top1, "test_top5": _percent(splits["test"]["top5"]), "generalization_gap": gap}
 
 
 def speed_result(epochs: list[dict]) -> dict[str, float]:
@@ -97,6 +93,19 @@ def speed_result(epochs: list[dict]) -> dict[str, float]:
         "images_per_second": round(statistics.median(rates), 2) if rates else 0.0,
         "wall_seconds": round(sum(epoch["seconds"] for epoch in epochs), 2),
     }
+
+
+def theory_result(epochs: list[dict]) -> dict[str, float]:
+    """Each value of monitor.py by its name without "theory_": its mean over the epochs that it was measured in.
+
+    Of mean_squared_gradient_norm, which is an average over the run already, the last.
+    """
+    names = sorted({name for epoch in epochs for name in epoch if name.startswith("theory_")})
+    measured = {name: [epoch[name] for epoch in epochs if name in epoch] for name in names}
+    means = {name.removeprefix("theory_"): statistics.mean(values) for name, values in measured.items()}
+    if "mean_squared_gradient_norm" in means:
+        means["mean_squared_gradient_norm"] = measured["theory_mean_squared_gradient_norm"][-1]
+    return {name: float(f"{value:.6g}") for name, value in means.items()}
 
 
 def versions() -> dict[str, str]:

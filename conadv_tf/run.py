@@ -1,12 +1,24 @@
 """A run from recipe to result: data → plan → model → fit → result.json and an exported network."""
 
+import contextlib
 import dataclasses
 
 import gin
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf import callbacks, checkpoint, configure, data_service, distribute, methods, pipeline, report
+from conadv_tf import (
+    callbacks,
+    checkpoint,
+    configure,
+    data_service,
+    distribute,
+    lock,
+    methods,
+    monitor,
+    pipeline,
+    report,
+)
 from conadv_tf import data as data_module
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import OPTIMIZERS
@@ -82,6 +94,7 @@ class Run:
     data: pipeline.ImageData
     plan: Plan
     model: ConAdvModel
+    monitor: monitor.Settings
 
 
 @gin.configurable("model", denylist=["data", "method", "plan", "seed", "dtype"])
@@ -161,7 +174,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
             jit_compile=settings.jit_compile,
             steps_per_execution=settings.steps_per_execution or (plan.steps_per_epoch if on_tpu else 1),
         )
-    return Run(recipe, settings, strategy, data, plan, model)
+    return Run(recipe, settings, strategy, data, plan, model, monitor.Settings())
 
 
 def describe(run: Run) -> str:
@@ -197,20 +210,25 @@ def train(run: Run, model_dir: str) -> dict:
 
     Raises:
       ConfigError: if the folder holds another run.
-      RunError: if the folder cannot be used, or the loss stops being finite.
+      RunError: if the folder cannot be used or is in use, or the loss stops being finite.
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = report.RunFolder(model_dir, writes=distribute.is_chief(run.strategy))
+    with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
+        return _train_in(run, folder)
+
+
+def _train_in(run: Run, folder: report.RunFolder) -> dict:
     _check_same_run(folder)
     finished = folder.read_result()
     if finished:
-        print(f"{model_dir} holds this run, finished; nothing to train")
+        print(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
     first_epoch = checkpoints.restore() // run.plan.steps_per_epoch
     folder.write_config(configure.operative_config())
     if first_epoch:
-        print(f"resuming {model_dir} after epoch {first_epoch}")
+        print(f"resuming {folder.path} after epoch {first_epoch}")
     _fit(run, folder, checkpoints, first_epoch)
     result = _result(run, folder)
     if folder.writes:
@@ -232,6 +250,7 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
         throughput,
         callbacks.StopIfNotFinite(),
         callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
+        _theory_monitor(run, folder, first_epoch),
         *(watchers if folder.writes else []),
         callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
     ]
@@ -244,6 +263,12 @@ def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints
             verbose=0,
             callbacks=training,
         )
+
+
+def _theory_monitor(run: Run, folder: report.RunFolder, first_epoch: int) -> monitor.TheoryMonitor:
+    # Data that are streamed are read for it: not for a method that has no stale weights.
+    examples = run.data.examples("train", run.monitor.images) if run.model.method.tau else None
+    return monitor.TheoryMonitor(run.monitor, run.plan.epochs, examples, folder.read_metrics()[:first_epoch])
 
 
 def _train_batches(run: Run, first_epoch: int):
@@ -268,7 +293,7 @@ def _train_batches(run: Run, first_epoch: int):
 
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
-    """loss, top1 and top5 (shares in [0, 1]) over exactly every image of "train" or "test", not augmented."""
+    """loss, top1 and top5 (shares in [0, 1]) over exactly every image of a split, not augmented."""
     rows, replicas = run.plan.rows, run.plan.num_replicas
     hosts: list[int] = []
 
@@ -304,8 +329,9 @@ def facts(run: Run) -> dict:
 def _result(run: Run, folder: report.RunFolder) -> dict:
     return {
         **facts(run),
-        **report.evaluation_result(evaluate(run, "train"), evaluate(run, "test")),
+        **report.evaluation_result({split: evaluate(run, split) for split in run.data.sizes}),
         **report.speed_result(folder.read_metrics()),
+        "theory": report.theory_result(folder.read_metrics()),
         "versions": report.versions(),
     }
 

@@ -27,6 +27,7 @@ from conadv_tf.split_batchnorm import AUGMENTED, MAIN, deferred_statistics, movi
 MONITORS = (
     "learning_rate",
     "gradient_norm",
+    "squared_gradient_norm",
     "trust_ratio_min",
     "trust_ratio_median",
     "trust_ratio_max",
@@ -377,8 +378,8 @@ class ConAdvModel(tf_keras.Model):
         absent = len(self.method.metric_names) - len(method.metric_names)
         rate = self.optimizer.learning_rate
         rate = rate(self.optimizer.iterations) if callable(rate) else rate
-        monitors = [tf.cast(rate, tf.float32), tf.linalg.global_norm(gradients)]
-        monitors += [*self._trust_ratios(gradients), self._drift()]
+        norm = tf.linalg.global_norm(gradients)
+        monitors = [tf.cast(rate, tf.float32), norm, norm**2, *self._trust_ratios(gradients), self._drift()]
         return tf.concat([values, tf.zeros(absent), tf.stack(monitors)], 0)
 
     def _trust_ratios(self, gradients: list[tf.Tensor]):
@@ -423,16 +424,26 @@ class ConAdvModel(tf_keras.Model):
           ConfigError: for a method without an attack.
         """
         batch = schedules.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
-        return self.distribute_strategy.experimental_local_results(self._attacked(batch))[0]
+        return self._attacked(batch)
 
     @functools.cached_property
     def _attacked(self) -> Callable:
-        """x̂ of a Batch on every replica, compiled once."""
+        """x̂ of a Batch, compiled once."""
         attack = self.method.attack
         if attack is None:
             raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
+        return self.inspection(lambda _, stale, loss, batch: schedules.attack_images(attack, stale, loss, batch))
 
-        def attacked(batch: schedules.Batch) -> tf.Tensor:
-            return schedules.attack_images(attack, self._stale(), self._example_losses, batch)
+    def inspection(self, function: Callable) -> Callable:
+        """A program: `function`(network at θ_t, network at θ_{t−τ}, loss, *arguments), which must assign nothing.
 
-        return tf.function(lambda batch: self.distribute_strategy.run(attacked, args=(batch,)), autograph=False)
+        Every replica has the same arguments (tensors, or structures of them); the result is the first one's.
+        """
+        strategy = self.distribute_strategy
+        inspect = functools.partial(function, self.network, self._stale(), self._example_losses)
+
+        def program(*arguments):
+            results = strategy.run(inspect, args=arguments)
+            return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
+
+        return tf.function(program, autograph=False)

@@ -34,6 +34,7 @@ RESULT_FIELDS = {
     "num_replicas",
     "microbatches",
     "epochs",
+    "theory",
     "steps",
     "train_top1",
     "test_top1",
