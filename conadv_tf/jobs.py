@@ -1,0 +1,205 @@
+"""Runs many training runs, several at once, each in a process of its own; what is finished is never run again.
+
+Killed at any moment and started again, the same calls end with the same results: a run goes on from its checkpoint, to
+the same bits, and one that an earlier call has left running is waited for.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import tqdm
+
+from conadv_tf import configure, lock
+from conadv_tf.errors import ConfigError
+from conadv_tf.report import RunFolder
+from conadv_tf.study import SCALES, Cell
+
+_POLL_SECONDS = 0.5
+_LOG, _FAILED = "log.txt", "failed.txt"
+
+
+class Folders:
+    """Where the runs of a study are kept.
+
+    Args:
+      local: logs, and marks of failure; one folder for each cell.
+      runs: `model_dir` of a cell is below it; local too unless it is gs://.
+      gin_params: settings of every run, over its recipe's.
+    """
+
+    def __init__(self, local: str, runs: str, gin_params: Sequence[str] = ()):
+        self.local, self.runs, self._gin_params = local, runs, list(gin_params)
+        self._results: dict[Cell, dict] = {}
+
+    def model_dir(self, cell: Cell) -> str:
+        return os.path.join(self.runs, cell.name)
+
+    def arguments(self, cell: Cell) -> list[str]:
+        """Of train.py."""
+        files = [f"--gin_file={file}" for file in cell.gin_files()]
+        params = [f"--gin_param={param}" for param in cell.gin_params() + self._gin_params]
+        return [*files, *params, f"--model_dir={self.model_dir(cell)}"]
+
+    def log(self, cell: Cell) -> str:
+        return os.path.join(self.local, cell.name, _LOG)
+
+    def result(self, cell: Cell) -> dict | None:
+        """result.json of a finished cell.
+
+        Raises:
+          ConfigError: if it was made by another recipe than the cell's is now.
+        """
+        if cell not in self._results:
+            folder = RunFolder(self.model_dir(cell), writes=False)
+            result, saved = folder.read_result(), folder.read_config()
+            if not result:
+                return None
+            self._check_recipe(cell, saved or "")
+            self._results[cell] = result
+        return self._results[cell]
+
+    def metrics(self, cell: Cell) -> list[dict]:
+        """One dict an epoch, see callbacks.Recorder."""
+        return RunFolder(self.model_dir(cell), writes=False).read_metrics()
+
+    def failure(self, cell: Cell) -> str | None:
+        """The last line of a cell that failed."""
+        path = os.path.join(self.local, cell.name, _FAILED)
+        if not os.path.isfile(path):
+            return None
+        with open(path) as file:
+            return file.read().strip()
+
+    def _check_recipe(self, cell: Cell, saved: str) -> None:
+        configure.configure(cell.gin_files(), cell.gin_params() + self._gin_params)
+        changed = configure.contradiction(saved)
+        if changed:
+            name, old, new = changed
+            raise ConfigError(
+                f"{self.model_dir(cell)} was run with {name} = {old}, its recipe now says {new}: pass another "
+                "--results, or put the recipe back"
+            )
+
+
+class Runner:
+    """Runs cells, `jobs` at once.
+
+    Args:
+      folders: where they are kept.
+      jobs: processes at once.
+      flags: of train.py, for every run, such as --data_dir.
+      total: (cost of all that is known to come, for the time that is left) asked anew whenever a run has ended.
+    """
+
+    def __init__(self, folders: Folders, jobs: int, flags: Sequence[str], total: Callable[[], float]):
+        self._folders, self._jobs, self._flags, self._total = folders, jobs, list(flags), total
+        self._running: dict[Cell, tuple[subprocess.Popen, float]] = {}
+        self._done = 0.0  # cost of what this call has run
+        self.failed: dict[Cell, str] = {}
+
+    def run(self, more: Callable[[], list[Cell]]) -> None:
+        """Runs what `more` names and has not run; asked again whenever a run has ended, since results name more."""
+        self._bar = tqdm.tqdm(total=0.0, unit="", bar_format=_BAR, mininterval=1.0, dynamic_ncols=True, disable=None)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            waiting = more()
+            while waiting or self._running:
+                self._start(waiting)
+                time.sleep(_POLL_SECONDS)
+                self._show()
+                if self._collect() or not self._running:
+                    waiting = more()
+        finally:
+            self._stop()
+            signal.signal(signal.SIGTERM, previous)
+            self._bar.close()
+
+    def _start(self, waiting: list[Cell]) -> None:
+        for cell in waiting:
+            # An orphan of an earlier call: its result is as good, and two on one folder are refused.
+            if cell in self._running or lock.is_held(self._folders.model_dir(cell)):
+                continue
+            if len(self._running) == self._jobs:
+                break
+            self._running[cell] = self._launched(cell), time.monotonic()
+
+    def _launched(self, cell: Cell) -> subprocess.Popen:
+        os.makedirs(os.path.dirname(self._folders.log(cell)), exist_ok=True)
+        _remove(os.path.join(self._folders.local, cell.name, _FAILED))
+        with open(self._folders.log(cell), "a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "conadv_tf", *self._folders.arguments(cell), *self._flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(SCALES[cell.scale].cores),
+            )
+
+    def _collect(self) -> bool:
+        """Takes leave of what has ended; whether anything has."""
+        ended = [(cell, *running) for cell, running in self._running.items() if running[0].poll() is not None]
+        for cell, process, began in ended:
+            del self._running[cell]
+            self._done += cell.cost
+            result = self._folders.result(cell) if process.returncode == 0 else None
+            minutes = (time.monotonic() - began) / 60
+            if result:
+                self._say(f"{cell.name}: test top-1 {result['test_top1']:.2f} % ({minutes:.1f} min)")
+            else:
+                self._fail(cell, process.returncode)
+        return bool(ended)
+
+    def _fail(self, cell: Cell, code: int) -> None:
+        with open(self._folders.log(cell), errors="replace") as log:
+            lines = [line.strip() for line in log if line.strip()]
+        self.failed[cell] = f"exit code {code}: {lines[-1] if lines else 'no output'}"
+        with open(os.path.join(self._folders.local, cell.name, _FAILED), "w") as file:
+            file.write(self.failed[cell] + "\n")
+        self._say(f"{cell.name}: failed, {self.failed[cell]} ({self._folders.log(cell)})")
+
+    def _say(self, line: str) -> None:
+        self._bar.write(line)
+        sys.stdout.flush()
+
+    def _show(self) -> None:
+        part = sum(cell.cost * self._share(cell) for cell in self._running)
+        self._bar.total, self._bar.n = max(self._done + self._total(), 1e-9), self._done + part
+        self._bar.set_description(", ".join(cell.name for cell in self._running)[:60], refresh=False)
+        self._bar.refresh()
+
+    def _share(self, cell: Cell) -> float:
+        """How far a run is, by the epochs it has recorded."""
+        epochs = configure.setting("train.epochs") or 90
+        return min(1.0, len(self._folders.metrics(cell)) / epochs)
+
+    def _stop(self) -> None:
+        """Ends what still runs; each goes on from its last checkpoint the next time."""
+        for process, _ in self._running.values():
+            process.send_signal(signal.SIGINT)
+        for process, _ in self._running.values():
+            process.wait()
+
+
+_BAR = "{percentage:3.0f} % |{bar}| {desc} [{elapsed}<{remaining}]"
+
+
+def _interrupt(signal_number: int, frame) -> None:
+    raise KeyboardInterrupt
+
+
+def _environment(cores: int | None) -> dict[str, str]:
+    # Several runs share a GPU only if none takes all of its memory.
+    environment = {**os.environ, "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+    if cores:
+        names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+        environment.update(dict.fromkeys(names, str(cores)))
+    return environment
+
+
+def _remove(path: str) -> None:
+    if os.path.exists(path):
+        os.remove(path)

@@ -1,0 +1,160 @@
+"""Plots of results, readable in print without colour: accuracy by batch size, by epsilon, and over training."""
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from conadv_tf import paper
+from conadv_tf.errors import ConfigError
+from conadv_tf.study import ROWS, Group
+from conadv_tf.tables import Line, Table
+
+# A shape and dashes as well as a colour.
+_STYLES = {
+    ROWS["vanilla"].label: ("#444444", "o", "-"),
+    ROWS["aa"].label: ("#8a5fa8", "P", ":"),
+    ROWS["disadv"].label: ("#b5402a", "s", "-"),
+    ROWS["conadv"].label: ("#c78a1b", "^", "--"),
+    ROWS["paired"].label: ("#2b6ca3", "D", "-"),
+    ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
+}
+_PANEL = 3.6, 3.1  # inches
+
+
+def _figure(columns: int, rows: int = 1):
+    """(pyplot, figure, axes [rows, columns]).
+
+    Raises:
+      ConfigError: without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib, which is not installed: pip install 'conadv_tf[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = columns * _PANEL[0], rows * _PANEL[1] + 0.5
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return pyplot, figure, axes
+
+
+def _save(pyplot, figure, path: str) -> None:
+    """With one legend below all panels."""
+    named: dict[str, Any] = {}
+    for axis in figure.axes:
+        axis.grid(linewidth=0.4, alpha=0.6)
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=200)
+    pyplot.close(figure)
+
+
+def by_batch(table: Table, path: str, unit: str) -> None:
+    """A table of methods by batch size: what was measured on the left, the paper's on the right."""
+    pyplot, figure, axes = _figure(2)
+    measured, said = axes[0]
+    for line in table.lines:
+        colour, marker, dashes = _STYLES[line.label]
+        style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
+        found = [column for column in table.columns if line.measured[column].values]
+        values = [line.measured[column].values for column in found]
+        means, spreads = list(map(statistics.mean, values)), [_deviation(each) for each in values]
+        places = [paper.BATCHES.index(column) for column in found]
+        measured.errorbar(places, means, spreads, capsize=3, label=line.label, **style)
+        known = [column for column in table.columns if column in line.paper]
+        said.plot([paper.BATCHES.index(c) for c in known], [line.paper[c] for c in known], label=line.label, **style)
+    for axis, title in ((measured, "measured, mean ± s.d."), (said, "paper: ResNet-50, ImageNet")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks([paper.BATCHES.index(column) for column in table.columns], table.columns)
+        axis.set_xlabel("batch size on ImageNet, or its scale model")
+        axis.set_ylabel(unit)
+    _save(pyplot, figure, path)
+
+
+def by_column(table: Table, path: str, unit: str) -> None:
+    """A table whose columns are numbers, such as epsilon: a panel a line, the paper's curve on an axis of its own."""
+    pyplot, figure, axes = _figure(min(3, len(table.lines)), -(-len(table.lines) // 3))
+    for axis, line in zip(axes.flat, table.lines, strict=False):
+        _draw_line(axis, table, line)
+        axis.set_xlabel(table.corner)
+        axis.set_ylabel(unit)
+    for axis in list(axes.flat)[len(table.lines) :]:
+        axis.set_visible(False)
+    _save(pyplot, figure, path)
+
+
+def _draw_line(axis, table: Table, line: Line) -> None:
+    found = [column for column in table.columns if line.measured[column].values]
+    values = [line.measured[column].values for column in found]
+    style = {"color": "#2b6ca3", "marker": "D", "markersize": 4, "capsize": 3}
+    means = list(map(statistics.mean, values))
+    axis.errorbar(
+        [float(c) for c in found], means, list(map(_deviation, values)), label="measured, mean ± s.d.", **style
+    )
+    axis.set_title(line.label, fontsize=10)
+    if line.paper:
+        other = axis.twinx()
+        columns = [column for column in table.columns if column in line.paper]
+        style = {"color": "#444444", "marker": "*", "linestyle": ":"}
+        other.plot([float(c) for c in columns], [line.paper[c] for c in columns], label="paper (right axis)", **style)
+        other.grid(False)
+
+
+def gaps(table: Table, path: str) -> None:
+    """Table 4: a panel for training accuracy, test accuracy and their difference, a line a method."""
+    pyplot, figure, axes = _figure(3)
+    for axis, part in zip(axes[0], ("training", "test", "gap"), strict=True):
+        for line in table.lines:
+            label, _, own = line.label.rpartition(", ")
+            if own != part:
+                continue
+            colour, marker, dashes = _STYLES[label]
+            style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "capsize": 3}
+            found = [column for column in table.columns if line.measured[column].values]
+            values = [line.measured[column].values for column in found]
+            places, means = [table.columns.index(c) for c in found], list(map(statistics.mean, values))
+            axis.errorbar(places, means, list(map(_deviation, values)), label=label, **style)
+        axis.set_title(f"{part}, {'points' if part == 'gap' else 'top-1, %'}", fontsize=10)
+        axis.set_xticks(range(len(table.columns)), table.columns)
+        axis.set_xlabel("batch size on ImageNet, or its scale model")
+    _save(pyplot, figure, path)
+
+
+def training_curves(table: Table, path: str, curves: Callable[[Group], list[list[dict]]]) -> None:
+    """Accuracy over the epochs, a panel a batch size: training images of the epoch, and test images where evaluated.
+
+    `curves`: the epochs of each run of a group (callbacks.Recorder); their mean is drawn.
+    """
+    found = {
+        column: {line.label: curves(line.measured[column].group) for line in table.lines} for column in table.columns
+    }
+    panels = {batch: {label: seeds for label, seeds in of.items() if seeds} for batch, of in found.items()}
+    panels = {batch: of for batch, of in panels.items() if of}
+    if not panels:
+        return
+    pyplot, figure, axes = _figure(min(3, len(panels)), -(-len(panels) // 3))
+    for axis, (batch, seeds_of) in zip(axes.flat, panels.items(), strict=False):
+        for label, seeds in seeds_of.items():
+            colour, marker, dashes = _STYLES[label]
+            axis.plot(*_mean_curve(seeds, "clean_top1"), color=colour, linestyle=dashes, linewidth=1)
+            axis.plot(*_mean_curve(seeds, "test_top1"), marker, color=colour, markersize=6, label=label)
+        axis.set_title(f"batch {batch}: training (lines), test (markers)", fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("top-1, %")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    _save(pyplot, figure, path)
+
+
+def _mean_curve(seeds: Sequence[list[dict]], name: str) -> tuple[list[int], list[float]]:
+    epochs = [line["epoch"] for line in seeds[0] if name in line]
+    columns = [[line[name] for line in lines if name in line] for lines in seeds]
+    return epochs, [100 * statistics.mean(values) for values in zip(*columns, strict=True)]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,206 @@
+"""The paper's tables and figures by one command each: runs what is missing, then prints and draws.
+
+    python reproduce.py --table=1 --scale=digits
+    python reproduce.py --table=1 --table=2 --figure=2 --scale=cifar10 --data_dir=DIR --jobs=2
+    python reproduce.py --table=1 --scale=imagenet --batches=96k --data_dir=gs://bucket/imagenet --tpu=local
+
+Every run is a recipe of gin/ in a process of its own, kept below --results; what has finished is never run again, what
+was interrupted goes on. --jobs=0 runs nothing and prints what is there. A table is written as Markdown, CSV and, with
+matplotlib, a plot. Learning rates and epsilon of the scale models are chosen on validation images, see study.py.
+"""
+
+import argparse
+import dataclasses
+import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Before TensorFlow is imported: its start-up chatter would bury the table.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from conadv_tf import jobs, paper, plots, run  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
+from conadv_tf.tables import Table, Tables
+
+Curves = Callable[[Group], list[list[dict]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A table or figure: how it is made, and how it is drawn.
+
+    Attributes:
+      table: of what is there; what it asks for is what must be run.
+      plot: of (table, path, training curves of a group: an entry a seed, a dict an epoch).
+    """
+
+    table: Callable[[Tables], Table]
+    plot: Callable[[Table, str, Curves], None]
+
+
+def _by_batch(name: str, caption: str, key: str, said: dict, rows: Sequence[str], unit: str, digits: int = 2):
+    def table(tables: Tables) -> Table:
+        return tables.by_batch(name, f"{caption}, {unit}.", tables.rows(*rows), operator.itemgetter(key), said, digits)
+
+    return Experiment(table, lambda table, path, _: plots.by_batch(table, path, unit))
+
+
+def _accuracy(name: str, caption: str, said: dict, *rows: str) -> Experiment:
+    return _by_batch(name, f"{caption}. Test top-1", "test_top1", said, rows, "%")
+
+
+_ALONE = "vanilla", "aa", "disadv", "conadv", "paired"
+_SECONDS = "Table 3. Time of training, on the machine the runs were made on"
+EXPERIMENTS = {
+    "table1": _accuracy("table1", "Table 1", paper.TOP1, *_ALONE),
+    "table2": _accuracy("table2", "Table 2", paper.TOP1, "vanilla", "aa", "conadv_aa"),
+    "table3": _by_batch(
+        "table3", _SECONDS, "wall_seconds", paper.SECONDS, ("vanilla", "disadv", "conadv", "paired"), "s", digits=0
+    ),
+    "table4": Experiment(
+        lambda tables: tables.gaps(tables.rows("vanilla", "conadv", "conadv_aa")),
+        lambda table, path, _: plots.gaps(table, path),
+    ),
+    "table5": Experiment(Tables.by_epsilon, lambda table, path, _: plots.by_column(table, path, "test top-1, %")),
+    "staleness": Experiment(Tables.staleness, lambda table, path, _: plots.by_column(table, path, "%")),
+    "figure2": _accuracy("figure2", "Figure 2", paper.FIGURE2, "vanilla", "aa"),
+    "curves": dataclasses.replace(
+        _accuracy("curves", "Training curves, at their end", {}, *ROWS), plot=plots.training_curves
+    ),
+}
+
+
+TABLES = [name for name in EXPERIMENTS if name.startswith("table")]
+FIGURES = [name for name in EXPERIMENTS if name not in TABLES]
+
+
+def _figure_name(given: str) -> str:
+    return f"figure{given}" if given.isdigit() else given
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
+    names = "2, staleness or curves"
+    parser.add_argument("--figure", **several, type=_figure_name, choices=FIGURES, metavar="NAME", help=names)
+    parser.add_argument("--scale", default="digits", choices=list(SCALES))
+    parser.add_argument("--batches", help="of the paper, such as 32k,96k; default: all that the scale has")
+    parser.add_argument("--rows", help=f"methods, of {','.join(ROWS)}; default: all of the table")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each number")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: run nothing, print what is there")
+    parser.add_argument("--results", default="results", help="where tables, plots and logs go")
+    parser.add_argument("--runs", help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs")
+    parser.add_argument("--gin_param", **several, help="a setting of every run; repeatable")
+    for flag in ("data_dir", "tpu", "strategy"):
+        parser.add_argument(f"--{flag}", help="as of train.py")
+    parsed = parser.parse_args(given)
+    if parsed.seeds < 1 or parsed.jobs < 0:
+        parser.error(f"--seeds={parsed.seeds} must be at least 1 and --jobs={parsed.jobs} at least 0")
+    if not parsed.table and not parsed.figure:
+        parser.error("nothing to reproduce: pass --table=1 or --figure=2")
+    return parsed
+
+
+def _chosen(given: str | None, known: Sequence[str], flag: str) -> tuple[str, ...]:
+    chosen = tuple(given.split(",")) if given else tuple(known)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ConfigError(f"{flag}={given}: {unknown[0]!r} is not of this scale: choose from {', '.join(known)}")
+    return chosen
+
+
+class Reproduction:
+    """What one call does.
+
+    Args:
+      arguments: of the command line.
+
+    Attributes:
+      failed: runs of this call that failed, with the reason.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments, self._scale = arguments, arguments.scale
+        scale = SCALES[self._scale]
+        self._folder = os.path.join(arguments.results, self._scale)
+        local = os.path.join(self._folder, "runs")
+        self._folders = jobs.Folders(local, arguments.runs or local, arguments.gin_param)
+        self.failed: dict[Cell, str] = {}
+        self._study = Study(arguments.seeds, self._folders.result, self._is_settled)
+        batches = _chosen(arguments.batches, scale.batches, "--batches")
+        rows = _chosen(arguments.rows, scale.rows, "--rows")
+        self._tables = Tables(self._scale, batches, rows, self._study, arguments.seeds, self._has_failed)
+        self._experiments = [EXPERIMENTS[name] for name in arguments.table + arguments.figure]
+
+    def run(self) -> None:
+        """Runs what is missing, if anything may run."""
+        if not self._arguments.jobs:
+            return
+        flags = {flag: getattr(self._arguments, flag) for flag in ("data_dir", "tpu", "strategy")}
+        given = [f"--{flag}={value}" for flag, value in flags.items() if value]
+        runner = jobs.Runner(self._folders, self._arguments.jobs, given, self._cost_left)
+        self.failed = runner.failed
+        runner.run(lambda: self._unsettled(guess=False))
+
+    def show(self) -> None:
+        """Prints every table, and writes it with its plot."""
+        os.makedirs(self._folder, exist_ok=True)
+        for experiment in self._experiments:
+            table = experiment.table(self._tables)
+            print(table.markdown())
+            for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
+                with open(self._file(table, suffix), "w") as file:
+                    file.write(text)
+            try:
+                experiment.plot(table, self._file(table, "png"), self._curves)
+            except ConfigError as error:
+                print(error)
+
+    def _curves(self, group: Group) -> list[list[dict]]:
+        return [self._folders.metrics(cell) for cell in self._study.final(group) if self._folders.result(cell)]
+
+    def _file(self, table: Table, suffix: str) -> str:
+        return os.path.join(self._folder, f"{table.name}.{suffix}")
+
+    def _groups(self) -> list[Group]:
+        made = [experiment.table(self._tables) for experiment in self._experiments]
+        return list(dict.fromkeys(group for table in made for group in table.groups))
+
+    def _unsettled(self, guess: bool) -> list[Cell]:
+        return [cell for cell in self._study.needed(self._groups(), guess) if not self._is_settled(cell)]
+
+    def _cost_left(self) -> float:
+        return sum(cell.cost for cell in self._unsettled(guess=True))
+
+    def _is_settled(self, cell: Cell) -> bool:
+        return cell in self.failed or self._folders.result(cell) is not None
+
+    def _has_failed(self, group: Group) -> bool:
+        return any(self._folders.failure(cell) for cell in self._study.needed([group]))
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Entry point of `python reproduce.py` and `python -m conadv_tf.reproduce`."""
+    try:
+        reproduction = Reproduction(_arguments(given))
+        reproduction.run()
+        reproduction.show()
+    except (ConfigError, DataError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    for cell, reason in reproduction.failed.items():
+        print(f"failed: {cell.name}, {reason}", file=sys.stderr)
+    sys.exit(1 if reproduction.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

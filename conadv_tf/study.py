@@ -1,0 +1,224 @@
+"""The paper's experiments as runs of ordinary recipes: which runs a number of a table is made of.
+
+A scale is a model of ImageNet's runs with as many updates on less data (SPEC section 5). A `Group` is one number: a
+method at a batch size, the mean over seeds. Where a scale offers several learning rates or ε, they are chosen by the
+accuracy of the first seed on validation images that no run trains on, every method from the same rates; test images
+choose nothing.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+from conadv_tf import configure, paper
+
+Results = Callable[["Cell"], dict | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method as a row of a table.
+
+    Attributes:
+      label: what tables call it.
+      method: its file in gin/method.
+      params: gin parameters over it.
+      units: cost of an update beside others', for the time that is left.
+    """
+
+    label: str
+    method: str
+    params: tuple[str, ...] = ()
+    units: float = 3.0
+
+    @property
+    def is_adversarial(self) -> bool:
+        return self.method not in ("vanilla", "aa")
+
+    @property
+    def is_augmented(self) -> bool:
+        return self.method.endswith("aa")
+
+
+ROWS = {
+    "vanilla": Row("ResNet", "vanilla"),
+    "aa": Row("+ AA", "aa", units=4.5),
+    "disadv": Row("+ DisAdv", "disadv", units=8),
+    "conadv": Row("+ ConAdv", "conadv", units=8),
+    "paired": Row("+ ConAdv, paired", "conadv", ("conadv.schedule='paired'",), units=6),
+    "conadv_aa": Row("+ ConAdv + AA", "conadv_aa", units=9.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A model of the paper's runs.
+
+    Attributes:
+      name: its folder in gin/scale; "imagenet" is the paper's own size and has the recipes of gin/.
+      batches: the paper's batch sizes that it has.
+      rows: the methods that it has.
+      rates: peak learning rates to choose from for every method and batch; empty: the recipe's.
+      epsilons: ε to choose from once, by `paired` at 96k and the middle rate; empty: the recipe's.
+      table5: epsilons of Table 5.
+      policy: of AutoAugment.
+      cores: CPU cores of a run; None: all there are. One makes a run's numbers independent of how many run at once.
+    """
+
+    name: str
+    batches: tuple[str, ...]
+    rows: tuple[str, ...] = tuple(ROWS)
+    rates: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()
+    table5: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0)
+    policy: str = "cifar10"
+    cores: int | None = 1
+
+    @property
+    def middle_rate(self) -> float | None:
+        return self.rates[len(self.rates) // 2] if self.rates else None
+
+    def gin_files(self, batch: str, row: Row) -> list[str]:
+        if self.name != "imagenet":
+            return [f"scale/{self.name}/{batch}.gin", f"method/{row.method}.gin"]
+        whole = f"{batch}_{row.method}.gin"
+        if os.path.isfile(os.path.join(configure.recipe_folder(), whole)):
+            return [whole]
+        return [f"batch/{batch}.gin", f"method/{row.method}.gin"]
+
+
+_LARGE = ("16k", "32k", "64k", "96k", "128k", "256k")
+_RATES = 10.0, 16.0, 24.0
+SCALES = {
+    scale.name: scale
+    for scale in (
+        # Grey: no AutoAugment.
+        Scale("digits", _LARGE[1:], ("vanilla", "disadv", "conadv", "paired"), (5.0, 10.0, 20.0), (4.0, 8.0, 16.0)),
+        Scale("cifar10", _LARGE, rates=_RATES, epsilons=(1.0, 2.0, 4.0)),
+        Scale("cifar10_crop_flip", _LARGE, rates=_RATES, epsilons=(1.0, 2.0, 4.0)),
+        Scale("imagenet", paper.BATCHES, table5=tuple(map(float, paper.EPSILONS)), policy="imagenet", cores=None),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a recipe with its settings. Its name is the folder it is kept in."""
+
+    scale: str
+    batch: str
+    row: str
+    seed: int = 0
+    rate: float | None = None
+    epsilon: float | None = None
+    tau: int = 1
+
+    @property
+    def name(self) -> str:
+        settings = {"lr": self.rate, "e": self.epsilon, "tau": None if self.tau == 1 else self.tau, "s": self.seed}
+        text = "_".join(f"{key}{value:g}" for key, value in settings.items() if value is not None)
+        return f"{self.batch}/{self.row}_{text}"
+
+    def gin_files(self) -> list[str]:
+        return SCALES[self.scale].gin_files(self.batch, ROWS[self.row])
+
+    def gin_params(self) -> list[str]:
+        row, scale = ROWS[self.row], SCALES[self.scale]
+        params = [*row.params, f"train.seed={self.seed}"]
+        if row.is_augmented:
+            params.append(f"data.autoaugment='{scale.policy}'")
+        if self.rate is not None:
+            params.append(f"learning_rate.peak_learning_rate={self.rate}")
+        if self.epsilon is not None:
+            params.append(f"attack.epsilon_pixels={self.epsilon}")
+        if self.tau != 1:
+            params.append(f"conadv.tau={self.tau}")
+        return params
+
+    @property
+    def cost(self) -> float:
+        """In units of `Row.units`; every batch size of a scale sees as many images."""
+        return ROWS[self.row].units
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One number of a table: the mean over seeds of a method at a batch size.
+
+    Attributes:
+      epsilon: None: the one chosen, or the recipe's.
+      tau: delay of the attacked weights, 1 unless delay is what the table is about.
+    """
+
+    scale: str
+    batch: str
+    row: str
+    epsilon: float | None = None
+    tau: int = 1
+
+
+class Study:
+    """Which runs groups are made of, as far as it is known from the results there are.
+
+    Args:
+      seeds: runs of a group.
+      result: (cell) → its result.json, None where it has not finished.
+      settled: (cell) → whether it will not be run any more: finished, or failed.
+    """
+
+    def __init__(self, seeds: int, result: Results, settled: Callable[[Cell], bool]):
+        self._seeds, self._result, self._settled = seeds, result, settled
+
+    def runs(self, group: Group) -> list[dict]:
+        """Results of the group's seeds, those there are; none before its settings are chosen."""
+        return [result for result in map(self._result, self.final(group)) if result]
+
+    def final(self, group: Group) -> list[Cell]:
+        """The runs whose mean the group is; none before its settings are chosen."""
+        _, chosen = self._chosen(group, guess=False)
+        return self._with_seeds(chosen) if chosen else []
+
+    def needed(self, groups: Iterable[Group], guess: bool = False) -> list[Cell]:
+        """Every run of the groups that can be named now, without repetition.
+
+        `guess`: also those that follow from choices yet to be made, as if they fell on the middle: as many as there
+        will be, for an estimate of the time.
+        """
+        cells: dict[Cell, None] = {}
+        for group in groups:
+            candidates, chosen = self._chosen(group, guess)
+            cells.update(dict.fromkeys(candidates + (self._with_seeds(chosen) if chosen else [])))
+        return list(cells)
+
+    def _with_seeds(self, cell: Cell) -> list[Cell]:
+        return [dataclasses.replace(cell, seed=seed) for seed in range(self._seeds)]
+
+    def _chosen(self, group: Group, guess: bool) -> tuple[list[Cell], Cell | None]:
+        """Runs that choose the group's settings, and its first seed's run once they are chosen."""
+        scale, row = SCALES[group.scale], ROWS[group.row]
+        choosing: list[Cell] = []
+        own_epsilon = None  # what the learning rate is chosen at
+        if row.is_adversarial and scale.epsilons:
+            first = Cell(scale.name, "96k", "paired", 0, scale.middle_rate)
+            choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
+            best = self._best(choosing, guess)
+            if not best:
+                return choosing, None
+            own_epsilon = best.epsilon
+        cell = Cell(scale.name, group.batch, group.row, 0, None, own_epsilon)
+        if scale.rates:
+            candidates = [dataclasses.replace(cell, rate=rate) for rate in scale.rates]
+            choosing = choosing + candidates
+            best = self._best(candidates, guess)
+            if not best:
+                return choosing, None
+            cell = best
+        epsilon = own_epsilon if group.epsilon is None else group.epsilon
+        return choosing, dataclasses.replace(cell, epsilon=epsilon, tau=group.tau)
+
+    def _best(self, candidates: Sequence[Cell], guess: bool) -> Cell | None:
+        """The one that does best on the validation images, the first of equals; None before all are settled."""
+        if not all(map(self._settled, candidates)):
+            return candidates[len(candidates) // 2] if guess else None
+        finished = [(cell, result) for cell in candidates if (result := self._result(cell))]
+        return max(finished, key=lambda pair: pair[1]["validation_top1"])[0] if finished else None

@@ -1,0 +1,203 @@
+"""The paper's tables from results: measured means over seeds beside the paper's numbers, as Markdown and CSV."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import operator
+import statistics
+from collections.abc import Callable, Sequence
+
+from conadv_tf import paper
+from conadv_tf.study import ROWS, SCALES, Group, Study
+
+Value = Callable[[dict], float]
+
+MISSING = "–"
+TAUS = (1, 2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """An entry of a table: what was measured, of one seed each; none where nothing was.
+
+    Attributes:
+      group: whose runs they are.
+      values: a measurement each.
+      digits: after the point.
+      failed: whether runs of the group failed.
+    """
+
+    group: Group
+    values: tuple[float, ...]
+    digits: int = 2
+    failed: bool = False
+
+    def text(self, seeds: int) -> str:
+        """Mean ± sample standard deviation, with the number of runs in brackets where some of `seeds` are missing."""
+        if not self.values:
+            return "failed" if self.failed else MISSING
+        mean = f"{statistics.mean(self.values):.{self.digits}f}"
+        if len(self.values) == 1:
+            return mean if seeds == 1 else f"{mean} (1)"
+        spread = f"{statistics.stdev(self.values):.{self.digits}f}"
+        return f"{mean} ± {spread}" + (f" ({len(self.values)})" if len(self.values) < seeds else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row: measured numbers and the paper's, by column."""
+
+    label: str
+    measured: dict[str, Number]
+    paper: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of results.
+
+    Attributes:
+      name: of its files.
+      caption: what the numbers are.
+      corner: what the columns are.
+      columns: their heads.
+      seeds: runs of an entry.
+    """
+
+    name: str
+    caption: str
+    corner: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    seeds: int
+
+    @property
+    def groups(self) -> list[Group]:
+        """Of which its numbers are."""
+        return [number.group for line in self.lines for number in line.measured.values()]
+
+    def markdown(self) -> str:
+        """A row of what was measured, and below it one of what the paper reports, where it does."""
+        rows = [[self.corner, *self.columns], ["---"] * (1 + len(self.columns))]
+        for line in self.lines:
+            rows.append([line.label, *(line.measured[column].text(self.seeds) for column in self.columns)])
+            if line.paper:
+                said = [f"{line.paper[column]:g}" if column in line.paper else MISSING for column in self.columns]
+                rows.append(["paper", *said])
+        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+    def csv(self) -> str:
+        """One line an entry: row, column, runs, mean, standard deviation (of two runs or more), the paper's number."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "column", "runs", "mean", "standard_deviation", "paper"])
+        for line in self.lines:
+            for column in self.columns:
+                values = line.measured[column].values
+                mean = round(statistics.mean(values), 6) if values else ""
+                spread = round(statistics.stdev(values), 6) if len(values) > 1 else ""
+                writer.writerow([line.label, column, len(values), mean, spread, line.paper.get(column, "")])
+        return text.getvalue()
+
+
+class Tables:
+    """Makes tables of a scale from the results there are; a table's `groups` say what it is still to be made of.
+
+    Args:
+      scale: name of the scale.
+      batches: the paper's batch sizes to show, those the scale has.
+      rows: the methods to show, likewise.
+      study: knows the results.
+      seeds: runs of an entry.
+      failed: (group) → whether runs of it failed.
+    """
+
+    def __init__(
+        self,
+        scale: str,
+        batches: Sequence[str],
+        rows: Sequence[str],
+        study: Study,
+        seeds: int,
+        failed: Callable[[Group], bool],
+    ):
+        self._scale, self._study, self._seeds, self._failed = scale, study, seeds, failed
+        self.batches = tuple(batch for batch in SCALES[scale].batches if batch in batches)
+        self._rows = tuple(row for row in SCALES[scale].rows if row in rows)
+
+    def rows(self, *names: str) -> tuple[str, ...]:
+        """Those of the names that are shown."""
+        return tuple(name for name in names if name in self._rows)
+
+    def number(self, group: Group, value: Value, digits: int = 2) -> Number:
+        """The runs of a group, read by `value`."""
+        return Number(group, tuple(map(value, self._study.runs(group))), digits, self._failed(group))
+
+    def by_batch(
+        self, name: str, caption: str, rows: Sequence[str], value: Value, said: dict, digits: int = 2
+    ) -> Table:
+        """A table of methods by batch sizes."""
+        lines = tuple(
+            Line(
+                ROWS[row].label,
+                {batch: self.number(Group(self._scale, batch, row), value, digits) for batch in self.batches},
+                {batch: said[row][batch] for batch in self.batches if batch in said.get(row, {})},
+            )
+            for row in rows
+        )
+        return Table(name, f"{caption} {self.about()}", "batch", self.batches, lines, self._seeds)
+
+    def about(self) -> str:
+        """What every caption says."""
+        seeds = f"mean ± standard deviation of {self._seeds} seeds" if self._seeds > 1 else "one seed"
+        return f"Measured at the scale {self._scale}, {seeds}; paper: ResNet-50 on ImageNet."
+
+    def gaps(self, rows: Sequence[str]) -> Table:
+        """Table 4: training and test accuracy and their difference."""
+        parts = (
+            ("training", "train_top1", paper.TRAIN_TOP1),
+            ("test", "test_top1", paper.TOP1),
+            ("gap", "generalization_gap", paper.GAP),
+        )
+        lines = []
+        for row in rows:
+            for part, key, said in parts:
+                table = self.by_batch("", "", [row], operator.itemgetter(key), said)
+                lines.append(dataclasses.replace(table.lines[0], label=f"{ROWS[row].label}, {part}"))
+        caption = "Table 4. Top-1, %, on all clean training images and all test images, and the gap in points."
+        return Table("table4", f"{caption} {self.about()}", "batch", self.batches, tuple(lines), self._seeds)
+
+    def by_epsilon(self) -> Table:
+        """Table 5: accuracy by perturbation."""
+        scale, lines = SCALES[self._scale], []
+        for row, batch in itertools.product(self.rows("conadv", "conadv_aa"), self.batches):
+            groups = {f"{epsilon:g}": Group(scale.name, batch, row, epsilon) for epsilon in scale.table5}
+            measured = {column: self.number(group, _test_top1) for column, group in groups.items()}
+            said = {f"{epsilon:g}": top1 for epsilon, top1 in paper.BY_EPSILON.get((row, batch), {}).items()}
+            lines.append(Line(f"{ROWS[row].label}, {batch}", measured, {c: said[c] for c in groups if c in said}))
+        caption = f"Table 5. Test top-1, %, by epsilon in pixel levels. {self.about()}"
+        columns = tuple(f"{epsilon:g}" for epsilon in scale.table5)
+        return Table("table5", caption, "epsilon", columns, tuple(lines), self._seeds)
+
+    def staleness(self) -> Table:
+        """Accuracy, and how much of the attack is left, by the delay of the attacked weights."""
+        lines = []
+        for batch in self.batches if self.rows("conadv") else ():
+            groups = {f"{tau}": Group(self._scale, batch, "conadv", tau=tau) for tau in TAUS}
+            for part, value in (("test top-1, %", _test_top1), ("equal signs, %", _equal_signs)):
+                measured = {column: self.number(group, value) for column, group in groups.items()}
+                lines.append(Line(f"{batch}, {part}", measured, {}))
+        caption = (
+            "Delay. ConAdv by the delay tau of the weights it attacks; equal signs: of the input gradients at the "
+            f"attacked and at the current weights, mean over the run. {self.about()}"
+        )
+        return Table("staleness", caption, "tau", tuple(map(str, TAUS)), tuple(lines), self._seeds)
+
+
+def _test_top1(result: dict) -> float:
+    return result["test_top1"]
+
+
+def _equal_signs(result: dict) -> float:
+    return 100 * result["theory"]["equal_signs"]

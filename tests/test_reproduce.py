@@ -1,0 +1,173 @@
+"""reproduce.py: tables from runs, what is not run twice, kills, failures; on digits with few epochs."""
+
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conadv_tf import paper, tables
+from conadv_tf import reproduce as reproduce_module
+from conadv_tf.study import Group
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "--gin_param=train.epochs=2",
+    "--gin_param=learning_rate.warmup_epochs=1",
+    "--gin_param=train.evaluate_every_epochs=1",
+]
+COMMAND = [sys.executable, "reproduce.py", "--scale=digits", "--batches=256k", "--rows=vanilla", "--jobs=2", *SHORT]
+
+
+def reproduce(results: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [*COMMAND, *arguments, f"--results={results}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, **options)
+
+
+def result_files(results: Path) -> list[Path]:
+    return sorted(results.glob("digits/runs/256k/*/result.json"))
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory) -> tuple[Path, str]:
+    """(results, what was printed) of Table 1 with one method, two seeds."""
+    results = tmp_path_factory.mktemp("results")
+    outcome = reproduce(results, "--table=1", "--figure=curves", "--seeds=2")
+    assert outcome.returncode == 0, outcome.stderr
+    return results, outcome.stdout
+
+
+def test_the_table_is_of_the_runs_with_the_rate_that_is_best_on_validation_images(reproduced):
+    results, printed = reproduced
+    runs = {path.parent.name: json.loads(path.read_text()) for path in result_files(results)}
+    assert len(runs) == 4  # three rates, and a second seed of the best
+    tried = {name: run for name, run in runs.items() if name.endswith("_s0")}
+    best = max(
+        sorted(tried, key=lambda name: float(name.split("_lr")[1].split("_")[0])),
+        key=lambda name: tried[name]["validation_top1"],
+    )
+    values = [runs[best]["test_top1"], runs[best.replace("_s0", "_s1")]["test_top1"]]
+    expected = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    assert ["ResNet", expected] in table_rows(printed)
+
+
+def test_the_table_is_kept_as_markdown_csv_and_plot(reproduced):
+    results, printed = reproduced
+    assert (results / "digits" / "table1.md").read_text().strip() in printed
+    with open(results / "digits" / "table1.csv") as file:
+        (line,) = csv.DictReader(file)
+    assert (line["row"], line["column"], line["runs"]) == ("ResNet", "256k", "2")
+    assert f"{float(line['mean']):.2f}" in printed
+    for name in ("table1", "curves"):
+        assert (results / "digits" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def printed_by(capsys, results: Path, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a call that has nothing to train."""
+    with pytest.raises(SystemExit) as ended:
+        reproduce_module.main([*COMMAND[2:], *arguments, f"--results={results}"])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_what_has_finished_is_not_run_again(reproduced, capsys):
+    results, printed = reproduced
+    before = {path: path.stat().st_mtime_ns for path in result_files(results)}
+    code, again, _ = printed_by(capsys, results, "--table=1", "--seeds=2")
+    assert code == 0
+    assert table_rows(again) == table_rows(printed)[:3]
+    assert {path: path.stat().st_mtime_ns for path in result_files(results)} == before
+
+
+def test_without_jobs_it_prints_what_is_there(reproduced, capsys):
+    results, _ = reproduced
+    code, printed, _ = printed_by(capsys, results, "--table=1", "--seeds=3", "--jobs=0")
+    assert code == 0
+    assert re.search(r"\| ResNet \| [\d.]+ ± [\d.]+ \(2\) \|", printed)
+    _, empty, _ = printed_by(capsys, results, "--table=2", "--batches=128k", "--jobs=0")
+    assert ["ResNet", "–"] in table_rows(empty)
+
+
+def test_runs_of_another_recipe_are_refused(reproduced, capsys):
+    results, _ = reproduced
+    code, _, error = printed_by(capsys, results, "--table=1", "--gin_param=lars.momentum=0.5")
+    assert code == 2
+    assert re.search(r"was run with lars.momentum = 0.9, its recipe now says 0.5: pass another --results", error)
+
+
+def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
+    _, printed = reproduced
+    command = [*COMMAND, "--table=1", "--seeds=2", f"--results={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("digits/runs/256k/*/metrics.jsonl")):  # in the midst of the first runs
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    # The runs it had started go on, and are waited for.
+    again = reproduce(tmp_path, "--table=1", "--seeds=2")
+    assert again.returncode == 0, again.stderr
+    assert table_rows(again.stdout) == table_rows(printed)[:3]
+
+
+def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path):
+    blocked = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0"
+    (blocked / "result.json.partial").mkdir(parents=True)  # its result cannot be written
+    outcome = reproduce(tmp_path, "--table=1", "--seeds=1")
+    assert outcome.returncode == 1
+    assert "failed: 256k/vanilla_lr5_s0" in outcome.stderr
+    assert "cannot be written" in (blocked / "log.txt").read_text()
+    assert len(result_files(tmp_path)) == 2
+    assert "256k/vanilla_lr5_s0: failed" in outcome.stdout
+    assert re.search(r"\| ResNet \| [\d.]+ \|", outcome.stdout)  # chosen from the others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table=7"], "7"),
+        ([], "nothing to reproduce"),
+        (["--table=1", "--batches=33k"], "33k"),
+        (["--table=1", "--rows=resnet"], "resnet"),
+        (["--table=1", "--seeds=0"], "--seeds=0"),
+        (["--table=1", "--scale=mnist"], "mnist"),
+    ],
+)
+def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path, capsys):
+    code, _, error = printed_by(capsys, tmp_path, *arguments)
+    assert code == 2
+    assert message in error.splitlines()[-1]
+    assert not os.listdir(tmp_path)
+
+
+def number(*values: float, failed: bool = False) -> tables.Number:
+    return tables.Number(Group("digits", "96k", "vanilla"), values, 2, failed)
+
+
+def test_numbers_are_mean_and_sample_deviation():
+    assert number(1.0, 2.0, 6.0).text(3) == "3.00 ± 2.65"
+    assert number(1.0, 2.0).text(3) == "1.50 ± 0.71 (2)"
+    assert number(1.0).text(1) == "1.00"
+    assert number(1.0).text(3) == "1.00 (1)"
+    assert number().text(3) == "–"
+    assert number(failed=True).text(3) == "failed"
+
+
+def test_paper_tables_agree_with_each_other():
+    for row, gaps in paper.GAP.items():
+        for batch, gap in gaps.items():
+            assert paper.TRAIN_TOP1[row][batch] - paper.TOP1[row][batch] == pytest.approx(gap, abs=0.05)
+    for batch in ("32k", "64k", "96k"):
+        for row in ("conadv", "conadv_aa"):
+            assert max(paper.BY_EPSILON[row, batch].values()) == pytest.approx(paper.TOP1[row][batch], abs=0.55)

@@ -1,0 +1,141 @@
+"""Which runs a number of a table is made of: choices on validation images, seeds, and what is run once for several."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from conadv_tf import configure, paper, run  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
+
+SMALL = [name for name in SCALES if name != "imagenet"]
+
+
+class Records:
+    """Results by cell; what is not in `validation` has not been run."""
+
+    def __init__(self, validation: dict[Cell, float], failed: tuple[Cell, ...] = ()):
+        self.validation, self.failed = validation, failed
+
+    def result(self, cell: Cell) -> dict | None:
+        top1 = self.validation.get(cell)
+        # The test accuracy points the other way: nothing may be chosen by it.
+        return None if top1 is None else {"validation_top1": top1, "test_top1": 100 - top1, "seed": cell.seed}
+
+    def settled(self, cell: Cell) -> bool:
+        return cell in self.validation or cell in self.failed
+
+    def study(self, seeds: int = 3) -> Study:
+        return Study(seeds, self.result, self.settled)
+
+
+def candidates(row: str, batch: str, epsilon: float | None = None, scale: str = "cifar10") -> list[Cell]:
+    return [Cell(scale, batch, row, 0, rate, epsilon) for rate in SCALES[scale].rates]
+
+
+def epsilon_candidates(scale: str = "cifar10") -> list[Cell]:
+    rates = SCALES[scale].rates
+    return [Cell(scale, "96k", "paired", 0, rates[len(rates) // 2], epsilon) for epsilon in SCALES[scale].epsilons]
+
+
+def test_a_plain_method_tries_every_rate_then_runs_the_best_on_all_seeds():
+    group, tried = Group("cifar10", "64k", "vanilla"), candidates("vanilla", "64k")
+    assert Records({}).study().needed([group]) == tried
+    assert Records({tried[0]: 50.0, tried[1]: 60.0}).study().needed([group]) == tried  # the last is not there yet
+    known = Records(dict(zip(tried, (50.0, 60.0, 55.0), strict=True)))
+    seeds = [dataclasses.replace(tried[1], seed=seed) for seed in range(3)]
+    assert known.study().needed([group]) == [*tried, *seeds[1:]]
+    assert known.study().final(group) == seeds
+    assert [result["seed"] for result in known.study().runs(group)] == [0]
+
+
+def test_an_adversarial_method_first_chooses_epsilon_once_for_all():
+    groups = [Group("cifar10", batch, row) for batch in ("32k", "96k") for row in ("disadv", "conadv")]
+    first = epsilon_candidates()
+    assert Records({}).study().needed(groups) == first
+    best = first[2]
+    known = dict.fromkeys(first, 40.0) | {best: 41.0}
+    expected = [*first]
+    for group in groups:
+        expected += candidates(group.row, group.batch, best.epsilon)
+    assert Records(known).study().needed(groups) == expected
+
+
+def test_runs_of_several_tables_are_run_once():
+    tried = candidates("vanilla", "64k")
+    known = Records(dict.fromkeys(tried, 50.0))
+    twice = known.study().needed([Group("cifar10", "64k", "vanilla")] * 2)
+    assert len(twice) == len(set(twice)) == 5
+    assert known.study().final(Group("cifar10", "64k", "vanilla"))[0] == tried[0]  # the first of equals
+
+
+def test_a_failed_candidate_is_left_out_and_a_choice_of_none_is_no_choice():
+    group, tried = Group("cifar10", "64k", "vanilla"), candidates("vanilla", "64k")
+    one_failed = Records({tried[0]: 50.0, tried[1]: 55.0}, (tried[2],))
+    assert one_failed.study().final(group)[0] == tried[1]
+    all_failed = Records({}, tuple(tried))
+    assert all_failed.study().final(group) == []
+    assert all_failed.study().needed([group]) == tried
+
+
+def test_another_epsilon_or_delay_keeps_the_rate_that_was_chosen():
+    first = epsilon_candidates()
+    known = {cell: 40.0 + cell.epsilon for cell in first}
+    epsilon = first[-1].epsilon
+    tried = candidates("conadv", "32k", epsilon)
+    known |= dict(zip(tried, (30.0, 20.0, 10.0), strict=True))
+    study = Records(known).study()
+    swept = study.final(Group("cifar10", "32k", "conadv", epsilon=12.0))
+    assert {(cell.rate, cell.epsilon, cell.tau) for cell in swept} == {(tried[0].rate, 12.0, 1)}
+    delayed = study.final(Group("cifar10", "32k", "conadv", tau=4))
+    assert {(cell.rate, cell.epsilon, cell.tau) for cell in delayed} == {(tried[0].rate, epsilon, 4)}
+
+
+@pytest.mark.parametrize("row", ["vanilla", "conadv_aa"])
+def test_the_guess_names_as_many_runs_as_there_will_be(row):
+    groups = [Group("cifar10", batch, row) for batch in ("32k", "96k")]
+    guessed = Records({}).study().needed(groups, guess=True)
+    known: dict[Cell, float] = {}
+    while True:
+        new = [cell for cell in Records(known).study().needed(groups) if cell not in known]
+        if not new:
+            break
+        known |= {cell: float(hash(cell.name) % 97) for cell in new}
+    assert len(guessed) == len(known)
+
+
+def test_the_paper_size_is_run_with_the_papers_recipes():
+    group = Group("imagenet", "96k", "conadv")
+    cells = Records({}).study().needed([group])
+    assert [cell.seed for cell in cells] == [0, 1, 2]
+    assert cells[0].gin_files() == ["96k_conadv.gin"]
+    assert Cell("imagenet", "8k", "conadv").gin_files() == ["batch/8k.gin", "method/conadv.gin"]
+
+
+def test_names_are_different_folders():
+    cells = [
+        Cell(scale, batch, row, seed, rate, epsilon, tau)
+        for scale, batch, row, seed, rate, epsilon, tau in itertools.product(
+            ("cifar10",), ("32k", "96k"), ("conadv", "paired"), (0, 1), (None, 1.0, 10.0), (None, 0.0, 4.0), (1, 2)
+        )
+    ]
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_cell_is_a_recipe_that_parses(scale):
+    spec = SCALES[scale]
+    for batch, row in itertools.product(spec.batches, spec.rows):
+        cell = Cell(scale, batch, row, 1, *(3.0, 2.0 if ROWS[row].is_adversarial else None))
+        configure.configure(cell.gin_files(), cell.gin_params())
+        assert configure.setting("train.seed") == 1
+        assert configure.setting("learning_rate.peak_learning_rate") == 3.0
+
+
+@pytest.mark.parametrize("scale", SMALL)
+def test_scale_models_make_as_many_updates_as_imagenet(scale):
+    for batch in SCALES[scale].batches:
+        configure.configure(Cell(scale, batch, "vanilla").gin_files(), [])
+        images, size = configure.setting("subset.train_images"), configure.setting("train.global_batch_size")
+        assert images // size == paper.IMAGENET_TRAIN // (1024 * int(batch.removesuffix("k")))
+        assert size % configure.setting("train.microbatch_size") == 0
