@@ -1,14 +1,22 @@
-"""Strict gin: every name, parameter, type and macro in the recipes must mean something (SPEC section 6)."""
+"""Strict gin: every name, parameter, type and macro in the recipes must mean something (SPEC section 6).
+
+A recipe says values and nothing else: what gin can do beyond that, import modules, call functions, bind in scopes, is
+refused, so that a recipe from a stranger runs no code of its own.
+"""
 
 import difflib
+import functools
 import inspect
+import math
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import gin
 from gin import config as gin_config
+from gin import config_parser
 
 from conadv_tf.errors import ConfigError
 
@@ -45,17 +53,20 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
       gin_params: bindings such as "attack.epsilon_pixels=4".
 
     Raises:
-      ConfigError: for a missing file, an unknown name, a misspelt parameter, a value of the wrong type or an
-        unused macro.
+      ConfigError: for a missing file, an unknown name, a misspelt parameter, a value of the wrong type, an unused
+        macro, or a statement that is no value.
     """
     gin.clear_config()
     # Files only: gin would also look for Python packages, and take a folder `data` here for one.
     gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
     gin_config._LOCATION_PREFIXES[:] = ["", recipe_folder()]
     for path in gin_files:
-        _parse(lambda path=path: gin.parse_config_file(path, skip_unknown=False), path)
+        _check_file(path, ())
+        _parse(functools.partial(gin.parse_config_file, path, skip_unknown=False), path)
     for binding in gin_params:
-        _parse(lambda binding=binding: gin.parse_config(binding, skip_unknown=False), f"--gin_param={binding!r}")
+        source = f"--gin_param={binding!r}"
+        _check_statements(binding, source, ())
+        _parse(functools.partial(gin.parse_config, binding, skip_unknown=False), source)
     _check_macros()
     _parse(gin.finalize, "the configuration")
     for name, function, parameter, value in _bindings():
@@ -127,13 +138,63 @@ def bindings_without_effect() -> list[str]:
     return [name for name in names if name not in read]
 
 
-def _parse(parse, source: str) -> None:
+def _check_file(path: str, including: tuple[str, ...]) -> None:
+    """`_check_statements` of a file, found as given or below gin/, and of what it includes."""
+    found = next((p for p in (path, os.path.join(recipe_folder(), path)) if os.path.isfile(p)), None)
+    if not found:
+        raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}")
+    if found in including:
+        raise ConfigError(f"{path} includes itself, through {including[-1]}: drop one of the includes")
     try:
-        parse()
-    except OSError as error:
-        missing = re.search(r"Unable to open file: (.*?)\. Searched", str(error))
-        path = missing.group(1) if missing else source
-        raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}") from error
+        with open(found) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text ({str(error).splitlines()[0]}): name a recipe") from error
+    _check_statements(text, path, (*including, found))
+
+
+def _check_statements(text: str, source: str, including: tuple[str, ...]) -> None:
+    """Raises ConfigError unless every statement includes a recipe, or binds a value to a name."""
+    delegate = gin_config.ParserDelegate(skip_unknown=False)
+    statements = _parse(lambda: list(config_parser.ConfigParser(text, delegate)), source)
+    for statement in statements:
+        if isinstance(statement, config_parser.IncludeStatement):
+            _check_file(statement.filename, including)
+        elif isinstance(statement, config_parser.ImportStatement):
+            raise ConfigError(f"{source}: import {statement.module}: recipes hold values and import nothing: drop it")
+        elif statement.scope:
+            scoped = f"{statement.scope}/{statement.selector}"
+            raise ConfigError(f"{source}: {scoped}: scopes mean nothing here: write {statement.selector}")
+        elif statement.selector.startswith("gin."):
+            raise ConfigError(f"{source}: {statement.selector} is gin's own, not a setting: drop it")
+        elif isinstance(statement, config_parser.BindingStatement):
+            name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
+            _check_value(name, statement.value, source)
+
+
+def _check_value(name: str, value, source: str) -> None:
+    """Raises ConfigError for a call of a function, and for numbers that are none."""
+    for part in _parts(value):
+        if isinstance(part, gin_config.ConfigurableReference) and part.selector != "gin.macro":
+            raise ConfigError(f"{source}: {name} = {part}: recipes hold values and call nothing: write the value")
+        if isinstance(part, complex) or (isinstance(part, float) and not math.isfinite(part)):
+            raise ConfigError(f"{source}: {name} = {part} is not a finite number: write one")
+
+
+def _parts(value) -> Iterator:
+    """A value, or what it is put together of."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def _parse(parse: Callable[[], Any], source: str) -> Any:
+    try:
+        return parse()
     except Exception as error:  # gin raises ValueError, TypeError, SyntaxError, RuntimeError and its own
         raise ConfigError(f"{source}: {_explanation(error)}") from error
 
@@ -150,7 +211,13 @@ def _explanation(error: Exception) -> str:
         return f"{cause}{where}: {_suggestion(unknown.group(1), _configurables())}"
     if misspelt:
         return f"{cause}{where}: {_suggestion(misspelt.group(2), _parameters(misspelt.group(1)))}"
-    if isinstance(error, SyntaxError):
+    undefined = re.search(r"No bindings specified for '([^']+)/gin.macro'", text)
+    if undefined:
+        return (
+            f"the macro %{undefined.group(1)} is not defined: write {undefined.group(1)} = value, or the value itself"
+        )
+    if isinstance(error, SyntaxError) or "malformed node" in cause:
+        cause = "a value is no number, text in quotes, list, True or None" if "malformed node" in cause else cause
         return f"{cause}{where}: write name.parameter = value, with quotes around text"
     return cause + where
 
@@ -204,7 +271,9 @@ def _check_type(name: str, function: typing.Callable, parameter: str, value) -> 
     expected = typing.get_type_hints(target).get(parameter)
     choices = typing.get_args(expected) or (expected,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in choices)
-    if expected is None or isinstance(value, gin_config.ConfigurableReference) or not all(map(inspect.isclass, kinds)):
+    if isinstance(value, gin_config.ConfigurableReference):  # a macro
+        value = gin.query_parameter(f"{value.scoped_selector}.value")
+    if expected is None or not all(map(inspect.isclass, kinds)):
         return
     accepted = kinds + ((int,) if float in kinds else ())
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
