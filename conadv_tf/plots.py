@@ -19,6 +19,7 @@ _STYLES = {
     ROWS["paired"].label: ("#2b6ca3", "D", "-"),
     ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
 }
+_OTHER = "#777777", "x", ":"
 _PANEL = 3.6, 3.1  # inches
 
 
@@ -58,9 +59,11 @@ def by_batch(table: Table, path: str, unit: str) -> None:
     pyplot, figure, axes = _figure(2)
     measured, said = axes[0]
     for line in table.lines:
-        colour, marker, dashes = _STYLES[line.label]
+        colour, marker, dashes = _STYLES.get(line.label, _OTHER)
         style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
         found = [column for column in table.columns if line.measured[column].values]
+        if not found:
+            continue
         values = [line.measured[column].values for column in found]
         means, spreads = list(map(statistics.mean, values)), [_deviation(each) for each in values]
         places = [paper.BATCHES.index(column) for column in found]
@@ -115,6 +118,8 @@ def gaps(table: Table, path: str) -> None:
             colour, marker, dashes = _STYLES[label]
             style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "capsize": 3}
             found = [column for column in table.columns if line.measured[column].values]
+            if not found:
+                continue
             values = [line.measured[column].values for column in found]
             places, means = [table.columns.index(c) for c in found], list(map(statistics.mean, values))
             axis.errorbar(places, means, list(map(_deviation, values)), label=label, **style)
@@ -130,7 +135,8 @@ def training_curves(table: Table, path: str, curves: Callable[[Group], list[list
     `curves`: the epochs of each run of a group (callbacks.Recorder); their mean is drawn.
     """
     found = {
-        column: {line.label: curves(line.measured[column].group) for line in table.lines} for column in table.columns
+        column: {line.label: curves(group) for line in table.lines if (group := line.measured[column].group)}
+        for column in table.columns
     }
     panels = {batch: {label: seeds for label, seeds in of.items() if seeds} for batch, of in found.items()}
     panels = {batch: of for batch, of in panels.items() if of}

@@ -20,7 +20,7 @@ from typing import Any
 # Before TensorFlow is imported: its start-up chatter would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from conadv_tf import jobs, paper, plots, run  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf import jobs, paper, plots, run, tpu_times  # noqa: F401  (run: registers what recipes configure)
 from conadv_tf.errors import ConfigError, DataError, RunError
 from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
 from conadv_tf.tables import Table, Tables
@@ -41,25 +41,19 @@ class Experiment:
     plot: Callable[[Table, str, Curves], None]
 
 
-def _by_batch(name: str, caption: str, key: str, said: dict, rows: Sequence[str], unit: str, digits: int = 2):
-    def table(tables: Tables) -> Table:
-        return tables.by_batch(name, f"{caption}, {unit}.", tables.rows(*rows), operator.itemgetter(key), said, digits)
-
-    return Experiment(table, lambda table, path, _: plots.by_batch(table, path, unit))
-
-
 def _accuracy(name: str, caption: str, said: dict, *rows: str) -> Experiment:
-    return _by_batch(name, f"{caption}. Test top-1", "test_top1", said, rows, "%")
+    def table(tables: Tables) -> Table:
+        value = operator.itemgetter("test_top1")
+        return tables.by_batch(name, f"{caption}. Test top-1, %.", tables.rows(*rows), value, said)
+
+    return Experiment(table, lambda table, path, _: plots.by_batch(table, path, "test top-1, %"))
 
 
 _ALONE = "vanilla", "aa", "disadv", "conadv", "paired"
-_SECONDS = "Table 3. Time of training, on the machine the runs were made on"
 EXPERIMENTS = {
     "table1": _accuracy("table1", "Table 1", paper.TOP1, *_ALONE),
     "table2": _accuracy("table2", "Table 2", paper.TOP1, "vanilla", "aa", "conadv_aa"),
-    "table3": _by_batch(
-        "table3", _SECONDS, "wall_seconds", paper.SECONDS, ("vanilla", "disadv", "conadv", "paired"), "s", digits=0
-    ),
+    "table3": Experiment(Tables.times, lambda table, path, _: plots.by_batch(table, path, "seconds of training")),
     "table4": Experiment(
         lambda tables: tables.gaps(tables.rows("vanilla", "conadv", "conadv_aa")),
         lambda table, path, _: plots.gaps(table, path),
@@ -135,7 +129,7 @@ class Reproduction:
         self._study = Study(arguments.seeds, self._folders.result, self._is_settled)
         batches = _chosen(arguments.batches, scale.batches, "--batches")
         rows = _chosen(arguments.rows, scale.rows, "--rows")
-        self._tables = Tables(self._scale, batches, rows, self._study, arguments.seeds, self._has_failed)
+        self._tables = Tables(self._scale, batches, rows, self._study, arguments.seeds, self._folder, self._has_failed)
         self._experiments = [EXPERIMENTS[name] for name in arguments.table + arguments.figure]
 
     def run(self) -> None:
@@ -147,6 +141,13 @@ class Reproduction:
         runner = jobs.Runner(self._folders, self._arguments.jobs, given, self._cost_left)
         self.failed = runner.failed
         runner.run(lambda: self._unsettled(guess=False))
+        if self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments:
+            self._estimate_times()
+
+    def _estimate_times(self) -> None:
+        for batch in self._tables.batches:
+            if batch in tpu_times.BATCHES and not tpu_times.seconds(self._folder, batch):
+                tpu_times.estimate(self._folder, batch)
 
     def show(self) -> None:
         """Prints every table, and writes it with its plot."""

@@ -8,7 +8,7 @@ import operator
 import statistics
 from collections.abc import Callable, Sequence
 
-from conadv_tf import paper
+from conadv_tf import paper, tpu_times
 from conadv_tf.study import ROWS, SCALES, Group, Study
 
 Value = Callable[[dict], float]
@@ -22,13 +22,13 @@ class Number:
     """An entry of a table: what was measured, of one seed each; none where nothing was.
 
     Attributes:
-      group: whose runs they are.
+      group: whose runs they are; None: it was not run.
       values: a measurement each.
       digits: after the point.
       failed: whether runs of the group failed.
     """
 
-    group: Group
+    group: Group | None
     values: tuple[float, ...]
     digits: int = 2
     failed: bool = False
@@ -39,7 +39,7 @@ class Number:
             return "failed" if self.failed else MISSING
         mean = f"{statistics.mean(self.values):.{self.digits}f}"
         if len(self.values) == 1:
-            return mean if seeds == 1 else f"{mean} (1)"
+            return mean if seeds == 1 or not self.group else f"{mean} (1)"
         spread = f"{statistics.stdev(self.values):.{self.digits}f}"
         return f"{mean} ± {spread}" + (f" ({len(self.values)})" if len(self.values) < seeds else "")
 
@@ -75,7 +75,8 @@ class Table:
     @property
     def groups(self) -> list[Group]:
         """Of which its numbers are."""
-        return [number.group for line in self.lines for number in line.measured.values()]
+        numbers = (number for line in self.lines for number in line.measured.values())
+        return [number.group for number in numbers if number.group]
 
     def markdown(self) -> str:
         """A row of what was measured, and below it one of what the paper reports, where it does."""
@@ -110,6 +111,7 @@ class Tables:
       rows: the methods to show, likewise.
       study: knows the results.
       seeds: runs of an entry.
+      folder: of the scale's results.
       failed: (group) → whether runs of it failed.
     """
 
@@ -120,9 +122,10 @@ class Tables:
         rows: Sequence[str],
         study: Study,
         seeds: int,
+        folder: str,
         failed: Callable[[Group], bool],
     ):
-        self._scale, self._study, self._seeds, self._failed = scale, study, seeds, failed
+        self._scale, self._study, self._seeds, self._folder, self._failed = scale, study, seeds, folder, failed
         self.batches = tuple(batch for batch in SCALES[scale].batches if batch in batches)
         self._rows = tuple(row for row in SCALES[scale].rows if row in rows)
 
@@ -167,6 +170,25 @@ class Tables:
                 lines.append(dataclasses.replace(table.lines[0], label=f"{ROWS[row].label}, {part}"))
         caption = "Table 4. Top-1, %, on all clean training images and all test images, and the gap in points."
         return Table("table4", f"{caption} {self.about()}", "batch", self.batches, tuple(lines), self._seeds)
+
+    def times(self) -> Table:
+        """Table 3: seconds of training; at the paper's own size also those estimated for its TPUs."""
+        rows = self.rows("vanilla", "disadv", "conadv", "paired")
+        caption = "Table 3. Seconds of training, on the machine the runs were made on."
+        table = self.by_batch("table3", caption, rows, operator.itemgetter("wall_seconds"), paper.SECONDS, digits=0)
+        if self._scale != "imagenet":
+            return table
+        estimated = {batch: tpu_times.seconds(self._folder, batch) for batch in self.batches}
+        lines = []
+        for name, label in tpu_times.LABELS.items():
+            known = {batch: (values[name],) if name in values else () for batch, values in estimated.items()}
+            numbers = {batch: Number(None, values, 0) for batch, values in known.items()}
+            lines.append(Line(f"{label}, estimate", numbers, {}))
+        about = (
+            f" Estimate: of the updates on TPU {tpu_times.GENERATION}, {tpu_times.IMAGES_PER_CORE} images a core, "
+            "by --preflight; nothing was measured for it."
+        )
+        return dataclasses.replace(table, caption=table.caption + about, lines=(*table.lines, *lines))
 
     def by_epsilon(self) -> Table:
         """Table 5: accuracy by perturbation."""
