@@ -3,7 +3,7 @@ BIN := .venv/bin
 # TensorFlow's start-up chatter hides what a user looks for.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test check install clean
+.PHONY: demo test torture check install clean
 
 # The smallest real run: digits at a batch of 7.67 % of the training set (96k on ImageNet), ConAdv.
 demo: .venv/installed
@@ -11,6 +11,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# Everything that `make test` runs a share of: mutated recipes, corrupted files.
+torture: .venv/installed-dev
+	CONADV_TORTURE=1 $(BIN)/python -m pytest tests/test_fuzz_config.py tests/test_fuzz_data.py
 
 # Style and types.
 check: .venv/installed-dev
