@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from conadv_tf.record_files import RecordFile
-from conadv_tf.records import Examiner, Schema, fail_unless
+from conadv_tf.records import Examiner, Schema, decode_image, fail_unless
 
 _READ_BYTES = 1 << 18  # of a single record: a photo and some
 NO_PLACE = -1
@@ -151,8 +151,8 @@ class Decoder:
 
 
 def _as_jpeg(encoded: tf.Tensor) -> tf.Tensor:
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    return tf.io.encode_jpeg(tf.ensure_shape(image, [None, None, 3]), quality=100, chroma_downsampling=False)
+    image = tf.ensure_shape(decode_image(encoded), [None, None, 3])
+    return tf.io.encode_jpeg(image, quality=100, chroma_downsampling=False)
 
 
 def count_bad(batches: tf.data.Dataset, examiner: Examiner) -> tf.data.Dataset:

@@ -136,6 +136,11 @@ def _of_file(path: tf.Tensor, compression: tf.Tensor) -> tf.data.Dataset:
     return opened.flat_map(lambda _: tf.data.TFRecordDataset(path, compression, buffer_size=_READ_BYTES))
 
 
+def decode_image(encoded: tf.Tensor) -> tf.Tensor:
+    """uint8 [H, W, 3] of a JPEG, PNG, BMP, WebP or the first picture of a GIF; fails at run time for what is none."""
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
 def wrong_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What is wrong with an image of shape (H, W, C) in memory where all have the expected one."""
     sizes = [f"{height}x{width}" for height, width, _ in (found, expected)]
@@ -200,7 +205,7 @@ class Examiner:
             return f"feature {image_feature if len(label) == 1 else label_feature} is missing"
         self.schema.check_label(label[0], path, record)
         try:
-            shape = tuple(tf.io.decode_jpeg(encoded[0], channels=3).shape)  # reads PNGs as well
+            shape = tuple(decode_image(encoded[0]).shape)
         except tf.errors.InvalidArgumentError:
             return "corrupt JPEG"
         if self.image_shape is None or self.image_shape in (_ANY_SHAPE, shape):
@@ -225,7 +230,7 @@ class Examiner:
 def _first_shape(examiner: Examiner) -> tuple[int, int, int]:
     payload = examiner.next_good(next(i for i, file in enumerate(examiner.files) if file.num_records), 0)
     encoded, _ = examiner.schema.parse(tf.constant(payload))
-    return tuple(tf.io.decode_jpeg(encoded, channels=3).shape)
+    return tuple(decode_image(encoded).shape)
 
 
 def _decoded(files: Sequence[RecordFile], schema: Schema, shape: tuple[int, int, int]) -> tf.data.Dataset:
@@ -233,7 +238,7 @@ def _decoded(files: Sequence[RecordFile], schema: Schema, shape: tuple[int, int,
 
     def decode(row: tf.Tensor, raw: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
         encoded, label = schema.parse(raw[0])
-        return row, tf.ensure_shape(tf.io.decode_jpeg(encoded, channels=3), shape), label
+        return row, tf.ensure_shape(decode_image(encoded), shape), label
 
     records = raw_records(files, tf.range(len(files), dtype=tf.int64)).enumerate()
     return records.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors().batch(512).prefetch(2)
@@ -271,7 +276,7 @@ def read_into_memory(
         file = int(np.searchsorted(first_row, row, side="right")) - 1
         if payload := examiner.payload_or_empty(file, int(row - first_row[file])):
             encoded, labels[row] = schema.parse(tf.constant(payload))
-            images[row], good[row] = tf.io.decode_jpeg(encoded, channels=3).numpy(), True
+            images[row], good[row] = decode_image(encoded).numpy(), True
     if not good.any():
         raise DataError(f"{files[0].path} and the files like it hold no good record: fetch them again")
     return images[good], labels[good]

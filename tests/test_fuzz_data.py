@@ -63,7 +63,7 @@ def label_of(payload: bytes | None) -> int | None:
     """The label of a good record; None for a bad one."""
     try:
         feature = tf.train.Example.FromString(payload).features.feature
-        image = tf.io.decode_jpeg(feature["image/encoded"].bytes_list.value[0], channels=3)
+        image = tf.io.decode_image(feature["image/encoded"].bytes_list.value[0], 3, expand_animations=False)
         (label,) = feature["image/class/label"].int64_list.value
     except Exception:  # of whatever kind: it is no record
         return None
@@ -121,7 +121,7 @@ def flip_image(draw: random.Random, path: Path, record: int) -> None:
 
 def other_format(draw: random.Random, path: Path, record: int) -> None:
     picture, file = np.full((32, 32, 3), 77, np.uint8), io.BytesIO()
-    Image.fromarray(picture).save(file, draw.choice(("TIFF", "WEBP")))
+    Image.fromarray(picture).save(file, draw.choice(("TIFF", "PPM", "PNG", "BMP", "GIF")))
     replaced(path, record, example_bytes(file.getvalue(), image_of(path, record)[1]))
 
 
