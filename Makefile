@@ -3,7 +3,7 @@ BIN := .venv/bin
 # TensorFlow's start-up chatter hides what a user looks for.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test torture check install clean
+.PHONY: demo test torture check install lock clean
 
 # The smallest real run: digits at a batch of 7.67 % of the training set (96k on ImageNet), ConAdv.
 demo: .venv/installed
@@ -29,9 +29,18 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+# The environment that is tested: these versions, and no file but those whose hashes these are.
+.venv/installed-dev: setup.cfg pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch .venv/installed $@
+
+# After a change of the requirements in setup.cfg; what it does not touch keeps its version. For Python 3.11 and later.
+lock: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--extra dev setup.cfg --output-file requirements.lock
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -5,6 +5,7 @@ streamed like other TFRecords: a record is a tf.train.Example that has the featu
 """
 
 import difflib
+import re
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +16,7 @@ from conadv_tf.errors import ConfigError, DataError
 
 _IMAGE, _LABEL = "image", "label"
 _TEST_SPLITS = "validation", "test"
+_NAMESPACE = re.compile(r"[^/:]*:(?!\d|\*)")  # before a name, not between a name and its version
 
 
 def _first_line(error: BaseException) -> str:
@@ -22,6 +24,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _builder(tfds_name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    if _NAMESPACE.match(tfds_name):
+        raise ConfigError(
+            f"data.tfds_name={tfds_name!r} is looked up in a namespace on the network: prepare it with TFDS in "
+            "--data_dir, and give its name without the namespace"
+        )
     try:
         return tfds.builder(tfds_name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:

@@ -189,6 +189,7 @@ def test_a_set_that_is_not_prepared_says_how(tmp_path):
         ({"tfds_name": "tiny_photos/cubic"}, "data.tfds_name='tiny_photos/cubic'.*cubic"),
         ({"tfds_name": "tiny_photos/square:9.9.9"}, "9.9.9"),
         ({"tfds_name": "tiny photos"}, "data.tfds_name='tiny photos'"),
+        ({"tfds_name": "huggingface:mnist"}, "data.tfds_name='huggingface:mnist'.*network"),
         ({"tfds_name": "tiny_photos/unlabelled"}, "label"),
         ({"tfds_name": "glue"}, "image"),
         ({"num_classes": 4}, "data.num_classes=4.*3"),
