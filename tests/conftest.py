@@ -22,3 +22,11 @@ def _no_state_between_tests():
     gin.clear_config()
     yield
     gin.clear_config()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the tests marked torture to `make torture`: further cases of what others test already, or long runs."""
+    if not os.environ.get("CONADV_TORTURE"):
+        left = [item for item in items if item.get_closest_marker("torture")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]

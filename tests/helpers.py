@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import os
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from conadv_tf import attack, lars, methods, resnet, trainer
 
+TORTURE = bool(os.environ.get("CONADV_TORTURE"))
 BRANCHES = ("main", "adversarial")
 SHAPES = {"digits_resnet": (8, 8, 1), "cifar_resnet8": (8, 8, 3)}
 
@@ -81,6 +84,16 @@ def named_variables(network: resnet.ResNet) -> dict[str, tf.Variable]:
             named[f"{name}/{branch}/moving_mean"] = norm.moving_means[branch]
             named[f"{name}/{branch}/moving_variance"] = norm.moving_variances[branch]
     return named
+
+
+def some_of(cases, *kept) -> list:
+    """For pytest.mark.parametrize: `kept` in every run of the tests, the other cases by `make torture`."""
+    assert set(kept) <= set(cases)
+    return [case if case in kept else _only_by_torture(case) for case in cases]
+
+
+def _only_by_torture(case):
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.torture)
 
 
 def random_batches(count: int, rows: int, architecture: str = "digits_resnet", seed: int = 0):

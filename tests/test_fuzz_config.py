@@ -3,19 +3,19 @@
 CONADV_TORTURE=1 (`make torture`) draws all of them, `make test` a share. Every case is drawn from its number alone.
 """
 
-import os
 import random
 import string
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from helpers import TORTURE
 
 from conadv_tf import configure, run
 from conadv_tf.errors import ConfigError, DataError
 
 GIN = Path(configure.recipe_folder())
-CASES = 320 if os.environ.get("CONADV_TORTURE") else 80
+CASES = 320 if TORTURE else 80
 BATCH = 20  # cases a test
 RECIPES = ("digits_conadv.gin", "scale/digits/96k.gin", "method/conadv.gin", "method/disadv.gin", "data/digits.gin")
 VALUES = (

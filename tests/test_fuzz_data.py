@@ -5,7 +5,6 @@ CONADV_TORTURE=1 (`make torture`) makes all of them, `make test` a share. Every 
 """
 
 import io
-import os
 import random
 import struct
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import TORTURE
 from PIL import Image
 from record_data import FOLDER, example_bytes, load, needs_files, payloads, stream, write
 
-CASES = 220 if os.environ.get("CONADV_TORTURE") else 44
+CASES = 220 if TORTURE else 22
 BATCH = 11  # cases a test
 FILES, RECORDS = 3, 6
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from helpers import some_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "conadv_colab.ipynb"
 EPOCHS = 10
 # 360 test images, ten classes: guessing gives 10 %, a perceptron about 90 %.
 LEAST_TOP1 = 93
+LAYOUTS = [("auto", "1 replica"), ("mirrored", "2 replicas")]
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_notebook_is_valid_and_stored_without_results():
     assert not [cell.id for cell in notebook.cells if cell.cell_type == "markdown" and results.search(cell.source)]
 
 
-@pytest.mark.parametrize(("strategy", "replicas"), [("auto", "1 replica"), ("mirrored", "2 replicas")])
+@pytest.mark.parametrize(("strategy", "replicas"), some_of(LAYOUTS, LAYOUTS[0]))
 def test_notebook_runs_from_end_to_end(strategy, replicas, folder, monkeypatch):
     monkeypatch.setenv("CONADV_STRATEGY", strategy)
     notebook, runs = executed(folder)

@@ -13,10 +13,12 @@ from collections import defaultdict
 
 import pytest
 from google.protobuf import text_format
+from helpers import some_of
 from tensorflow.core.framework import graph_pb2
 
 WRITES = ("AssignVariableOp", "AssignSubVariableOp", "AssignAddVariableOp")
 PASSED_ON = ("Identity", "Enter", "Switch", "Merge")
+SETTINGS = ["disadv 1 1", "conadv 2 1", "disadv 1 2"]  # method, micro-batches, replicas
 STEP = """
 import sys
 from helpers import fit, make_model, mirrored, random_batches
@@ -28,9 +30,9 @@ fit(model, images, labels, 1)
 """
 
 
-@pytest.mark.parametrize("setting", [("disadv", 1, 1), ("conadv", 2, 1), ("disadv", 1, 2)], ids=str)
+@pytest.mark.parametrize("setting", some_of(SETTINGS, "disadv 1 2"))
 def test_the_optimized_program_keeps_every_reading_before_the_writing(tmp_path, setting):
-    names = tuple(map(str, setting))
+    names = setting.split()
     environment = {**os.environ, "TF_CPP_VMODULE": "meta_optimizer=4", "TF_DUMP_GRAPH_PREFIX": str(tmp_path)}
     folder = pathlib.Path(__file__).parent
     command = [sys.executable, "-c", f"import conftest\n{STEP}", *names]

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import assert_close, fit, make_model, named_variables, random_batches, snapshot
+from helpers import assert_close, fit, make_model, named_variables, random_batches, snapshot, some_of
 
 from conadv_tf import lars, methods, schedule, step_program
 from conadv_tf.attack import Attack
@@ -72,7 +72,7 @@ CASES = {
 
 
 @needs_jax
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_of(CASES, "shadow", "phased"))
 def test_jax_trains_as_keras_does(name, tmp_path):
     """Weights, BN statistics, momentum and shadow copies after several updates, mean loss, and exact top-1."""
     make, microbatches = CASES[name]

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from absl import flags as flags_module
 from absl.testing import flagsaver
+from helpers import some_of
 from sample_data import FOLDER
 
 from conadv_tf import cli, tpu_compiler
@@ -161,7 +162,7 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("case", KILLED)
+@pytest.mark.parametrize("case", some_of(KILLED, "conadv", "phased, odd"))
 def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path):
     flags = [*SHORT, *(f"--gin_param={binding}" for binding in KILLED[case])]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -410,7 +411,7 @@ def workers(*flags: str) -> list[subprocess.Popen]:
     ]
 
 
-@pytest.mark.parametrize("rows", [54, 27])
+@pytest.mark.parametrize("rows", some_of([54, 27], 27))
 def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
     """With one and with two micro-batches a worker; the first worker alone keeps the files."""
     layout = ["--gin_param=train.global_batch_size=108", f"--gin_param=train.microbatch_size={rows}"]
