@@ -1,18 +1,20 @@
 """What a run shows and keeps while it trains: progress bar, metrics.jsonl, TensorBoard, checkpoints."""
 
-import math
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 import tqdm
+from absl import logging
 
-from conadv_tf.checkpoint import Checkpoints
-from conadv_tf.errors import RunError
+from conadv_tf import divergence
+from conadv_tf.checkpoint import Checkpoints, EpochSoFar
 from conadv_tf.plan import Plan
-from conadv_tf.report import RunFolder
+from conadv_tf.preemption import Request
+from conadv_tf.report import RunFolder, one_line
 from conadv_tf.split_batchnorm import SplitBatchNormalization
 
 # Seconds between two refreshes of the progress bar, each of which waits for the device.
@@ -25,13 +27,14 @@ class Throughput(tf_keras.callbacks.Callback):
     """Adds `seconds`, `images_per_second` and `input_wait_share` to the logs of an epoch; goes before the others.
 
     The first call of a program compiles it and counts for `seconds` alone. Evaluation and saving do not count.
+    `earlier_seconds` are those that the first epoch took before this process went on with it.
     """
 
     _supports_tf_logs = True  # keeps Keras from waiting for the device after every call
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, earlier_seconds: float = 0.0):
         super().__init__()
-        self._plan = plan
+        self._plan, self._earlier = plan, earlier_seconds
         self._compiled = False
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
@@ -43,7 +46,10 @@ class Throughput(tf_keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs=None) -> None:
         self._end, self._last_step = time.perf_counter(), batch + 1
         if self._compiled:
-            self._waited += logs["input_wait_seconds"]
+            # TensorFlow's clock is the wall clock: a wait that saw it jump, back or beyond the epoch, is left out.
+            waited = logs["input_wait_seconds"]
+            possible = (waited >= 0.0) & (waited <= self._end - self._measured_from)
+            self._waited += tf.where(possible, waited, tf.zeros_like(waited))
         else:
             self._compiled, self._measured_from, self._first_step = True, self._end, batch + 1
 
@@ -53,59 +59,66 @@ class Throughput(tf_keras.callbacks.Callback):
         images = (self._last_step - self._first_step) * self._plan.global_batch_size
         return (images / seconds, float(self._waited) / seconds) if images and seconds else (0.0, 0.0)
 
+    def seconds(self) -> float:
+        """Of the training of this epoch so far."""
+        return self._earlier + self._end - self._begin
+
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         logs.pop("input_wait_seconds", None)
         logs["images_per_second"], logs["input_wait_share"] = self.current()
-        logs["seconds"] = self._end - self._begin
+        logs["seconds"] = self.seconds()
+        self._earlier = 0.0
 
 
-class StopIfNotFinite(tf_keras.callbacks.Callback):
-    """Ends a run whose loss is not finite before its epoch is evaluated, recorded or saved.
+class GoOn(tf_keras.callbacks.Callback):
+    """Lets fit begin within its first epoch, after `updates` of it, whose metrics are in `so_far`."""
 
-    Raises:
-      RunError: from within fit; the last checkpoint stays the last good one.
-    """
-
-    _supports_tf_logs = True
-
-    def __init__(self):
+    def __init__(self, updates: int, so_far: EpochSoFar):
         super().__init__()
-        self._checked = time.perf_counter()
+        self._updates, self._so_far = updates, so_far
+
+    def on_train_begin(self, logs=None) -> None:
+        # What Keras' own callbacks for preempted runs use; it is asked where to begin.
+        self.model._training_state = self
+
+    def maybe_load_initial_counters_from_ckpt(self, steps_per_epoch: int, initial_epoch: int, mode) -> tuple[int, int]:
+        return initial_epoch, self._updates
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
-        self._epoch = epoch
-
-    def on_train_batch_end(self, batch: int, logs=None) -> None:
-        if time.perf_counter() - self._checked > REFRESH_SECONDS:
-            self._checked = time.perf_counter()
-            self._check(logs)
-
-    def on_epoch_end(self, epoch: int, logs=None) -> None:
-        self._check(logs)
-
-    def _check(self, logs: dict) -> None:
-        # A mean over the epoch so far, so what was not finite once still shows.
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} in epoch {self._epoch + 1}, learning rate {float(logs['learning_rate']):.3g}: "
-                "lower learning_rate.peak_learning_rate or lengthen learning_rate.warmup_epochs, in a new --model_dir"
-            )
+        if self.model._training_state is self:
+            self.model._training_state = None
+            for variable, value in zip(self.model.metrics[0].variables, self._so_far.means, strict=True):
+                variable.assign(value)  # fit has just set them to 0
 
 
 class Evaluation(tf_keras.callbacks.Callback):
-    """Adds the test results to the logs of every n-th epoch and the last, as val_loss, val_top1, val_top5.
+    """Adds the test results to the logs of the epochs they are `due`, as val_loss, val_top1, val_top5.
 
     Not fit's `validation_data`, which would keep one iterator of a distributed data set for all epochs.
     """
 
-    def __init__(self, evaluate: Callable[[], dict[str, float]], every_epochs: int, epochs: int):
+    def __init__(self, evaluate: Callable[[], dict[str, float]], due: Callable[[int], bool]):
         super().__init__()
-        self._evaluate, self._every, self._epochs = evaluate, every_epochs, epochs
+        self._evaluate, self._due = evaluate, due
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
-        if (epoch + 1) % self._every == 0 or epoch + 1 == self._epochs:
+        if self._due(epoch):
             logs.update({f"val_{name}": value for name, value in self._evaluate().items()})
+
+
+class EndEarly(tf_keras.callbacks.Callback):
+    """Cuts an evaluation short once the process has been told to end. Raises Cut from within evaluate."""
+
+    class Cut(Exception):  # noqa: N818
+        """Not an error."""
+
+    def __init__(self, request: Request):
+        super().__init__()
+        self._request = request
+
+    def on_test_batch_begin(self, batch: int, logs=None) -> None:
+        if self._request:
+            raise self.Cut
 
 
 class ProgressBar(tf_keras.callbacks.Callback):
@@ -113,13 +126,13 @@ class ProgressBar(tf_keras.callbacks.Callback):
 
     _supports_tf_logs = True
 
-    def __init__(self, plan: Plan, recipe: str, throughput: Throughput, first_epoch: int):
+    def __init__(self, plan: Plan, recipe: str, throughput: Throughput, first_update: int):
         super().__init__()
-        self._plan, self._throughput, self._first_epoch = plan, throughput, first_epoch
+        self._plan, self._throughput, self._epochs_before = plan, throughput, first_update / plan.steps_per_epoch
         self._began = time.perf_counter()
         self._bar = tqdm.tqdm(
             total=plan.total_steps,
-            initial=first_epoch * plan.steps_per_epoch,
+            initial=first_update,
             desc=recipe,
             unit="update",
             mininterval=REFRESH_SECONDS,
@@ -156,7 +169,7 @@ class ProgressBar(tf_keras.callbacks.Callback):
         self._bar.close()
 
     def _line(self, epoch: int, logs: dict) -> str:
-        seconds_per_epoch = (time.perf_counter() - self._began) / (epoch + 1 - self._first_epoch)
+        seconds_per_epoch = (time.perf_counter() - self._began) / (epoch + 1 - self._epochs_before)
         remaining = (self._plan.epochs - epoch - 1) * seconds_per_epoch
         return (
             f"epoch {epoch + 1}/{self._plan.epochs}  loss {logs['loss']:.4f}  "
@@ -166,24 +179,64 @@ class ProgressBar(tf_keras.callbacks.Callback):
 
 
 class Recorder(tf_keras.callbacks.Callback):
-    """Keeps metrics.jsonl and checkpoints.
+    """Keeps metrics.jsonl and checkpoints; ends a run that has been told to end.
 
     A line an epoch: epoch (from 1), step (updates made), and the epoch's logs, test results as test_loss,
     test_top1, test_top5 (shares in [0, 1]). The line is written before the checkpoint; lines after the
-    checkpoint that a run resumes from are dropped, so none is missing or twice.
+    checkpoint that a run resumes from are dropped, so none is missing or twice. An epoch that was interrupted has
+    the line of one that was not, over all its updates, but for the speed: `seconds` are the sum over the processes,
+    images_per_second and input_wait_share those of the last one.
+
+    Args:
+      plan, folder, checkpoints, throughput: of the run.
+      every_epochs, every_steps: epochs between two checkpoints, and updates; 0: none within an epoch.
+      first_epoch: the one that this fit begins with or within.
+      request: for the run to end; it does so after the present call, saved.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, checkpoints: Checkpoints, every_epochs: int, first_epoch: int):
+    _supports_tf_logs = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        throughput: Throughput,
+        every_epochs: int,
+        every_steps: int,
+        first_epoch: int,
+        request: Request,
+    ):
         super().__init__()
-        self._plan, self._folder, self._checkpoints, self._every = plan, folder, checkpoints, every_epochs
+        self._plan, self._folder, self._checkpoints, self._throughput = plan, folder, checkpoints, throughput
+        self._every_epochs, self._every_steps, self._request = every_epochs, every_steps, request
         self._epochs = folder.read_metrics()[:first_epoch]
+
+    def on_epoch_begin(self, epoch: int, logs=None) -> None:
+        self._before = epoch * self._plan.steps_per_epoch
+        self._saved = self._before
+
+    def on_train_batch_end(self, batch: int, logs=None) -> None:
+        made = self._before + batch + 1
+        due = self._every_steps and made // self._every_steps > self._saved // self._every_steps
+        if batch + 1 == self._plan.steps_per_epoch or not (due or self._request):
+            return  # of the last update the epoch's end takes care
+        divergence.check(self.model, logs, made // self._plan.steps_per_epoch)
+        self._saved = made
+        if self._folder.writes:
+            self._end_if_told(self._checkpoints.save(self._throughput.seconds()))
+
+    def _end_if_told(self, path: str) -> None:
+        if self._request:
+            self._request.end(path)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}
         self._epochs.append({"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **values})
         self._folder.write_metrics(self._epochs)
-        if self._folder.writes and ((epoch + 1) % self._every == 0 or epoch + 1 == self._plan.epochs):
-            self._checkpoints.save()
+        due = (epoch + 1) % self._every_epochs == 0 or epoch + 1 == self._plan.epochs
+        if self._folder.writes and (due or self._request):
+            self._end_if_told(self._checkpoints.save())
 
 
 def recorded(value: float) -> float:
@@ -193,6 +246,8 @@ def recorded(value: float) -> float:
 
 class TensorBoard(tf_keras.callbacks.Callback):
     """Scalars, histograms of γ of each BN set and a panel clean | perturbation | adversarial, by update.
+
+    Training goes on without them, after one warning, where they cannot be written.
 
     Args:
       folder: of the run; events go to its `tensorboard`.
@@ -232,20 +287,37 @@ class TensorBoard(tf_keras.callbacks.Callback):
     def __init__(self, folder: RunFolder, plan: Plan, examples: tuple[np.ndarray, np.ndarray] | None):
         super().__init__()
         self._plan, self._examples = plan, examples
-        self._writer = tf.summary.create_file_writer(folder.file("tensorboard"))
+        self._directory = folder.file("tensorboard")
+        self._writer: tf.summary.SummaryWriter | None = None
+        with self._given_up_where_it_fails():
+            self._writer = tf.summary.create_file_writer(self._directory)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
+        if self._writer is None:
+            return
         step = (epoch + 1) * self._plan.steps_per_epoch
         # Panels are large beside scalars: about ten of them tell the story.
         draw = (epoch + 1) % max(1, self._plan.epochs // 10) == 0
-        with self._writer.as_default(step=step):
+        panel = self._panel() if draw else None
+        with self._given_up_where_it_fails(), self._writer.as_default(step=step):
             for name, tag in self.GROUPS.items():
                 if name in logs:
                     tf.summary.scalar(tag, logs[name])
             self._write_gammas()
-            if draw and self._examples is not None and self.model.method.attack is not None:
-                self._write_panel(*self._examples)
-        self._writer.flush()
+            if panel:
+                self._write_panel(*panel)
+            self._writer.flush()
+            if not tf.io.gfile.isdir(self._directory):  # which TensorFlow's writer does not mind
+                raise FileNotFoundError("it is gone")
+
+    @contextlib.contextmanager
+    def _given_up_where_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except (tf.errors.OpError, OSError) as error:
+            self._writer = None
+            why = one_line(error)
+            logging.warning("%s cannot be written (%s): training goes on without TensorBoard", self._directory, why)
 
     def _write_gammas(self) -> None:
         layers = [m for m in self.model.network.submodules if isinstance(m, SplitBatchNormalization)]
@@ -253,9 +325,13 @@ class TensorBoard(tf_keras.callbacks.Callback):
             values = np.concatenate([layer.gammas[branch].numpy() for layer in layers])
             tf.summary.histogram(f"gamma/{branch}", values)
 
-    def _write_panel(self, images: np.ndarray, labels: np.ndarray) -> None:
-        adversarial = self.model.adversarial_examples(images, labels).numpy()
-        factor, panel = attack_panel(images, adversarial)
+    def _panel(self) -> tuple[float, np.ndarray] | None:
+        if self._examples is None or self.model.method.attack is None:
+            return None
+        images, labels = self._examples
+        return attack_panel(images, self.model.adversarial_examples(images, labels).numpy())
+
+    def _write_panel(self, factor: float, panel: np.ndarray) -> None:
         tf.summary.image(
             "conadv/panel",
             panel[None],

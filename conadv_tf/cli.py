@@ -1,6 +1,7 @@
 """The command line: flags → gin → one run. The only module that reads flags (SPEC section 6)."""
 
 import os
+import signal
 import sys
 import traceback
 
@@ -10,8 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 from absl import app, flags, logging
 
-from conadv_tf import configure, distribute, preflight, records, report, run
-from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf import configure, describe, distribute, preemption, preflight, records, report, run
+from conadv_tf.errors import ConfigError, DataError, Preempted, RunError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A recipe, as given or below gin/; repeatable, later over earlier.")
@@ -25,6 +26,7 @@ flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and i
 
 def main() -> None:
     """Entry point of `python train.py` and `conadv-train`."""
+    signal.signal(signal.SIGTERM, preemption.end_at_once)
     app.run(_main, flags_parser=_parse_flags)
 
 
@@ -49,6 +51,9 @@ def _main(_: list[str]) -> None:
         if translated is None:
             raise
         _fail(translated)
+    except Preempted as stop:
+        print(f"\npreempted: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -70,7 +75,7 @@ def _train() -> None:
         return
     built = run.build(recipe, distribute.make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
-    print(run.describe(built), flush=True)
+    print(describe.arithmetic(built), flush=True)
     print(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
 
 
@@ -84,7 +89,7 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
     )
     built = run.build(recipe, strategy, FLAGS.data_dir, distribute.replicas_of(FLAGS.tpu, strategy))
     _check_effect()
-    print(run.describe(built), flush=True)
+    print(describe.arithmetic(built), flush=True)
     print(preflight.report(built, FLAGS.tpu, FLAGS.model_dir))
 
 

@@ -29,10 +29,13 @@ DEFAULT_RECIPE = "digits_conadv.gin"
 EXECUTION_SETTINGS = (
     "data.cache",
     "data.service",
+    "divergence.peak_factor",
+    "divergence.retries",
     "mirrored.logical_cpus",
     "monitor.every_epochs",
     "monitor.images",
     "train.checkpoint_every_epochs",
+    "train.checkpoint_every_steps",
     "train.evaluate_every_epochs",
     "train.steps_per_execution",
 )

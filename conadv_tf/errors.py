@@ -20,3 +20,9 @@ class RunError(RuntimeError):
     """A run that cannot start, continue or be saved. Exit code 1."""
 
     exit_code = 1
+
+
+class Preempted(RuntimeError):  # noqa: N818 (nothing went wrong)
+    """A run that SIGTERM ended, whole: the same command goes on. Exit code 75, EX_TEMPFAIL: try again later."""
+
+    exit_code = 75

@@ -43,6 +43,17 @@ class LARS(tfm_lars.LARS):
             name=name,
             **kwargs,
         )
+        self._applies: tf.Tensor | None = None
+
+    def apply_if(self, condition: tf.Tensor, grads_and_vars) -> None:
+        """Applies gradients that are summed over replicas; where `condition`, a bool scalar, is false, nothing changes.
+
+        Runs in a replica, under a condition that all replicas share.
+        """
+        self._applies = condition
+        self.apply_gradients(grads_and_vars, experimental_aggregate_gradients=False)
+        self._applies = None
+        self.iterations.assign_sub(1 - tf.cast(condition, self.iterations.dtype))
 
     def _resource_apply_dense(self, grad, param, apply_state=None):
         # The signature is tf_keras' legacy optimizer's; it runs once per variable and replica.
@@ -53,7 +64,12 @@ class LARS(tfm_lars.LARS):
         ratio = self.trust_ratio(weights, grad)
         decayed = grad + self.weight_decay_rate * weights if is_adapted(weights) else grad
         next_velocity = self.momentum * velocity + coefficients["lr_t"] * ratio * decayed
-        return tf.group(velocity.assign(next_velocity), param.assign(weights - next_velocity))
+        next_weights = weights - next_velocity
+        if self._applies is not None:
+            # Not tf.cond: within the update of a variable it would keep XLA from fusing it.
+            next_velocity = tf.where(self._applies, next_velocity, velocity)
+            next_weights = tf.where(self._applies, next_weights, weights)
+        return tf.group(velocity.assign(next_velocity), param.assign(next_weights))
 
     def trust_ratio(self, weights: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """λ of one variable, float32 scalar; 1 for variables that are not adapted."""

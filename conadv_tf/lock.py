@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from typing import TextIO
 
 try:
     import fcntl
@@ -22,23 +23,32 @@ def held(folder: str) -> Iterator[None]:
     The kernel keeps it, for the open file: it is free as soon as the process is gone, killed or not.
 
     Raises:
-      RunError: if another process holds it.
+      RunError: if another process holds it, or its file cannot be opened.
     """
     if fcntl is None or "://" in folder:
         yield
         return
-    # Append: a process that finds it locked must not wipe out who holds it.
-    with open(os.path.join(folder, _FILE), "a+") as file:
+    with _opened(os.path.join(folder, _FILE)) as file:
         if not _taken(file):
             file.seek(0)
             raise RunError(
                 f"--model_dir={folder} is in use by {file.read().strip() or 'another process'}: wait for it, stop it, "
                 "or pass another --model_dir"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _opened(path: str) -> TextIO:
+    try:
+        # Append: a process that finds it locked must not wipe out who holds it.
+        return open(path, "a+")
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be opened ({error.strerror}): remove it, or choose a folder you may write"
+        ) from error
 
 
 def is_held(folder: str) -> bool:

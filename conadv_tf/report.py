@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,21 +18,27 @@ from conadv_tf.version import __version__
 class RunFolder:
     """`model_dir`: local or gs://. Every text file is replaced whole, never half written.
 
-    Args:
-      path: of the folder, which is made.
-      writes: False for a worker beside the chief: it reads, and its writes are dropped.
+    Reading raises RunError for a file that is damaged.
 
-    Raises:
-      RunError: if the folder cannot be made or written.
+    Args:
+      path: of the folder.
+      writes: False for a worker beside the chief: it reads, and its writes are dropped.
     """
 
     def __init__(self, path: str, writes: bool = True):
         self.path, self.writes = path, writes
-        if not writes:
+
+    def make(self) -> None:
+        """Makes the folder, where there is none.
+
+        Raises:
+          RunError: if it cannot be made or written.
+        """
+        if not self.writes:
             return
         with contextlib.suppress(tf.errors.OpError, OSError):
-            tf.io.gfile.makedirs(path)  # what goes wrong here, writing says
-        self._write(".writable", "")
+            tf.io.gfile.makedirs(self.path)  # what goes wrong here, writing says
+        self._write(".writable", "yes\n")  # something, of which a full disk has no place
         tf.io.gfile.remove(self.file(".writable"))
 
     def file(self, name: str) -> str:
@@ -45,24 +53,44 @@ class RunFolder:
 
     def read_result(self) -> dict | None:
         """The result of a finished run; None if it has not finished."""
-        text = self._read("result.json")
-        return json.loads(text) if text else None
+        return self._parsed("result.json", json.loads)
 
     def write_result(self, result: dict) -> None:
         self._write("result.json", json.dumps(result, indent=2) + "\n")
 
+    def read_divergences(self) -> list[dict]:
+        """The updates that were not finite and were gone back from, in their order; see `run.train`."""
+        return self._parsed("divergences.json", json.loads) or []
+
+    def write_divergences(self, divergences: list[dict]) -> None:
+        self._write("divergences.json", json.dumps(divergences, indent=2) + "\n")
+
     def read_metrics(self) -> list[dict]:
         """One dict an epoch; see `Recorder`."""
-        return [json.loads(line) for line in (self._read("metrics.jsonl") or "").splitlines()]
+        return self._parsed("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
 
     def write_metrics(self, epochs: list[dict]) -> None:
         self._write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """What a file holds; None where there is none, or an empty one."""
+        text = self._read(name)
+        try:
+            return parse(text) if text else None
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+
     def _read(self, name: str) -> str | None:
         if not tf.io.gfile.exists(self.file(name)):
             return None
-        with tf.io.gfile.GFile(self.file(name)) as file:
-            return file.read()
+        try:
+            with tf.io.gfile.GFile(self.file(name)) as file:
+                return file.read()
+        except (UnicodeDecodeError, tf.errors.OpError) as error:
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> RunError:
+        return RunError(f"{self.file(name)} is damaged ({one_line(error)}): bring it back, or pass another --model_dir")
 
     def _write(self, name: str, text: str) -> None:
         if not self.writes:
@@ -73,10 +101,15 @@ class RunFolder:
                 file.write(text)
             tf.io.gfile.rename(partial, self.file(name), overwrite=True)
         except (tf.errors.OpError, OSError) as error:
-            cause = " ".join(str(error).split())[:200]
             raise RunError(
-                f"--model_dir={self.path} cannot be written ({cause}): choose a folder you may write"
+                f"--model_dir={self.path} cannot be written ({one_line(error)}): make room, or choose a folder you may "
+                "write"
             ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The cause that an error tells, for a line of our own."""
+    return " ".join(str(error).split())[:200]
 
 
 def evaluation_result(splits: dict[str, dict[str, float]]) -> dict[str, float]:

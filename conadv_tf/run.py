@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import gin
-import numpy as np
 import tensorflow as tf
+import tf_keras
+from absl import logging
 
 from conadv_tf import (
     callbacks,
@@ -13,10 +15,12 @@ from conadv_tf import (
     configure,
     data_service,
     distribute,
+    divergence,
     lock,
     methods,
     monitor,
     pipeline,
+    preemption,
     report,
 )
 from conadv_tf import data as data_module
@@ -25,7 +29,6 @@ from conadv_tf.lars import OPTIMIZERS
 from conadv_tf.plan import Plan, check_batch_norm_groups, make_plan
 from conadv_tf.resnet import ResNet
 from conadv_tf.schedule import warmup_poly_decay
-from conadv_tf.shadows import leaf_variables
 from conadv_tf.trainer import ConAdvModel
 
 PRECISIONS = ("float32", "mixed_bfloat16")
@@ -50,6 +53,8 @@ class Settings:
       jit_compile: XLA off a TPU as well; a TPU always compiles.
       steps_per_execution: updates made without returning to Python; 0: an epoch's on a TPU, one elsewhere.
       evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
+      checkpoint_every_steps: updates between checkpoints within an epoch, for long ones; 0: none. Where
+        steps_per_execution updates are one call, after the call.
     """
 
     global_batch_size: int = 0
@@ -64,6 +69,7 @@ class Settings:
     steps_per_execution: int = 0
     evaluate_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
+    checkpoint_every_steps: int = 0
 
     def __post_init__(self):
         for name, choices in (
@@ -77,11 +83,16 @@ class Settings:
             ("steps_per_execution", 0),
             ("evaluate_every_epochs", 1),
             ("checkpoint_every_epochs", 1),
+            ("checkpoint_every_steps", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.seed < 2**20:
             raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
+
+    def evaluation_is_due(self, epoch: int) -> bool:
+        """Whether the test images are evaluated after an epoch (from 0)."""
+        return (epoch + 1) % self.evaluate_every_epochs == 0 or epoch + 1 == self.epochs
 
 
 @dataclasses.dataclass
@@ -95,6 +106,7 @@ class Run:
     plan: Plan
     model: ConAdvModel
     monitor: monitor.Settings
+    divergence: divergence.Settings
 
 
 @gin.configurable("model", denylist=["data", "method", "plan", "seed", "dtype"])
@@ -146,6 +158,11 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
       DataError: for missing or damaged data.
     """
     settings = Settings()
+    if settings.checkpoint_every_steps and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError(
+            f"train.checkpoint_every_steps={settings.checkpoint_every_steps} is for one process, and here are several "
+            "workers: leave it at 0, and train.checkpoint_every_epochs at 1"
+        )
     # Before the data, which may take minutes to look through.
     method = methods.make_method(settings.method, configure.setting("data.autoaugment_mode") == "concat3")
     data = data_module.load(data_dir=data_dir)
@@ -174,35 +191,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
             jit_compile=settings.jit_compile,
             steps_per_execution=settings.steps_per_execution or (plan.steps_per_epoch if on_tpu else 1),
         )
-    return Run(recipe, settings, strategy, data, plan, model, monitor.Settings())
-
-
-def describe(run: Run) -> str:
-    """The arithmetic of the run, one fact a line, for the person who starts it."""
-    plan, method, network = run.plan, run.model.method, run.model.network
-    schedule = run.model.optimizer.learning_rate
-    warmup = schedule.get_config().get("warmup_steps", 0)
-    facts = [
-        ("recipe", run.recipe),
-        ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
-        ("network", f"{network.architecture}, {_count(network.trainable_variables):,} parameters"),
-        ("method", _method_text(method)),
-        ("global batch", f"{plan.global_batch_size:,} clean images"),
-        ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{_turns_text(plan)}"),
-        ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),
-        ("batch statistics", f"over {plan.rows * network.replicas_per_group} images"),
-        ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
-        ("warm-up", f"{warmup:,} updates to a peak learning rate of {float(schedule(warmup)):.4g}"),
-        ("cost", f"{method.forward_units:g} forward passes over the images of a replica an update (vanilla: 3)"),
-        ("carried memory", _carried_text(run)),
-    ]
-    encoded, decoded = run.data.cache_bytes
-    if encoded:
-        cached = f"{encoded / 1e9:.3g} GB of records and {decoded / 1e9:.3g} GB of test images, over all hosts"
-        facts.append(("cache", cached))
-    note = plan.remainder_note()
-    facts += [("remainder", note)] if note else []
-    return "\n".join(f"  {name:<18}{text}" for name, text in facts)
+    return Run(recipe, settings, strategy, data, plan, model, monitor.Settings(), divergence.Settings())
 
 
 def train(run: Run, model_dir: str) -> dict:
@@ -210,26 +199,31 @@ def train(run: Run, model_dir: str) -> dict:
 
     Raises:
       ConfigError: if the folder holds another run.
-      RunError: if the folder cannot be used or is in use, or the loss stops being finite.
+      RunError: if the folder cannot be used or is in use, or an update is not finite (divergence.py).
+      Preempted, KeyboardInterrupt: after SIGTERM, SIGINT; the run is kept up to the update they came in.
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = report.RunFolder(model_dir, writes=distribute.is_chief(run.strategy))
-    with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
-        return _train_in(run, folder)
-
-
-def _train_in(run: Run, folder: report.RunFolder) -> dict:
     _check_same_run(folder)
     finished = folder.read_result()
     if finished:
         print(f"{folder.path} holds this run, finished; nothing to train")
         return finished
+    folder.make()
+    with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
+        return _train_in(run, folder)
+
+
+def _train_in(run: Run, folder: report.RunFolder) -> dict:
     checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
-    first_epoch = checkpoints.restore() // run.plan.steps_per_epoch
+    update = checkpoints.restore()
     folder.write_config(configure.operative_config())
-    if first_epoch:
-        print(f"resuming {folder.path} after epoch {first_epoch}")
-    _fit(run, folder, checkpoints, first_epoch)
+    if update:
+        epochs, more = divmod(update, run.plan.steps_per_epoch)
+        print(f"resuming {folder.path} after " + (f"update {update:,}" if more else f"epoch {epochs}"))
+    elif run.divergence.retries and folder.writes:
+        checkpoints.save()  # what to go back to from the first epoch
+    _fit_to_the_end(run, folder, checkpoints, update)
     result = _result(run, folder)
     if folder.writes:
         checkpoint.export(run.model.network, folder.file("export"))
@@ -239,30 +233,113 @@ def _train_in(run: Run, folder: report.RunFolder) -> dict:
     return result
 
 
-def _fit(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints, first_epoch: int) -> None:
+def _fit_to_the_end(run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints, update: int) -> None:
+    """`_fit`, and where it diverges again from the last checkpoint with a lower peak, as often as divergence.retries.
+
+    What it has gone back from is kept in the folder, and counts when the run is started again.
+    """
+    divergences = folder.read_divergences()
+    if divergences:
+        peak = divergences[-1]["peak_learning_rate"]
+        print(f"going on with a peak learning rate of {peak:.4g}, as the run has diverged before")
+        _lower_peak(run, peak)
+    # Held across retries: a request that comes while the run diverges is still there when it has gone back.
+    with preemption.noticed(can_save=_is_alone(run)) as request:
+        while True:
+            try:
+                return _fit(run, folder, checkpoints, update, request)
+            except divergence.Diverged as error:
+                if len(divergences) >= run.divergence.retries:
+                    raise error.after(len(divergences)) from None
+                diverged = error
+            update = checkpoints.restore()
+            divergences.append(_gone_back(run, diverged, update))
+            folder.write_divergences(divergences)
+
+
+def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
+    """Lowers the peak of a run whose weights are those at `update` again; returns what is to be kept of that."""
+    peak = float(f"{run.divergence.peak_factor * _peak(run):.6g}")
+    logging.warning("%s: going back to update %d with a peak learning rate of %.4g", diverged.text, update, peak)
+    _lower_peak(run, peak)
+    return {**diverged.facts, "went_back_to": update, "peak_learning_rate": peak}
+
+
+def _peak(run: Run) -> float:
+    schedule = run.model.optimizer.learning_rate
+    return float(schedule(schedule.get_config().get("warmup_steps", 0)))
+
+
+def _lower_peak(run: Run, peak: float) -> None:
+    run.model.optimizer.learning_rate = warmup_poly_decay(run.plan.steps_per_epoch, run.plan.total_steps, peak)
+    run.model.restart()
+
+
+def _is_alone(run: Run) -> bool:
+    """One of several workers cannot end, or save sums over replicas, without the others."""
+    return not isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def _fit(
+    run: Run, folder: report.RunFolder, checkpoints: checkpoint.Checkpoints, update: int, request: preemption.Request
+) -> None:
+    """Trains from `update` on, saved also when the process is told to end; the weights are those at `update`."""
+    with data_service.watched(run.data.services):
+        if _is_alone(run):
+            _evaluate_last(run, folder, update, request)
+        run.model.fit(
+            _train_batches(run, update),
+            epochs=run.plan.epochs,
+            initial_epoch=update // run.plan.steps_per_epoch,
+            steps_per_epoch=run.plan.steps_per_epoch,
+            verbose=0,
+            callbacks=_callbacks(run, folder, checkpoints, update, request),
+        )
+
+
+def _callbacks(
+    run: Run,
+    folder: report.RunFolder,
+    checkpoints: checkpoint.Checkpoints,
+    update: int,
+    request: preemption.Request,
+) -> list:
     plan, settings = run.plan, run.settings
-    throughput = callbacks.Throughput(plan)
+    epoch, within = divmod(update, plan.steps_per_epoch)
+    so_far = checkpoints.epoch_so_far
+    throughput = callbacks.Throughput(plan, so_far.seconds if so_far else 0.0)
     watchers = [
-        callbacks.ProgressBar(plan, run.recipe, throughput, first_epoch),
+        callbacks.ProgressBar(plan, run.recipe, throughput, update),
         callbacks.TensorBoard(folder, plan, run.data.examples("train", PANEL_IMAGES)),
     ]
-    training = [
+    every = settings.checkpoint_every_epochs, settings.checkpoint_every_steps
+    return [
+        *([callbacks.GoOn(within, so_far)] if so_far else []),
         throughput,
-        callbacks.StopIfNotFinite(),
-        callbacks.Evaluation(lambda: evaluate(run, "test"), settings.evaluate_every_epochs, plan.epochs),
-        _theory_monitor(run, folder, first_epoch),
+        divergence.StopIfDiverged(within_epochs=_is_alone(run)),
+        callbacks.Evaluation(lambda: _test_results(run, request), settings.evaluation_is_due),
+        _theory_monitor(run, folder, epoch),
         *(watchers if folder.writes else []),
-        callbacks.Recorder(plan, folder, checkpoints, settings.checkpoint_every_epochs, first_epoch),
+        callbacks.Recorder(plan, folder, checkpoints, throughput, *every, epoch, request),
     ]
-    with data_service.watched(run.data.services):
-        run.model.fit(
-            _train_batches(run, first_epoch),
-            epochs=plan.epochs,
-            initial_epoch=first_epoch,
-            steps_per_epoch=plan.steps_per_epoch,
-            verbose=0,
-            callbacks=training,
-        )
+
+
+def _test_results(run: Run, request: preemption.Request) -> dict[str, float]:
+    """`evaluate` on the test images; nothing if the process is told to end meanwhile."""
+    try:
+        return evaluate(run, "test", [callbacks.EndEarly(request)])
+    except callbacks.EndEarly.Cut:
+        return {}
+
+
+def _evaluate_last(run: Run, folder: report.RunFolder, update: int, request: preemption.Request) -> None:
+    """Adds the test results to the line of the epoch that ends at `update`, if its process had no time for them."""
+    epochs = folder.read_metrics()[: update // run.plan.steps_per_epoch]
+    due = epochs and run.settings.evaluation_is_due(len(epochs) - 1) and "test_top1" not in epochs[-1]
+    if due and update % run.plan.steps_per_epoch == 0:
+        results = _test_results(run, request)
+        epochs[-1] |= {f"test_{name}": callbacks.recorded(value) for name, value in results.items()}
+        folder.write_metrics(epochs)
 
 
 def _theory_monitor(run: Run, folder: report.RunFolder, first_epoch: int) -> monitor.TheoryMonitor:
@@ -271,9 +348,10 @@ def _theory_monitor(run: Run, folder: report.RunFolder, first_epoch: int) -> mon
     return monitor.TheoryMonitor(run.monitor, run.plan.epochs, examples, folder.read_metrics()[:first_epoch])
 
 
-def _train_batches(run: Run, first_epoch: int):
+def _train_batches(run: Run, update: int):
+    """The data from the first image on that training from `update` on needs."""
     plan, method = run.plan, run.model.method
-    update, begin = first_epoch * plan.steps_per_epoch, method.start_epoch * plan.steps_per_epoch
+    begin = method.start_epoch * plan.steps_per_epoch
     if update > begin:
         run.model.resume_at(update - begin)
     batches = min(update, begin) + method.batches_before(max(update - begin, 0)) * method.updates_per_batch
@@ -292,7 +370,7 @@ def _train_batches(run: Run, first_epoch: int):
     return run.strategy.distribute_datasets_from_function(dataset)
 
 
-def evaluate(run: Run, split: str) -> dict[str, float]:
+def evaluate(run: Run, split: str, watchers: Sequence[tf_keras.callbacks.Callback] = ()) -> dict[str, float]:
     """loss, top1 and top5 (shares in [0, 1]) over exactly every image of a split, not augmented."""
     rows, replicas = run.plan.rows, run.plan.num_replicas
     hosts: list[int] = []
@@ -303,7 +381,7 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
 
     distributed = run.strategy.distribute_datasets_from_function(batches)
     steps = run.data.evaluation_steps(split, rows, replicas, hosts[0])
-    return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True)
+    return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True, callbacks=list(watchers))
 
 
 def facts(run: Run) -> dict:
@@ -332,6 +410,7 @@ def _result(run: Run, folder: report.RunFolder) -> dict:
         **report.evaluation_result({split: evaluate(run, split) for split in run.data.sizes}),
         **report.speed_result(folder.read_metrics()),
         "theory": report.theory_result(folder.read_metrics()),
+        **({"divergences": folder.read_divergences()} if folder.read_divergences() else {}),
         "versions": report.versions(),
     }
 
@@ -345,29 +424,3 @@ def _check_same_run(folder: report.RunFolder) -> None:
             f"--model_dir={folder.path} holds a run with {name} = {old}, this one has {new}: pass another --model_dir, "
             "or the old value"
         )
-
-
-def _method_text(method: methods.Method) -> str:
-    if method.attack is None:
-        return method.name
-    schedule = f", schedule {method.schedule}, tau {method.tau}" if method.schedule else ""
-    return f"{method.name}{schedule}, epsilon {method.attack.epsilon_pixels:g} {method.attack.units}"
-
-
-def _turns_text(plan: Plan) -> str:
-    return f", which last for {plan.updates_per_batch} updates" if plan.updates_per_batch > 1 else ""
-
-
-def _carried_text(run: Run) -> str:
-    """What one update leaves to the next on each replica, beside weights and optimizer."""
-    model, plan = run.model, run.plan
-    text = f"{sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows):.3g} MB of old weights"
-    if model.method.carried:
-        specs = model.method.carried(tf.TensorSpec((plan.rows, *run.data.train_shape), tf.uint8)).values()
-        carried = plan.microbatches * sum(spec.dtype.size * int(np.prod(spec.shape)) for spec in specs)
-        text += f" and {1e-6 * carried:.3g} MB of images"
-    return f"{text} on each replica"
-
-
-def _count(variables: list[tf.Variable]) -> int:
-    return sum(int(np.prod(variable.shape)) for variable in variables)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf import configure, run, xla
+from conadv_tf import configure, describe, run, xla
 from conadv_tf.errors import ConfigError, DataError, RunError
 from conadv_tf.resnet import ResNet
 from conadv_tf.trainer import ConAdvModel
@@ -291,7 +291,7 @@ def _export_recipe(arguments: argparse.Namespace) -> None:
     export(built.model, images, arguments.out, _facts(built))
     if arguments.save_data:
         _save_data(built, os.path.join(arguments.out, "data.npz"))
-    print(run.describe(built))
+    print(describe.arithmetic(built))
     print(f"{arguments.out}: {', '.join(sorted(os.listdir(arguments.out)))}")
 
 

@@ -14,25 +14,15 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import distribute, methods, schedules, xla
+from conadv_tf import distribute, methods, schedules, training_metrics, xla
 from conadv_tf.errors import ConfigError
-from conadv_tf.lars import is_adapted
+from conadv_tf.lars import LARS, is_adapted
 from conadv_tf.losses import SmoothedCrossEntropy
 from conadv_tf.plan import check_turns
 from conadv_tf.replica_state import Accumulators, CarryVariables
 from conadv_tf.resnet import ResNet
 from conadv_tf.shadows import leaf_variables, shadow_copy
 from conadv_tf.split_batchnorm import AUGMENTED, MAIN, deferred_statistics, moving_average
-
-MONITORS = (
-    "learning_rate",
-    "gradient_norm",
-    "squared_gradient_norm",
-    "trust_ratio_min",
-    "trust_ratio_median",
-    "trust_ratio_max",
-    "drift",
-)
 
 
 class ConAdvModel(tf_keras.Model):
@@ -46,6 +36,10 @@ class ConAdvModel(tf_keras.Model):
     Logs of training: the method's metrics and MONITORS, means over the epoch's updates so far (drift is
     ‖θ_t − θ_{t−τ}‖ / ‖θ_t‖), and `input_wait_seconds`, which the last call spent waiting for data. Logs of
     evaluation: loss, top1, top5; a third element of the data weighs the images.
+
+    An update with a loss, gradient or batch statistic that is not finite shows in the logs and, like all after it in
+    the same epoch, is not applied: weights, moving averages, shadow copies, slots and the count of updates stay
+    (divergence.py). Of optimizers other than those of lars.py slots and count go on, with gradients of 0.
 
     Args:
       network: a ResNet with the method's branches.
@@ -94,7 +88,8 @@ class ConAdvModel(tf_keras.Model):
         self._carry = CarryVariables({}, microbatches)
         self._resumed_at: int | None = None
         self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
-        self._train_mean = tf_keras.metrics.MeanTensor("training", shape=(len(self._log_names(method)),))
+        adapted = sum(is_adapted(variable) for variable in network.trainable_variables)
+        self._train_mean = training_metrics.TrainingMeans(len(self._log_names(method)), adapted)
 
     # Keras' interface
 
@@ -194,6 +189,12 @@ class ConAdvModel(tf_keras.Model):
         a carry starts empty as at the start of a run.
         """
         self._resumed_at = update
+
+    def restart(self) -> None:
+        """Forgets programs and carry: training goes on from other weights, or by another learning rate."""
+        self.train_function = None
+        self._carry = CarryVariables({}, self.microbatches)
+        self._resumed_at = None
 
     def _begin_carry(self, method: methods.Method, images: tf.TensorSpec, iterator) -> None:
         self.create_carry(images)
@@ -339,22 +340,29 @@ class ConAdvModel(tf_keras.Model):
         sent = [tf.cast(gradient, self.all_reduce_dtype) for gradient in contributions[:count]]
         *averages, values = distribute.sum_over_replicas(sent + contributions[count:])
         gradients, statistics = [tf.cast(value, tf.float32) for value in averages[:count]], averages[count:]
-        self._train_mean.update_state(self._log_values(method, values, gradients))
-        replica.merge_call(self._push_weights)
-        replica.merge_call(functools.partial(self._assign_statistics, method), args=(statistics,))
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True), experimental_aggregate_gradients=False)
+        ratios = training_metrics.trust_ratios(self.optimizer, variables, gradients)
+        finite = self._train_mean.record(self._log_values(method, values, gradients, statistics, ratios), ratios)
+        replica.merge_call(self._push_weights, args=(finite,))
+        replica.merge_call(functools.partial(self._assign_statistics, method), args=(finite, statistics))
+        if isinstance(self.optimizer, LARS):
+            self.optimizer.apply_if(finite, zip(gradients, variables, strict=True))
+        else:
+            gradients = [tf.where(finite, gradient, 0.0) for gradient in gradients]
+            pairs = zip(gradients, variables, strict=True)
+            self.optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False)
 
-    def _push_weights(self, strategy: tf.distribute.Strategy) -> None:
+    def _push_weights(self, strategy: tf.distribute.Strategy, finite) -> None:
         """Moves the ring of shadow copies one update on: the newest becomes θ_t. No communication."""
         ring = [leaf_variables(network) for network in (*self.shadows, self.network)]
         for older, newer in itertools.pairwise(ring):
             for shadow, weights in zip(older, newer, strict=True):
-                strategy.extended.update(shadow, lambda v, w: v.assign(w), args=(weights,), group=False)
+                strategy.extended.update(shadow, _assign_if, args=(finite, weights), group=False)
 
-    def _assign_statistics(self, method, strategy: tf.distribute.Strategy, statistics: list) -> None:
+    def _assign_statistics(self, method, strategy: tf.distribute.Strategy, finite, statistics: list) -> None:
         average = functools.partial(moving_average, momentum=self.network.batch_norm_momentum)
         for moving, value in zip(self.network.moving_statistics(method.branches), statistics, strict=True):
-            strategy.extended.update(moving, lambda v, s: v.assign(average(v, s)), args=(value,), group=False)
+            assign = lambda v, ok, s: _assign_if(v, ok, average(v, s))  # noqa: E731
+            strategy.extended.update(moving, assign, args=(finite, value), group=False)
 
     # Helpers
 
@@ -371,35 +379,14 @@ class ConAdvModel(tf_keras.Model):
         return [variable.shape for variable in variables] + [(len(method.metric_names),)]
 
     def _log_names(self, method: methods.Method) -> tuple[str, ...]:
-        return method.metric_names + MONITORS
+        return method.metric_names + training_metrics.MONITORS
 
-    def _log_values(self, method: methods.Method, values: tf.Tensor, gradients: list[tf.Tensor]) -> tf.Tensor:
+    def _log_values(self, method: methods.Method, values: tf.Tensor, gradients, statistics, ratios) -> tf.Tensor:
         """float32, in the order of `_log_names(self.method)`; 0 for a half that has not begun."""
         absent = len(self.method.metric_names) - len(method.metric_names)
-        rate = self.optimizer.learning_rate
-        rate = rate(self.optimizer.iterations) if callable(rate) else rate
-        norm = tf.linalg.global_norm(gradients)
-        monitors = [tf.cast(rate, tf.float32), norm, norm**2, *self._trust_ratios(gradients), self._drift()]
+        drift = training_metrics.drift(self.network, self._stale())
+        monitors = training_metrics.monitors(self.optimizer, gradients, statistics, ratios, drift)
         return tf.concat([values, tf.zeros(absent), tf.stack(monitors)], 0)
-
-    def _trust_ratios(self, gradients: list[tf.Tensor]):
-        """Smallest, median and largest LARS trust ratio of the adapted variables; 1 for other optimizers."""
-        if not hasattr(self.optimizer, "trust_ratio"):
-            return [tf.constant(1.0)] * 3
-        pairs = zip(self.network.trainable_variables, gradients, strict=True)
-        ratios = tf.sort(tf.stack([self.optimizer.trust_ratio(v, g) for v, g in pairs if is_adapted(v)]))
-        count = ratios.shape[0]
-        return ratios[0], (ratios[(count - 1) // 2] + ratios[count // 2]) / 2.0, ratios[-1]
-
-    def _drift(self) -> tf.Tensor:
-        """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 without shadow copies (SPEC section 4)."""
-        if not self.shadows:
-            return tf.constant(0.0)
-        variables = zip(leaf_variables(self.network), leaf_variables(self.shadows[0]), strict=True)
-        pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in variables if now.trainable]
-        return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm(
-            [now for now, _ in pairs]
-        )
 
     def _train_logs(self) -> dict[str, tf.Tensor]:
         names = self._log_names(self.method)
@@ -447,3 +434,7 @@ class ConAdvModel(tf_keras.Model):
             return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
 
         return tf.function(program, autograph=False)
+
+
+def _assign_if(variable: tf.Variable, condition: tf.Tensor, value) -> tf.Tensor:
+    return variable.assign(tf.where(condition, value, variable))

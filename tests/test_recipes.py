@@ -12,7 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from sample_data import FOLDER as DATA
 
-from conadv_tf import configure, run
+from conadv_tf import configure, describe, run
 from conadv_tf.errors import ConfigError
 
 GIN = Path(configure.recipe_folder())
@@ -71,7 +71,7 @@ def test_recipe_trains_two_steps(recipe):
     changed = [not np.array_equal(old, new) for old, new in zip(before, after, strict=True)]
     assert np.mean(changed) > 0.5  # behind a block's last γ, which starts at 0, nothing has moved yet
     assert all(changed[-2 * len(branches) :])
-    assert recipe in run.describe(built)
+    assert recipe in describe.arithmetic(built)
 
 
 def test_autoaugment_changes_what_it_is_to_change():

@@ -1,0 +1,107 @@
+"""Being told to end: the first SIGTERM or SIGINT is noted, and training ends, saved, after its present update.
+
+One of several workers cannot end alone, nor go on alone: there, what TensorFlow raises when another is gone is said.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from conadv_tf.errors import Preempted, RunError
+
+_NAMES = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
+
+
+class Request:
+    """Whether this process has been told to end; true in a condition once it has."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def end(self, path: str) -> None:
+        """Ends the run, which is kept in the checkpoint `path`.
+
+        Raises:
+          Preempted: after SIGTERM.
+          KeyboardInterrupt: after SIGINT.
+        """
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Preempted(f"the run is kept in {path}: the same command goes on")
+
+
+@contextlib.contextmanager
+def noticed(can_save: bool = True) -> Iterator[Request]:
+    """A Request that the first SIGTERM or SIGINT fills in; a second SIGTERM ends the process at once.
+
+    Args:
+      can_save: False where the process cannot end alone, such as one of several workers: signals do what they did
+        before. They do so too outside the main thread, where Python handles none.
+
+    Raises:
+      RunError: without `can_save`, if another worker is gone, from within what is done here.
+    """
+    request = Request()
+    if not can_save or threading.current_thread() is not threading.main_thread():
+        with contextlib.nullcontext() if can_save else _loss_of_others_said():
+            yield request
+        return
+    previous = {number: signal.getsignal(number) for number in _NAMES}
+
+    def note(number: int, frame) -> None:
+        request.signal = number
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        # Not print, which the signal may have come in the middle of.
+        os.write(2, f"{_NAMES[signal.Signals(number)]}: saving after this update\n".encode())
+
+    for number in _NAMES:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _loss_of_others_said() -> Iterator[None]:
+    try:
+        yield
+    except tf.errors.OpError as error:
+        lost = lost_worker(error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def lost_worker(error: tf.errors.OpError) -> RunError | None:
+    """What an error of TensorFlow's says of another worker, on one line; None if it is about something else.
+
+    TensorFlow notices by the broken connection, or some seconds later by the heartbeats that stay out.
+    """
+    found = re.search(
+        r"Collective ops is aborted by: (.*(?:/task:|heartbeat|Connection|Socket|UNAVAILABLE).*)", str(error), re.DOTALL
+    )
+    if found is None or "DataError: " in found.group(1):  # what this worker's own data did
+        return None
+    told = " ".join(found.group(1).split())
+    tasks = re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", told)
+    who = "{} {}".format(*tasks[-1]) if tasks else "another worker"
+    return RunError(
+        f"{who} is gone or cannot be reached ({told[:200]}): see its log, then start the same command on every worker, "
+        "which goes on from the last checkpoint"
+    )
+
+
+def end_at_once(number: int, frame) -> None:
+    """A handler of SIGTERM for where there is nothing to save. Raises Preempted."""
+    raise Preempted("nothing was lost: the same command goes on from the last checkpoint")

@@ -1,0 +1,166 @@
+"""SIGTERM and SIGINT in the middle of an epoch: saved, ended, and gone on with to the same weights bit for bit."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import assert_identical, some_of
+from test_train import ROOT, command, train, weights
+
+from conadv_tf import callbacks, configure, distribute, run
+from conadv_tf.errors import ConfigError, Preempted
+
+SHORT = ["train.epochs=3", "learning_rate.warmup_epochs=1"]  # of 13 updates each
+ITS_OWN = ("seconds", "images_per_second", "input_wait_share")
+
+
+def trained(folder: Path, *bindings: str) -> dict:
+    """A run of the default recipe, in this process."""
+    configure.configure([configure.DEFAULT_RECIPE], [*SHORT, *bindings])
+    return run.train(run.build("digits", distribute.make_strategy("one_device"), None), str(folder))
+
+
+def lines(folder: Path) -> list[dict]:
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in epoch.items() if name not in ITS_OWN} for epoch in epochs]
+
+
+def checkpoints(folder: Path) -> set[int]:
+    return {int(path.stem.split("-")[1]) for path in (folder / "checkpoints").glob("ckpt-*.index")}
+
+
+@contextlib.contextmanager
+def signalled(update: int, number: int = signal.SIGTERM):
+    """Within it this process gets a signal once it has made so many updates."""
+    original = callbacks.Throughput.on_train_batch_end
+
+    def then_signal(self, batch, logs=None):
+        original(self, batch, logs)
+        if self.model.updates_made() == update:
+            os.kill(os.getpid(), number)
+
+    callbacks.Throughput.on_train_batch_end = then_signal
+    try:
+        yield
+    finally:
+        callbacks.Throughput.on_train_batch_end = original
+
+
+CASES = {
+    "vanilla, micro-batches": (["train.method='vanilla'", "train.microbatch_size=55"], [20]),
+    "shadow, again and again": (["conadv.tau=2"], [5, 20, 26, 38]),
+    "lookahead from epoch 1": (["conadv.schedule='lookahead'", "adversarial.start_epoch=1"], [7, 13, 20]),
+    "paired from epoch 1": (["conadv.schedule='paired'", "adversarial.start_epoch=1"], [14]),
+    "five updates a call": (["train.steps_per_execution=5"], [18]),
+    "phased, odd and even": (["conadv.schedule='phased'", "train.microbatch_size=55"], [5, 20]),
+}
+
+
+@pytest.mark.parametrize("case", some_of(CASES, "shadow, again and again", "phased, odd and even"))
+def test_a_run_preempted_within_an_epoch_ends_with_the_same_weights_and_metrics(case, tmp_path):
+    bindings, updates = CASES[case]
+    result = trained(tmp_path / "whole", *bindings)
+    folder = tmp_path / "preempted"
+    for update in updates:
+        with signalled(update), pytest.raises(Preempted, match=f"ckpt-{update}: the same command goes on"):
+            trained(folder, *bindings)
+        assert max(checkpoints(folder)) == update
+        assert len(lines(folder)) == update // 13 if (folder / "metrics.jsonl").exists() else update < 13
+    again = trained(folder, *bindings)
+    assert again["test_top1"] == result["test_top1"]
+    assert_identical(weights(folder), weights(tmp_path / "whole"))
+    assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_an_epoch_whose_evaluation_was_cut_short_is_evaluated_when_the_run_goes_on(tmp_path, monkeypatch):
+    trained(tmp_path / "whole")
+    began = callbacks.EndEarly.on_test_batch_begin
+    seen = []
+
+    def then_signal(self, batch, logs=None):
+        began(self, batch, logs)
+        seen.append(batch)
+        if len(seen) == 6:  # the second batch of the second epoch's four
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(callbacks.EndEarly, "on_test_batch_begin", then_signal)
+    with pytest.raises(Preempted, match="ckpt-26"):
+        trained(tmp_path / "cut")
+    monkeypatch.undo()
+    assert ["test_top1" in line for line in lines(tmp_path / "cut")] == [True, False]
+    assert len(seen) == 6
+    trained(tmp_path / "cut")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_checkpoints_every_so_many_updates_change_nothing(tmp_path):
+    trained(tmp_path / "whole")
+    trained(tmp_path / "often", "train.checkpoint_every_steps=8")
+    assert checkpoints(tmp_path / "often") == {32, 39, 26}
+    assert_identical(weights(tmp_path / "often"), weights(tmp_path / "whole"))
+    assert lines(tmp_path / "often") == lines(tmp_path / "whole")
+
+
+def test_a_negative_number_of_updates_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"checkpoint_every_steps=-1"):
+        trained(tmp_path, "train.checkpoint_every_steps=-1")
+
+
+def test_ctrl_c_saves_too(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with signalled(20, signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        trained(tmp_path)
+    assert max(checkpoints(tmp_path)) == 20
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# The command line, which gets a signal once it has made 20 updates.
+PREEMPTED = """
+import signal, sys
+sys.path.insert(0, "tests")
+import test_preemption
+from conadv_tf import cli
+with test_preemption.signalled(20):
+    cli.main()
+"""
+
+
+def test_the_command_line_ends_with_a_code_of_its_own_and_one_line_and_goes_on(tmp_path):
+    flags = [*(f"--gin_param={binding}" for binding in SHORT), f"--model_dir={tmp_path}"]
+    outcome = subprocess.run(
+        [sys.executable, "-c", PREEMPTED, *command(*flags)[2:]], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert outcome.returncode == 75, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == (
+        f"preempted: the run is kept in {tmp_path}/checkpoints/ckpt-20: the same command goes on"
+    )
+    assert "Traceback" not in outcome.stderr
+    again = train(*flags)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming {tmp_path} after update 20" in again.stdout
+
+
+WAITING = """
+import time
+from conadv_tf import preemption
+with preemption.noticed() as request:
+    print("ready", flush=True)
+    while not request:
+        time.sleep(0.01)
+    print("told", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_sigterm_ends_at_once():
+    process = subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "told\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == -signal.SIGTERM
