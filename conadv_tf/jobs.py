@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import tqdm
 
@@ -43,6 +44,15 @@ class Folders:
         files = [f"--gin_file={file}" for file in cell.gin_files()]
         params = [f"--gin_param={param}" for param in cell.gin_params() + self._gin_params]
         return [*files, *params, f"--model_dir={self.model_dir(cell)}"]
+
+    def epochs(self, cell: Cell) -> int:
+        """Of its run.
+
+        Raises:
+          ConfigError: if its recipe, with the settings of every run, is none.
+        """
+        configure.configure(cell.gin_files(), cell.gin_params() + self._gin_params)
+        return configure.setting("train.epochs")
 
     def log(self, cell: Cell) -> str:
         return os.path.join(self.local, cell.name, _LOG)
@@ -85,6 +95,12 @@ class Folders:
             )
 
 
+class _Running(NamedTuple):
+    process: subprocess.Popen
+    began: float
+    epochs: int
+
+
 class Runner:
     """Runs cells, `jobs` at once.
 
@@ -97,8 +113,8 @@ class Runner:
 
     def __init__(self, folders: Folders, jobs: int, flags: Sequence[str], total: Callable[[], float]):
         self._folders, self._jobs, self._flags, self._total = folders, jobs, list(flags), total
-        self._running: dict[Cell, tuple[subprocess.Popen, float]] = {}
-        self._done = 0.0  # cost of what this call has run
+        self._running: dict[Cell, _Running] = {}
+        self._done, self._began = 0.0, time.monotonic()  # cost of what this call has run, and since when
         self.failed: dict[Cell, str] = {}
 
     def run(self, more: Callable[[], list[Cell]]) -> None:
@@ -125,7 +141,8 @@ class Runner:
                 continue
             if len(self._running) == self._jobs:
                 break
-            self._running[cell] = self._launched(cell), time.monotonic()
+            epochs = self._folders.epochs(cell)
+            self._running[cell] = _Running(self._launched(cell), time.monotonic(), epochs)
 
     def _launched(self, cell: Cell) -> subprocess.Popen:
         os.makedirs(os.path.dirname(self._folders.log(cell)), exist_ok=True)
@@ -141,17 +158,23 @@ class Runner:
 
     def _collect(self) -> bool:
         """Takes leave of what has ended; whether anything has."""
-        ended = [(cell, *running) for cell, running in self._running.items() if running[0].poll() is not None]
-        for cell, process, began in ended:
+        ended = [(cell, running) for cell, running in self._running.items() if running.process.poll() is not None]
+        for cell, running in ended:
             del self._running[cell]
             self._done += cell.cost
-            result = self._folders.result(cell) if process.returncode == 0 else None
-            minutes = (time.monotonic() - began) / 60
+            result = self._folders.result(cell) if running.process.returncode == 0 else None
             if result:
-                self._say(f"{cell.name}: test top-1 {result['test_top1']:.2f} % ({minutes:.1f} min)")
+                minutes = (time.monotonic() - running.began) / 60
+                self._say(f"{cell.name}: test top-1 {result['test_top1']:.2f} % in {minutes:.1f} min{self._left()}")
             else:
-                self._fail(cell, process.returncode)
+                self._fail(cell, running.process.returncode)
         return bool(ended)
+
+    def _left(self) -> str:
+        """How long it will still take, at the pace so far."""
+        left = self._total() - self._done_of_running()
+        seconds = left * (time.monotonic() - self._began) / (self._done + self._done_of_running())
+        return f", about {seconds / 60:.0f} min left" if left > 0 else ""
 
     def _fail(self, cell: Cell, code: int) -> None:
         with open(self._folders.log(cell), errors="replace") as log:
@@ -166,22 +189,22 @@ class Runner:
         sys.stdout.flush()
 
     def _show(self) -> None:
-        part = sum(cell.cost * self._share(cell) for cell in self._running)
-        self._bar.total, self._bar.n = max(self._done + self._total(), 1e-9), self._done + part
+        self._bar.total = max(self._done + self._total(), 1e-9)
+        self._bar.n = self._done + self._done_of_running()
         self._bar.set_description(", ".join(cell.name for cell in self._running)[:60], refresh=False)
         self._bar.refresh()
 
-    def _share(self, cell: Cell) -> float:
-        """How far a run is, by the epochs it has recorded."""
-        epochs = configure.setting("train.epochs") or 90
-        return min(1.0, len(self._folders.metrics(cell)) / epochs)
+    def _done_of_running(self) -> float:
+        """Cost of what the runs under way have done, by the epochs they have recorded."""
+        runs = self._running.items()
+        return sum(cell.cost * len(self._folders.metrics(cell)) / running.epochs for cell, running in runs)
 
     def _stop(self) -> None:
         """Ends what still runs; each goes on from its last checkpoint the next time."""
-        for process, _ in self._running.values():
-            process.send_signal(signal.SIGINT)
-        for process, _ in self._running.values():
-            process.wait()
+        for running in self._running.values():
+            running.process.send_signal(signal.SIGINT)
+        for running in self._running.values():
+            running.process.wait()
 
 
 _BAR = "{percentage:3.0f} % |{bar}| {desc} [{elapsed}<{remaining}]"

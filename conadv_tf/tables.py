@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import math
 import operator
 import statistics
 from collections.abc import Callable, Sequence
@@ -26,12 +27,14 @@ class Number:
       values: a measurement each.
       digits: after the point.
       failed: whether runs of the group failed.
+      of_mean: whether ± is the standard error of the mean, not the standard deviation of the values.
     """
 
     group: Group | None
     values: tuple[float, ...]
     digits: int = 2
     failed: bool = False
+    of_mean: bool = False
 
     def text(self, seeds: int) -> str:
         """Mean ± sample standard deviation, with the number of runs in brackets where some of `seeds` are missing."""
@@ -40,8 +43,8 @@ class Number:
         mean = f"{statistics.mean(self.values):.{self.digits}f}"
         if len(self.values) == 1:
             return mean if seeds == 1 or not self.group else f"{mean} (1)"
-        spread = f"{statistics.stdev(self.values):.{self.digits}f}"
-        return f"{mean} ± {spread}" + (f" ({len(self.values)})" if len(self.values) < seeds else "")
+        spread = statistics.stdev(self.values) / (math.sqrt(len(self.values)) if self.of_mean else 1)
+        return f"{mean} ± {spread:.{self.digits}f}" + (f" ({len(self.values)})" if len(self.values) < seeds else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Table:
       corner: what the columns are.
       columns: their heads.
       seeds: runs of an entry.
+      compared: groups that its numbers are relative to.
     """
 
     name: str
@@ -71,12 +75,13 @@ class Table:
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     seeds: int
+    compared: tuple[Group, ...] = ()
 
     @property
     def groups(self) -> list[Group]:
-        """Of which its numbers are."""
+        """Whose runs it is made of."""
         numbers = (number for line in self.lines for number in line.measured.values())
-        return [number.group for number in numbers if number.group]
+        return [*self.compared, *(number.group for number in numbers if number.group)]
 
     def markdown(self) -> str:
         """A row of what was measured, and below it one of what the paper reports, where it does."""
@@ -150,6 +155,26 @@ class Tables:
             for row in rows
         )
         return Table(name, f"{caption} {self.about()}", "batch", self.batches, lines, self._seeds)
+
+    def gains(self, rows: Sequence[str]) -> Table:
+        """How far methods are above vanilla: runs of one seed have the same first weights and order of images."""
+        plain = {batch: Group(self._scale, batch, "vanilla") for batch in self.batches}
+        lines = []
+        for row in rows:
+            measured = {batch: self._gain(Group(self._scale, batch, row), plain[batch]) for batch in self.batches}
+            top1 = paper.TOP1.get(row, {})
+            said = {batch: top1[batch] - paper.TOP1["vanilla"][batch] for batch in self.batches if batch in top1}
+            lines.append(Line(ROWS[row].label, measured, {batch: round(gain, 2) for batch, gain in said.items()}))
+        caption = (
+            f"Gain over {ROWS['vanilla'].label} of the same seed, points of test top-1. Measured at the scale "
+            f"{self._scale}, mean ± standard error of {self._seeds} seeds; paper: ResNet-50 on ImageNet."
+        )
+        return Table("gain", caption, "batch", self.batches, tuple(lines), self._seeds, tuple(plain.values()))
+
+    def _gain(self, group: Group, plain: Group) -> Number:
+        ours, theirs = ({run["seed"]: run["test_top1"] for run in self._study.runs(one)} for one in (group, plain))
+        gains = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+        return Number(group, gains, failed=self._failed(group) or self._failed(plain), of_mean=True)
 
     def about(self) -> str:
         """What every caption says."""

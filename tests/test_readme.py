@@ -67,7 +67,7 @@ def need_make() -> None:
 def test_documents_hold_the_commands_the_tests_know():
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert (len(TRAINING), len(PREFLIGHT), len(ON_A_TPU)) == (4, 1, 2)
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 12
     assert "python -m conadv_tf.import_images photos records --validation=0.1" in COMMANDS
     assert "@@" not in (ROOT / "README.md").read_text()
     assert commands("CONTRIBUTING.md") == ["make test", "make check"]
@@ -137,6 +137,24 @@ def test_import_of_photos_prints_the_command_that_trains(checkout):
     assert outcome.returncode == 0, outcome.stderr
     assert "python train.py" in outcome.stdout
     assert {path.name.split("-")[0] for path in (checkout / "records").glob("*-of-*")} == {"train", "validation"}
+
+
+def test_reproduction_prints_what_is_kept(checkout):
+    outcome = run("python reproduce.py --table=1 --figure=curves --scale=cifar10 --jobs=0", checkout)
+    assert outcome.returncode == 0, outcome.stderr
+    assert (checkout / "results" / "cifar10" / "curves.png").exists()
+    assert re.search(r"\| ResNet \|.*\d\d\.\d\d ± ", outcome.stdout)
+
+
+def test_analysis_compares_runs(checkout):
+    for name, command in (("digits_conadv", "python train.py"), ("vanilla", TRAINING[2])):
+        if not (checkout / "runs" / name / "result.json").exists():
+            assert run(command, checkout).returncode == 0
+    outcome = run("python -m conadv_tf.analyze runs/digits_conadv runs/vanilla", checkout)
+    assert outcome.returncode == 0, outcome.stderr
+    table = [line for line in outcome.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert (checkout / "analysis" / "surface.png").exists()
 
 
 def test_make_check_passes(checkout):

@@ -141,6 +141,7 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
         (["--table=1", "--batches=33k"], "33k"),
         (["--table=1", "--rows=resnet"], "resnet"),
         (["--table=1", "--seeds=0"], "--seeds=0"),
+        (["--table=1", "--gin_param=train.epoch=3"], "did you mean epochs?"),
         (["--table=1", "--scale=mnist"], "mnist"),
     ],
 )

@@ -1,0 +1,64 @@
+"""Every table of docs/results.md is what the command above it prints from the files in results/."""
+
+import json
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+from conadv_tf import reproduce
+
+ROOT = Path(__file__).parents[1]
+# A command in backquotes on a line of its own, and the table that follows it.
+SHOWN = re.findall(
+    r"^`python reproduce\.py ([^`]*)`\n\n((?:\|.*\n)+)", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE
+)
+
+
+def test_there_are_tables():
+    assert len(SHOWN) >= 4
+
+
+def printed_by(arguments: list[str], capsys, tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)  # tables and plots are written anew, not over the ones that are kept
+    (tmp_path / "results").mkdir()
+    for scale in (ROOT / "results").iterdir():
+        (tmp_path / "results" / scale.name).mkdir()
+        (tmp_path / "results" / scale.name / "runs").symlink_to(scale / "runs")
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "table"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_the_command_prints_the_table_from_what_is_kept(command, table, capsys, tmp_path, monkeypatch):
+    arguments = shlex.split(command)
+    assert "--jobs=0" in arguments
+    assert table in printed_by(arguments, capsys, tmp_path, monkeypatch)
+
+
+def test_a_gain_is_the_mean_difference_of_runs_of_one_seed(capsys, tmp_path, monkeypatch):
+    runs = ROOT / "results" / "cifar10" / "runs" / "96k"
+    top1 = [
+        [json.loads((runs / f"{name}_s{seed}" / "result.json").read_text())["test_top1"] for seed in range(3)]
+        for name in ("vanilla_lr24", "paired_lr24_e4")  # the rates that are best on validation images
+    ]
+    gains = [ours - plain for plain, ours in zip(*top1, strict=True)]
+    expected = f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains) / 3**0.5:.2f}"
+    arguments = ["--figure=gain", "--scale=cifar10", "--batches=96k", "--rows=paired", "--seeds=3", "--jobs=0"]
+    assert f"| + ConAdv, paired | {expected} |" in printed_by(arguments, capsys, tmp_path, monkeypatch)
+
+
+def test_kept_tables_are_those_of_the_runs():
+    """As files, Markdown and CSV, for whoever reads results/ alone."""
+    for command, table in SHOWN:
+        name, scale = (
+            re.search(r"--(?:table|figure)=(\w+)", command).group(1),
+            re.search(r"--scale=(\w+)", command).group(1),
+        )
+        stem = {"2": "figure2"}.get(name, name) if "--figure" in command else f"table{name}"
+        kept = (ROOT / "results" / scale / f"{stem}.md").read_text()
+        assert table in kept, command
