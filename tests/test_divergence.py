@@ -206,6 +206,7 @@ def test_a_run_that_diverges_once_too_often_says_so_and_keeps_its_checkpoint(tmp
     assert len(lines(tmp_path)) == 1
 
 
+@pytest.mark.torture
 def test_a_real_run_with_an_absurd_peak_starts_anew_with_a_lower_one(tmp_path):
     """From its first weights and with the recipe's own peak, 10, it is the recipe's run."""
     absurd = ["learning_rate.peak_learning_rate=1e7", "divergence.peak_factor=1e-6", "divergence.retries=1"]

@@ -15,7 +15,7 @@ from conadv_tf import configure, run
 from conadv_tf.errors import ConfigError, DataError
 
 GIN = Path(configure.recipe_folder())
-CASES = 320 if TORTURE else 80
+CASES = 320 if TORTURE else 40
 BATCH = 20  # cases a test
 RECIPES = ("digits_conadv.gin", "scale/digits/96k.gin", "method/conadv.gin", "method/disadv.gin", "data/digits.gin")
 VALUES = (

@@ -54,7 +54,7 @@ def assert_equal_runs(one, other, tolerance: float, shadows: bool = True) -> Non
     assert_close(first, second, tolerance)
 
 
-@pytest.mark.parametrize("replicas", some_of([1, 2, 4, 8], 1, 2, 4))
+@pytest.mark.parametrize("replicas", some_of([1, 2, 4, 8], 1, 2))
 def test_lookahead_equals_shadow(replicas):
     images, labels = global_batches(UPDATES + 1, replicas * ROWS)
     shadow = trained(methods.conadv(), images[:-1], labels[:-1], replicas=replicas)
@@ -95,7 +95,7 @@ def by_turns(images, labels, replicas: int):
     )
 
 
-@pytest.mark.parametrize("replicas", some_of([2, 4, 8], 2, 4))
+@pytest.mark.parametrize("replicas", some_of([2, 4, 8], 2))
 def test_phased_equals_paired_on_half_the_replicas(replicas):
     images, labels = global_batches(UPDATES, replicas // 2 * ROWS)
     paired = trained(methods.conadv(schedule="paired"), images, labels, replicas=replicas // 2)

@@ -72,7 +72,7 @@ CASES = {
 
 
 @needs_jax
-@pytest.mark.parametrize("name", some_of(CASES, "shadow", "phased"))
+@pytest.mark.parametrize("name", some_of(CASES, "phased"))
 def test_jax_trains_as_keras_does(name, tmp_path):
     """Weights, BN statistics, momentum and shadow copies after several updates, mean loss, and exact top-1."""
     make, microbatches = CASES[name]
