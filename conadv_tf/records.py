@@ -212,25 +212,19 @@ class Examiner:
             return None
         return wrong_shape(shape, self.image_shape)
 
-    def next_good(self, file: int, record: int) -> bytes:
-        """The payload of this record or, if it is bad, of the next good one in the file, cyclically.
-
-        It depends on the record alone, not on what was read before, so a resumed run repeats it.
-
-        Raises:
-          DataError: see `payload_or_empty`, or the file has no good record.
-        """
-        count = self.files[file].num_records
-        for step in range(count):
-            if payload := self.payload_or_empty(file, (record + step) % count):
-                return payload
-        raise DataError(f"{self.files[file].path}: no good record among {count}: fetch the file again")
-
 
 def _first_shape(examiner: Examiner) -> tuple[int, int, int]:
-    payload = examiner.next_good(next(i for i, file in enumerate(examiner.files) if file.num_records), 0)
-    encoded, _ = examiner.schema.parse(tf.constant(payload))
-    return tuple(decode_image(encoded).shape)
+    """Of the first good image of all files."""
+    for number, file in enumerate(examiner.files):
+        for record in range(file.num_records):
+            if payload := examiner.payload_or_empty(number, record):
+                encoded, _ = examiner.schema.parse(tf.constant(payload))
+                return tuple(decode_image(encoded).shape)
+    raise _none_good(examiner.files)
+
+
+def _none_good(files: Sequence[RecordFile]) -> DataError:
+    return DataError(f"{files[0].path} and the files like it hold no good record: fetch them again")
 
 
 def _decoded(files: Sequence[RecordFile], schema: Schema, shape: tuple[int, int, int]) -> tf.data.Dataset:
@@ -278,7 +272,7 @@ def read_into_memory(
             encoded, labels[row] = schema.parse(tf.constant(payload))
             images[row], good[row] = decode_image(encoded).numpy(), True
     if not good.any():
-        raise DataError(f"{files[0].path} and the files like it hold no good record: fetch them again")
+        raise _none_good(files)
     return images[good], labels[good]
 
 

@@ -42,20 +42,22 @@ def masked_crc(content: bytes) -> int:
 
 
 def read(content: bytes) -> tuple[list[bytes | None], bool]:
-    """(payloads, None for a wrong checksum; whether the file ends where a record does)."""
+    """(payloads, None for a wrong checksum of the length or the payload; whether the file ends where a record does).
+
+    A length whose checksum is wrong still says where the next record begins, if that is in the file.
+    """
     found: list[bytes | None] = []
     position = 0
     while position < len(content):
         header = content[position : position + 12]
-        if len(header) < 12 or struct.unpack("<I", header[8:])[0] != masked_crc(header[:8]):
+        length = int.from_bytes(header[:8], "little")
+        end = position + 16 + length
+        if len(header) < 12 or end > len(content):
             return found, False
-        (length,) = struct.unpack("<Q", header[:8])
-        body = content[position + 12 : position + 16 + length]
-        if len(body) < length + 4:
-            return found, False
-        payload, (crc,) = body[:length], struct.unpack("<I", body[length:])
-        found.append(payload if crc == masked_crc(payload) else None)
-        position += 16 + length
+        payload, crcs = content[position + 12 : end - 4], (header[8:], content[end - 4 : end])
+        right = crcs == tuple(struct.pack("<I", masked_crc(of)) for of in (header[:8], payload))
+        found.append(payload if right else None)
+        position = end
     return found, True
 
 
