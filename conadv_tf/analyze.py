@@ -23,15 +23,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported, as in cli.py
 
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf import attack, checkpoint, configure, distribute, records, report, run, sharpness
-from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf import attack, checkpoint, configure, distribute, report, run, sharpness, tools
+from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.resnet import ResNet
 from conadv_tf.split_batchnorm import MAIN, SplitBatchNormalization
 
@@ -322,13 +322,8 @@ def _epsilons(text: str) -> tuple[float, ...]:
     return values
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the arguments)")
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = tools.Parser(
         prog="python -m conadv_tf.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--model_dir of a finished run")
@@ -372,19 +367,11 @@ def _plot(analyses: list[dict], path: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for settings, 1 for data or runs, 130 where it was interrupted."""
-    try:
-        _analyse_all(_arguments(arguments))
-        return 0
-    except (ConfigError, DataError, RunError) as error:
-        failure: ConfigError | DataError | RunError = error
-    except (OSError, tf.errors.OpError) as error:
-        cause = " ".join(str(error).split())[:200]
-        failure = records.data_error(error) or RunError(f"{cause}: check the data, and space and permissions of --out")
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(f"error: {str(failure).splitlines()[0]}", file=sys.stderr)
-    return failure.exit_code
+    return tools.exit_code(
+        lambda: _analyse_all(_arguments(arguments)),
+        "nothing was written",
+        "check the data, and space and permissions of --out",
+    )
 
 
 if __name__ == "__main__":

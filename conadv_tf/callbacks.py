@@ -12,9 +12,10 @@ from absl import logging
 
 from conadv_tf import divergence
 from conadv_tf.checkpoint import Checkpoints, EpochSoFar
+from conadv_tf.errors import one_line
 from conadv_tf.plan import Plan
 from conadv_tf.preemption import Request
-from conadv_tf.report import RunFolder, one_line
+from conadv_tf.report import RunFolder
 from conadv_tf.split_batchnorm import SplitBatchNormalization
 
 # Seconds between two refreshes of the progress bar, each of which waits for the device.
@@ -189,7 +190,8 @@ class Recorder(tf_keras.callbacks.Callback):
 
     Args:
       plan, folder, checkpoints, throughput: of the run.
-      every_epochs, every_steps: epochs between two checkpoints, and updates; 0: none within an epoch.
+      due: (epoch, from 0) → whether it ends with a checkpoint.
+      every_steps: updates between two checkpoints within an epoch; 0: none.
       first_epoch: the one that this fit begins with or within.
       request: for the run to end; it does so after the present call, saved.
     """
@@ -202,14 +204,14 @@ class Recorder(tf_keras.callbacks.Callback):
         folder: RunFolder,
         checkpoints: Checkpoints,
         throughput: Throughput,
-        every_epochs: int,
+        due: Callable[[int], bool],
         every_steps: int,
         first_epoch: int,
         request: Request,
     ):
         super().__init__()
         self._plan, self._folder, self._checkpoints, self._throughput = plan, folder, checkpoints, throughput
-        self._every_epochs, self._every_steps, self._request = every_epochs, every_steps, request
+        self._due, self._every_steps, self._request = due, every_steps, request
         self._epochs = folder.read_metrics()[:first_epoch]
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
@@ -234,8 +236,7 @@ class Recorder(tf_keras.callbacks.Callback):
         values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}
         self._epochs.append({"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **values})
         self._folder.write_metrics(self._epochs)
-        due = (epoch + 1) % self._every_epochs == 0 or epoch + 1 == self._plan.epochs
-        if self._folder.writes and (due or self._request):
+        if self._folder.writes and (self._due(epoch) or self._request):
             self._end_if_told(self._checkpoints.save())
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from conadv_tf.errors import RunError
-from conadv_tf.report import one_line
+from conadv_tf.errors import RunError, one_line
 from conadv_tf.resnet import ResNet
 from conadv_tf.shadows import leaf_variables
 from conadv_tf.split_batchnorm import MAIN
@@ -49,7 +48,7 @@ class Checkpoints:
         self._means, self._seconds = model.metrics[0], tf.Variable(0.0, trainable=False, dtype=tf.float64)
         epoch = tf.train.Checkpoint(means=self._means, seconds=self._seconds)
         self._checkpoint, self._within_epoch = tf.train.Checkpoint(**parts), tf.train.Checkpoint(**parts, epoch=epoch)
-        # Created here, by every worker: within fit its creation would be a broadcast that only the chief joins.
+        # write() does not count. It is made for the checkpoints that hold one: what a checkpoint holds must be here.
         self._counter = self._checkpoint.save_counter
 
     def restore(self) -> int:

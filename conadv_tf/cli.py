@@ -47,7 +47,7 @@ def _main(_: list[str]) -> None:
     except (ConfigError, DataError, RunError) as error:
         _fail(error)
     except tf.errors.OpError as error:
-        translated = records.data_error(error)
+        translated = records.data_error(error) or preemption.lost_worker(error)
         if translated is None:
             raise
         _fail(translated)

@@ -37,6 +37,7 @@ EXECUTION_SETTINGS = (
     "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps",
     "train.evaluate_every_epochs",
+    "train.microbatch_size",
     "train.steps_per_execution",
 )
 

@@ -6,14 +6,14 @@ import tensorflow as tf
 from conadv_tf import methods
 from conadv_tf.plan import Plan
 from conadv_tf.run import Run
+from conadv_tf.schedule import peak_of
 from conadv_tf.shadows import leaf_variables
 
 
 def arithmetic(run: Run) -> str:
     """The arithmetic of the run, one fact a line, for the person who starts it."""
     plan, method, network = run.plan, run.model.method, run.model.network
-    schedule = run.model.optimizer.learning_rate
-    warmup = schedule.get_config().get("warmup_steps", 0)
+    warmup, peak = peak_of(run.model.optimizer.learning_rate)
     facts = [
         ("recipe", run.recipe),
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
@@ -24,7 +24,7 @@ def arithmetic(run: Run) -> str:
         ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),
         ("batch statistics", f"over {plan.rows * network.replicas_per_group} images"),
         ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
-        ("warm-up", f"{warmup:,} updates to a peak learning rate of {float(schedule(warmup)):.4g}"),
+        ("warm-up", f"{warmup:,} updates to a peak learning rate of {peak:.4g}"),
         ("cost", f"{method.forward_units:g} forward passes over the images of a replica an update (vanilla: 3)"),
         ("carried memory", _carried_text(run)),
     ]

@@ -7,7 +7,7 @@ import socket
 import gin
 import tensorflow as tf
 
-from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.errors import ConfigError, RunError, one_line
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
 CONNECT_SECONDS = 20
@@ -144,10 +144,9 @@ def _has_tpu_library() -> bool:
 
 
 def _no_tpu_message(tpu: str, error: Exception) -> str:
-    cause = " ".join(str(error).split())[:200]
     kind = tpu if parse_accelerator_type(tpu) else "TYPE"
     return (
-        f"--tpu={tpu} cannot be reached ({cause}): start on a TPU VM, or make one with "
+        f"--tpu={tpu} cannot be reached ({one_line(error)}): start on a TPU VM, or make one with "
         f"tpu_scripts/create.sh --name=NAME --type={kind} --zone=ZONE; without a TPU leave --tpu out"
     )
 

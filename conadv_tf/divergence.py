@@ -13,6 +13,7 @@ import tf_keras
 
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.lars import is_adapted
+from conadv_tf.schedule import next_rate
 from conadv_tf.trainer import ConAdvModel
 
 # Seconds between two looks, each of which waits for the device.
@@ -106,13 +107,11 @@ def check(model: ConAdvModel, logs: dict, epoch: int) -> None:
     bad = [name for name, value in logs.items() if not math.isfinite(float(value))]
     if not bad:
         return
-    rate = model.optimizer.learning_rate
-    rate = rate(model.optimizer.iterations) if callable(rate) else rate
     layer, ratio = _largest_trust_ratio(model)
     facts = {
         "update": model.updates_made() + 1,
         "not_finite": _what(bad),
-        "learning_rate": float(f"{float(rate):.6g}"),
+        "learning_rate": float(f"{float(next_rate(model.optimizer)):.6g}"),
         "largest_trust_ratio": ratio,
         "largest_trust_ratio_of": layer,
     }
@@ -132,8 +131,7 @@ def _what(bad: list[str]) -> str:
 def _largest_trust_ratio(model: ConAdvModel) -> tuple[str | None, float | None]:
     """The kernel that has it, and the ratio, of the last update applied; None where all are one."""
     names = [variable.name.split("/", 1)[1] for variable in model.network.trainable_variables if is_adapted(variable)]
-    # Every replica has its own, equal ones, of which this is the sum.
-    ratios = model.metrics[0].ratios.numpy() / model.distribute_strategy.num_replicas_in_sync
+    ratios = model.metrics[0].ratios.numpy()
     if np.ptp(ratios) == 0:
         return None, None
     return names[int(np.argmax(ratios))].split(":")[0], float(f"{np.max(ratios):.6g}")

@@ -26,3 +26,8 @@ class Preempted(RuntimeError):  # noqa: N818 (nothing went wrong)
     """A run that SIGTERM ended, whole: the same command goes on. Exit code 75, EX_TEMPFAIL: try again later."""
 
     exit_code = 75
+
+
+def one_line(error: Exception) -> str:
+    """The cause that an error tells, for a line of our own."""
+    return " ".join(str(error).split())[:200]

@@ -20,7 +20,6 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 # Before TensorFlow is imported: its start-up chatter would bury the report.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -29,7 +28,8 @@ import tensorflow as tf
 import tqdm
 from PIL import ExifTags, Image, ImageOps
 
-from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf import tools
+from conadv_tf.errors import ConfigError, DataError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _VALIDATION_FOLDERS = ("val", "validation", "test")
@@ -378,13 +378,8 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
     print(training_command(dst, classes, report))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the arguments)")
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m conadv_tf.import_images", description="A folder of images becomes TFRecords.")
+    parser = tools.Parser(prog="python -m conadv_tf.import_images", description="A folder of images becomes TFRecords.")
     parser.add_argument("src", metavar="SRC", help="a subfolder of images for each class, or train/ and val/ with them")
     parser.add_argument("dst", metavar="DST", help="folder to make; it appears when it is whole")
     parser.add_argument("--image_size", type=int, metavar="N", help="shrink shorter sides beyond N pixels to N")
@@ -396,20 +391,16 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for arguments, 1 for data, 130 where it was interrupted."""
-    try:
-        parsed = _arguments(arguments)
-        classes, report = import_images(**vars(parsed))
-        _print_report(parsed.dst, classes, report)
-        return 0
-    except (ConfigError, DataError) as error:
-        failure: ConfigError | DataError | RunError = error
-    except (OSError, tf.errors.OpError) as error:
-        failure = RunError(f"{str(error).splitlines()[0]}: check space and permissions of DST; nothing was imported")
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was imported", file=sys.stderr)
-        return 130
-    print(f"error: {failure}", file=sys.stderr)
-    return failure.exit_code
+    return tools.exit_code(
+        lambda: _import(_arguments(arguments)),
+        "nothing was imported",
+        "check space and permissions of DST; nothing was imported",
+    )
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    classes, report = import_images(**vars(parsed))
+    _print_report(parsed.dst, classes, report)
 
 
 if __name__ == "__main__":

@@ -39,20 +39,16 @@ class Request:
 
 
 @contextlib.contextmanager
-def noticed(can_save: bool = True) -> Iterator[Request]:
+def noticed(can_save: bool) -> Iterator[Request]:
     """A Request that the first SIGTERM or SIGINT fills in; a second SIGTERM ends the process at once.
 
     Args:
       can_save: False where the process cannot end alone, such as one of several workers: signals do what they did
         before. They do so too outside the main thread, where Python handles none.
-
-    Raises:
-      RunError: without `can_save`, if another worker is gone, from within what is done here.
     """
     request = Request()
     if not can_save or threading.current_thread() is not threading.main_thread():
-        with contextlib.nullcontext() if can_save else _loss_of_others_said():
-            yield request
+        yield request
         return
     previous = {number: signal.getsignal(number) for number in _NAMES}
 
@@ -70,17 +66,6 @@ def noticed(can_save: bool = True) -> Iterator[Request]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _loss_of_others_said() -> Iterator[None]:
-    try:
-        yield
-    except tf.errors.OpError as error:
-        lost = lost_worker(error)
-        if lost is None:
-            raise
-        raise lost from error
 
 
 def lost_worker(error: tf.errors.OpError) -> RunError | None:

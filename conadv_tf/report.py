@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf.errors import RunError
+from conadv_tf.errors import RunError, one_line
 from conadv_tf.version import __version__
 
 
@@ -65,6 +65,13 @@ class RunFolder:
     def write_divergences(self, divergences: list[dict]) -> None:
         self._write("divergences.json", json.dumps(divergences, indent=2) + "\n")
 
+    def read_layout(self) -> dict | None:
+        """How the run was laid out when it was last started; see `run.train`."""
+        return self._parsed("layout.json", json.loads)
+
+    def write_layout(self, layout: dict) -> None:
+        self._write("layout.json", json.dumps(layout) + "\n")
+
     def read_metrics(self) -> list[dict]:
         """One dict an epoch; see `Recorder`."""
         return self._parsed("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
@@ -105,11 +112,6 @@ class RunFolder:
                 f"--model_dir={self.path} cannot be written ({one_line(error)}): make room, or choose a folder you may "
                 "write"
             ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The cause that an error tells, for a line of our own."""
-    return " ".join(str(error).split())[:200]
 
 
 def evaluation_result(splits: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -20,8 +20,8 @@ from typing import Any
 # Before TensorFlow is imported: its start-up chatter would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from conadv_tf import jobs, paper, plots, run, tpu_times  # noqa: F401  (run: registers what recipes configure)
-from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf import jobs, paper, plots, run, tools, tpu_times  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf.errors import ConfigError
 from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
 from conadv_tf.tables import Table, Tables
 
@@ -80,7 +80,7 @@ def _figure_name(given: str) -> str:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = tools.Parser(
         prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     several: dict[str, Any] = {"action": "append", "default": []}
@@ -192,19 +192,18 @@ class Reproduction:
 
 def main(given: Sequence[str] | None = None) -> None:
     """Entry point of `python reproduce.py` and `python -m conadv_tf.reproduce`."""
-    try:
-        reproduction = Reproduction(_arguments(given))
-        reproduction.run()
-        reproduction.show()
-    except (ConfigError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+    remedy = "check space and permissions of --results and --runs"
+    goes_on = "the same command goes on where it stopped"
+    sys.exit(tools.exit_code(lambda: _reproduce(_arguments(given)), goes_on, f"{remedy}; {goes_on}"))
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    reproduction = Reproduction(arguments)
+    reproduction.run()
+    reproduction.show()
     for cell, reason in reproduction.failed.items():
         print(f"failed: {cell.name}, {reason}", file=sys.stderr)
-    sys.exit(1 if reproduction.failed else 0)
+    return 1 if reproduction.failed else 0
 
 
 if __name__ == "__main__":

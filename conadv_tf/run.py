@@ -22,13 +22,14 @@ from conadv_tf import (
     pipeline,
     preemption,
     report,
+    resuming,
 )
 from conadv_tf import data as data_module
 from conadv_tf.errors import ConfigError
 from conadv_tf.lars import OPTIMIZERS
 from conadv_tf.plan import Plan, check_batch_norm_groups, make_plan
 from conadv_tf.resnet import ResNet
-from conadv_tf.schedule import warmup_poly_decay
+from conadv_tf.schedule import peak_of, warmup_poly_decay
 from conadv_tf.trainer import ConAdvModel
 
 PRECISIONS = ("float32", "mixed_bfloat16")
@@ -92,7 +93,14 @@ class Settings:
 
     def evaluation_is_due(self, epoch: int) -> bool:
         """Whether the test images are evaluated after an epoch (from 0)."""
-        return (epoch + 1) % self.evaluate_every_epochs == 0 or epoch + 1 == self.epochs
+        return self._is_due(epoch, self.evaluate_every_epochs)
+
+    def checkpoint_is_due(self, epoch: int) -> bool:
+        """Whether an epoch (from 0) ends with a checkpoint."""
+        return self._is_due(epoch, self.checkpoint_every_epochs)
+
+    def _is_due(self, epoch: int, every: int) -> bool:
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
 
 @dataclasses.dataclass
@@ -204,7 +212,7 @@ def train(run: Run, model_dir: str) -> dict:
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = report.RunFolder(model_dir, writes=distribute.is_chief(run.strategy))
-    _check_same_run(folder)
+    resuming.check(folder, resuming.layout(run.plan, run.model.network))
     finished = folder.read_result()
     if finished:
         print(f"{folder.path} holds this run, finished; nothing to train")
@@ -216,13 +224,13 @@ def train(run: Run, model_dir: str) -> dict:
 
 def _train_in(run: Run, folder: report.RunFolder) -> dict:
     checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
-    update = checkpoints.restore()
+    update, layout = checkpoints.restore(), resuming.layout(run.plan, run.model.network)
     folder.write_config(configure.operative_config())
     if update:
-        epochs, more = divmod(update, run.plan.steps_per_epoch)
-        print(f"resuming {folder.path} after " + (f"update {update:,}" if more else f"epoch {epochs}"))
+        print(resuming.announcement(folder, update, run.plan.steps_per_epoch, layout))
     elif run.divergence.retries and folder.writes:
         checkpoints.save()  # what to go back to from the first epoch
+    folder.write_layout(layout)
     _fit_to_the_end(run, folder, checkpoints, update)
     result = _result(run, folder)
     if folder.writes:
@@ -259,15 +267,11 @@ def _fit_to_the_end(run: Run, folder: report.RunFolder, checkpoints: checkpoint.
 
 def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
     """Lowers the peak of a run whose weights are those at `update` again; returns what is to be kept of that."""
-    peak = float(f"{run.divergence.peak_factor * _peak(run):.6g}")
+    _, last_peak = peak_of(run.model.optimizer.learning_rate)
+    peak = float(f"{run.divergence.peak_factor * last_peak:.6g}")
     logging.warning("%s: going back to update %d with a peak learning rate of %.4g", diverged.text, update, peak)
     _lower_peak(run, peak)
     return {**diverged.facts, "went_back_to": update, "peak_learning_rate": peak}
-
-
-def _peak(run: Run) -> float:
-    schedule = run.model.optimizer.learning_rate
-    return float(schedule(schedule.get_config().get("warmup_steps", 0)))
 
 
 def _lower_peak(run: Run, peak: float) -> None:
@@ -312,7 +316,7 @@ def _callbacks(
         callbacks.ProgressBar(plan, run.recipe, throughput, update),
         callbacks.TensorBoard(folder, plan, run.data.examples("train", PANEL_IMAGES)),
     ]
-    every = settings.checkpoint_every_epochs, settings.checkpoint_every_steps
+    saves = settings.checkpoint_is_due, settings.checkpoint_every_steps
     return [
         *([callbacks.GoOn(within, so_far)] if so_far else []),
         throughput,
@@ -320,7 +324,7 @@ def _callbacks(
         callbacks.Evaluation(lambda: _test_results(run, request), settings.evaluation_is_due),
         _theory_monitor(run, folder, epoch),
         *(watchers if folder.writes else []),
-        callbacks.Recorder(plan, folder, checkpoints, throughput, *every, epoch, request),
+        callbacks.Recorder(plan, folder, checkpoints, throughput, *saves, epoch, request),
     ]
 
 
@@ -405,22 +409,12 @@ def facts(run: Run) -> dict:
 
 
 def _result(run: Run, folder: report.RunFolder) -> dict:
+    epochs, divergences = folder.read_metrics(), folder.read_divergences()
     return {
         **facts(run),
         **report.evaluation_result({split: evaluate(run, split) for split in run.data.sizes}),
-        **report.speed_result(folder.read_metrics()),
-        "theory": report.theory_result(folder.read_metrics()),
-        **({"divergences": folder.read_divergences()} if folder.read_divergences() else {}),
+        **report.speed_result(epochs),
+        "theory": report.theory_result(epochs),
+        **({"divergences": divergences} if divergences else {}),
         "versions": report.versions(),
     }
-
-
-def _check_same_run(folder: report.RunFolder) -> None:
-    saved = folder.read_config()
-    changed = saved and configure.difference(saved, configure.operative_config())
-    if changed:
-        name, old, new = changed
-        raise ConfigError(
-            f"--model_dir={folder.path} holds a run with {name} = {old}, this one has {new}: pass another --model_dir, "
-            "or the old value"
-        )

@@ -51,3 +51,15 @@ def warmup_poly_decay(
         power=float(power),
     )
     return lr_schedule.LinearWarmup(decay, warmup_steps, 0.0) if warmup_steps else decay
+
+
+def peak_of(schedule: tf_keras.optimizers.schedules.LearningRateSchedule) -> tuple[int, float]:
+    """(updates of the warm-up, peak learning rate) of a schedule made by `warmup_poly_decay`."""
+    warmup_steps = schedule.get_config().get("warmup_steps", 0)
+    return warmup_steps, float(schedule(warmup_steps))
+
+
+def next_rate(optimizer):
+    """The learning rate of an optimizer's next update, a number or a scalar, whether it has a schedule or not."""
+    rate = optimizer.learning_rate
+    return rate(optimizer.iterations) if callable(rate) else rate

@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf import configure, describe, run, xla
-from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf import configure, describe, run, tools, xla
+from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.resnet import ResNet
 from conadv_tf.trainer import ConAdvModel
 
@@ -295,9 +295,8 @@ def _export_recipe(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {', '.join(sorted(os.listdir(arguments.out)))}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = tools.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--gin_file", action="append", help="as of train.py")
     parser.add_argument("--gin_param", action="append", default=[], help="as of train.py")
@@ -305,12 +304,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save_data", action="store_true", help="write data.npz too")
     parsed = parser.parse_args(arguments)
     parsed.gin_file = parsed.gin_file or [configure.DEFAULT_RECIPE]
-    try:
-        _export_recipe(parsed)
-    except (ConfigError, DataError, RunError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module; returns the exit code."""
+    return tools.exit_code(
+        lambda: _export_recipe(_arguments(arguments)), "--out is not whole", "check space and permissions of --out"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ import tf_keras
 
 from conadv_tf.lars import is_adapted
 from conadv_tf.resnet import ResNet
+from conadv_tf.schedule import next_rate
 from conadv_tf.shadows import leaf_variables
 
 MONITORS = (
@@ -33,6 +34,10 @@ class TrainingMeans(tf_keras.metrics.MeanTensor):
         super().__init__("training", shape=(num_logs,))
         self.ratios = self.add_weight("trust_ratios", shape=(num_ratios,), initializer="zeros")
 
+    def add_weight(self, *args, **kwargs) -> tf.Variable:
+        # Not Keras' sum over replicas: what is kept of an epoch must count the same on another number of them.
+        return super().add_weight(*args, aggregation=tf.VariableAggregation.MEAN, **kwargs)
+
     def record(self, values: tf.Tensor, ratios: tf.Tensor) -> tf.Tensor:
         """Adds an update; bool scalar: whether it and all before it in this epoch are finite. Runs in a replica."""
         # What is not finite stays in the sum: no later update of the same call is applied either, nor added, so that
@@ -56,15 +61,13 @@ def monitors(
     batch_statistics_max is the largest magnitude of a batch's mean or variance: where activations grow without bound
     the variance overflows first, which loss and gradient need not show.
     """
-    rate = optimizer.learning_rate
-    rate = rate(optimizer.iterations) if callable(rate) else rate
     norm = tf.linalg.global_norm(gradients)
     ordered, count = tf.sort(ratios), ratios.shape[0]
     median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2.0
     magnitudes = tf.abs(tf.concat(statistics, 0))
     # The maximum alone would not do: compiled by XLA for a CPU it passes over NaN.
     largest = tf.where(tf.reduce_all(tf.math.is_finite(magnitudes)), tf.reduce_max(magnitudes), math.inf)
-    return [tf.cast(rate, tf.float32), norm, norm**2, ordered[0], median, ordered[-1], drift, largest]
+    return [tf.cast(next_rate(optimizer), tf.float32), norm, norm**2, ordered[0], median, ordered[-1], drift, largest]
 
 
 def trust_ratios(optimizer, variables: list[tf.Variable], gradients: list[tf.Tensor]) -> tf.Tensor:

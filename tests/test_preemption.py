@@ -148,7 +148,7 @@ def test_the_command_line_ends_with_a_code_of_its_own_and_one_line_and_goes_on(t
 WAITING = """
 import time
 from conadv_tf import preemption
-with preemption.noticed() as request:
+with preemption.noticed(can_save=True) as request:
     print("ready", flush=True)
     while not request:
         time.sleep(0.01)

@@ -1,0 +1,46 @@
+"""What a run that is resumed shares with the one in its folder, and in what it may differ."""
+
+from typing import Any
+
+from conadv_tf import configure
+from conadv_tf.errors import ConfigError
+from conadv_tf.plan import Plan
+from conadv_tf.report import RunFolder
+from conadv_tf.resnet import ResNet
+
+Layout = dict[str, Any]
+
+
+def layout(plan: Plan, network: ResNet) -> Layout:
+    """How a run is spread over what computes it; of this batch_norm_images alone changes what is computed."""
+    images = plan.rows * network.replicas_per_group
+    return {"num_replicas": plan.num_replicas, "microbatches": plan.microbatches, "batch_norm_images": images}
+
+
+def check(folder: RunFolder, current: Layout) -> None:
+    """Raises ConfigError if the folder holds a run of other settings, or with batch statistics over other images."""
+    saved = folder.read_config()
+    changed = saved and configure.difference(saved, configure.operative_config())
+    if changed:
+        name, old, new = changed
+        raise ConfigError(
+            f"--model_dir={folder.path} holds a run with {name} = {old}, this one has {new}: pass another --model_dir, "
+            "or the old value"
+        )
+    images, before = current["batch_norm_images"], (folder.read_layout() or current)["batch_norm_images"]
+    if images != before:
+        raise ConfigError(
+            f"--model_dir={folder.path} holds a run with batch statistics over {before} images, here they are over "
+            f"{images}: pass train.microbatch_size={before} with as few replicas as that takes, or another --model_dir"
+        )
+
+
+def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Layout) -> str:
+    """Where a run goes on, after `update`, and on what, where that is another number of replicas or micro-batches."""
+    epochs, more = divmod(update, steps_per_epoch)
+    text = f"resuming {folder.path} after " + (f"update {update:,}" if more else f"epoch {epochs}")
+    before = folder.read_layout() or current
+    if before == current:
+        return text
+    now, then = (f"{each['num_replicas']} replicas × {each['microbatches']}" for each in (current, before))
+    return f"{text}, on {now} micro-batches, before {then}: the same run up to rounding"

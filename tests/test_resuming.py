@@ -1,0 +1,65 @@
+"""A run that goes on with another number of replicas and micro-batches: the same run, and it says so."""
+
+import json
+
+import pytest
+import tensorflow as tf
+from helpers import assert_close, mirrored, some_of
+from test_preemption import SHORT, signalled
+from test_train import weights
+
+from conadv_tf import configure, distribute, run
+from conadv_tf.errors import ConfigError, Preempted
+
+# A share of 108 images is 27 in each micro-batch of every layout; a random start and a large ε would magnify rounding.
+LAYOUT = ["train.epochs=2", "train.global_batch_size=108", "train.microbatch_size=27", "attack.epsilon_pixels=1"]
+CASES = {
+    "vanilla": ["train.method='vanilla'"],
+    "disadv from epoch 1": ["train.method='disadv'", "adversarial.start_epoch=1"],
+    "shadow, tau 2, random start": ["conadv.tau=2", "attack.random_start_probability=0.5"],
+    "lookahead": ["conadv.schedule='lookahead'"],
+    "paired": ["conadv.schedule='paired'"],
+    "phased": ["conadv.schedule='phased'"],
+}
+
+
+def trained(folder, strategy: tf.distribute.Strategy, *bindings: str) -> dict:
+    configure.configure([configure.DEFAULT_RECIPE], [*SHORT, *LAYOUT, *bindings])
+    return run.train(run.build("digits", strategy, None), str(folder))
+
+
+@pytest.mark.parametrize("case", some_of(CASES, "phased"))
+def test_a_run_goes_on_with_another_number_of_replicas_and_micro_batches(case, tmp_path, capfd):
+    one, two = distribute.make_strategy("one_device"), mirrored(2)
+    trained(tmp_path / "whole", one, *CASES[case])
+    folder = tmp_path / "moved"
+    with signalled(20), pytest.raises(Preempted):
+        trained(folder, one, *CASES[case])
+    result = trained(folder, two, *CASES[case])
+    places = 8 if case == "phased" else 4  # two updates are of one batch
+    assert [result[name] for name in ("num_replicas", "microbatches")] == [2, places // 2]
+    moved = f"2 replicas × {places // 2} micro-batches, before 1 replicas × {places}: the same run up to rounding"
+    assert f"resuming {folder} after update 20, on {moved}" in capfd.readouterr().out
+    assert_close(weights(folder), weights(tmp_path / "whole"), 1e-3)
+    losses = [
+        [json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (folder, tmp_path / "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_goes_on_with_a_microbatch_size_that_changes_nothing(tmp_path, capfd):
+    one = distribute.make_strategy("one_device")
+    with signalled(20), pytest.raises(Preempted):
+        trained(tmp_path, one, "train.microbatch_size=108")
+    trained(tmp_path, one, "train.microbatch_size=500")
+    assert f"resuming {tmp_path} after update 20\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("then", ["train.microbatch_size=54", "train.microbatch_size=108"])
+def test_a_run_does_not_go_on_with_batch_statistics_over_other_images(then, tmp_path):
+    one = distribute.make_strategy("one_device")
+    with signalled(20), pytest.raises(Preempted):
+        trained(tmp_path, one)
+    with pytest.raises(ConfigError, match=r"over 27 images, here they are over .*train\.microbatch_size=27"):
+        trained(tmp_path, one, then)
