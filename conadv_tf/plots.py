@@ -107,8 +107,8 @@ def _draw_line(axis, table: Table, line: Line) -> None:
         other.grid(False)
 
 
-def gaps(table: Table, path: str) -> None:
-    """Table 4: a panel for training accuracy, test accuracy and their difference, a line a method."""
+def gaps(table: Table, path: str, columns: str = "batch size on ImageNet, or its scale model") -> None:
+    """A panel for training accuracy, test accuracy and their difference, a line a method, by what `columns` names."""
     pyplot, figure, axes = _figure(3)
     for axis, part in zip(axes[0], ("training", "test", "gap"), strict=True):
         for line in table.lines:
@@ -125,7 +125,7 @@ def gaps(table: Table, path: str) -> None:
             axis.errorbar(places, means, list(map(_deviation, values)), label=label, **style)
         axis.set_title(f"{part}, {'points' if part == 'gap' else 'top-1, %'}", fontsize=10)
         axis.set_xticks(range(len(table.columns)), table.columns)
-        axis.set_xlabel("batch size on ImageNet, or its scale model")
+        axis.set_xlabel(columns)
     _save(pyplot, figure, path)
 
 

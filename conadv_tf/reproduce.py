@@ -60,6 +60,7 @@ EXPERIMENTS = {
     ),
     "table5": Experiment(Tables.by_epsilon, lambda table, path, _: plots.by_column(table, path, "test top-1, %")),
     "staleness": Experiment(Tables.staleness, lambda table, path, _: plots.by_column(table, path, "%")),
+    "rates": Experiment(Tables.by_rate, lambda table, path, _: plots.gaps(table, path, table.corner)),
     "figure2": _accuracy("figure2", "Figure 2", paper.FIGURE2, "vanilla", "aa"),
     "gain": Experiment(
         lambda tables: tables.gains(tables.rows("aa", "disadv", "conadv", "paired", "conadv_aa")),
@@ -85,7 +86,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     several: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
-    names = "2, gain, staleness or curves"
+    names = "2, gain, rates, staleness or curves"
     parser.add_argument("--figure", **several, type=_figure_name, choices=FIGURES, metavar="NAME", help=names)
     parser.add_argument("--scale", default="digits", choices=list(SCALES))
     parser.add_argument("--batches", help="of the paper, such as 32k,96k; default: all that the scale has")

@@ -96,6 +96,7 @@ SCALES = {
         Scale("digits", _LARGE[1:], ("vanilla", "disadv", "conadv", "paired"), (5.0, 10.0, 20.0), (4.0, 8.0, 16.0)),
         Scale("cifar10", _LARGE, rates=_RATES, epsilons=(1.0, 2.0, 4.0)),
         Scale("cifar10_crop_flip", _LARGE, rates=_RATES, epsilons=(1.0, 2.0, 4.0)),
+        Scale("cifar10_sgd", _LARGE[1:], rates=(0.2, 0.4, 0.8, 1.6, 3.2), epsilons=(2.0, 4.0)),
         Scale("imagenet", paper.BATCHES, table5=tuple(map(float, paper.EPSILONS)), policy="imagenet", cores=None),
     )
 }
@@ -147,6 +148,7 @@ class Group:
 
     Attributes:
       epsilon: None: the one chosen, or the recipe's.
+      rate: peak learning rate; None: the one chosen, or the recipe's.
       tau: delay of the attacked weights, 1 unless delay is what the table is about.
     """
 
@@ -154,6 +156,7 @@ class Group:
     batch: str
     row: str
     epsilon: float | None = None
+    rate: float | None = None
     tau: int = 1
 
 
@@ -205,8 +208,8 @@ class Study:
             if not best:
                 return choosing, None
             own_epsilon = best.epsilon
-        cell = Cell(scale.name, group.batch, group.row, 0, None, own_epsilon)
-        if scale.rates:
+        cell = Cell(scale.name, group.batch, group.row, 0, group.rate, own_epsilon)
+        if scale.rates and group.rate is None:
             candidates = [dataclasses.replace(cell, rate=rate) for rate in scale.rates]
             choosing = choosing + candidates
             best = self._best(candidates, guess)

@@ -227,6 +227,19 @@ class Tables:
         columns = tuple(f"{epsilon:g}" for epsilon in scale.table5)
         return Table("table5", caption, "epsilon", columns, tuple(lines), self._seeds)
 
+    def by_rate(self) -> Table:
+        """Accuracy by the peak learning rates that the scale chooses from, at the largest batch size shown."""
+        batch, lines = self.batches[-1], []
+        columns = {f"{rate:g}": rate for rate in SCALES[self._scale].rates}
+        for row in self.rows("vanilla", "conadv", "paired"):
+            groups = {column: Group(self._scale, batch, row, rate=rate) for column, rate in columns.items()}
+            for part, key in (("training", "train_top1"), ("test", "test_top1"), ("gap", "generalization_gap")):
+                value = operator.itemgetter(key)
+                measured = {column: self.number(group, value) for column, group in groups.items()}
+                lines.append(Line(f"{ROWS[row].label}, {part}", measured, {}))
+        caption = f"Learning rates at {batch}. Top-1, %, by peak learning rate, and the gap in points. {self.about()}"
+        return Table("rates", caption, "peak learning rate", tuple(columns), tuple(lines), self._seeds)
+
     def staleness(self) -> Table:
         """Accuracy, and how much of the attack is left, by the delay of the attacked weights."""
         lines = []

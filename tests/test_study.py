@@ -91,6 +91,15 @@ def test_another_epsilon_or_delay_keeps_the_rate_that_was_chosen():
     assert {(cell.rate, cell.epsilon, cell.tau) for cell in delayed} == {(tried[0].rate, epsilon, 4)}
 
 
+def test_a_rate_that_is_given_is_not_chosen():
+    study = Records({}).study()
+    group = Group("cifar10_sgd", "96k", "vanilla", rate=0.4)
+    assert {(cell.rate, cell.tau) for cell in study.final(group)} == {(0.4, 1)}
+    assert study.needed([group]) == study.final(group)
+    # epsilon is still chosen first
+    assert {cell.rate for cell in study.needed([dataclasses.replace(group, row="paired")])} == {0.8}
+
+
 @pytest.mark.parametrize("row", ["vanilla", "conadv_aa"])
 def test_the_guess_names_as_many_runs_as_there_will_be(row):
     groups = [Group("cifar10", batch, row) for batch in ("32k", "96k")]
