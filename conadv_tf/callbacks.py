@@ -166,7 +166,8 @@ class ProgressBar(tf_keras.callbacks.Callback):
         else:
             self._bar.update((epoch + 1) * self._plan.steps_per_epoch - self._bar.n)
 
-    def on_train_end(self, logs=None) -> None:
+    def close(self) -> None:
+        """Ends the line of the bar. Keras tells no callback when fit raises."""
         self._bar.close()
 
     def _line(self, epoch: int, logs: dict) -> str:

@@ -23,12 +23,8 @@ _OTHER = "#777777", "x", ":"
 _PANEL = 3.6, 3.1  # inches
 
 
-def _figure(columns: int, rows: int = 1):
-    """(pyplot, figure, axes [rows, columns]).
-
-    Raises:
-      ConfigError: without matplotlib.
-    """
+def load_pyplot():
+    """matplotlib.pyplot, drawing to files. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -36,6 +32,12 @@ def _figure(columns: int, rows: int = 1):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _figure(columns: int, rows: int = 1):
+    """(pyplot, figure, axes [rows, columns])."""
+    pyplot = load_pyplot()
     size = columns * _PANEL[0], rows * _PANEL[1] + 0.5
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     return pyplot, figure, axes

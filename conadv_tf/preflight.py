@@ -203,10 +203,11 @@ class _CompiledPrograms:
 
     def __init__(self, built: Run, compiler: Compiler):
         self._built, self._compiler = built, compiler
+        self._seconds: dict[str, float] = {}  # of the compilations under way, by their labels
         self._index_file = os.path.join(compiler.folder, f"run-{_fingerprint(built, compiler.generation)}.json")
 
     def costs(self, lowerings: Lowerings, rows: int) -> dict[str, Cost]:
-        """By the names of `lowerings`. One program is compiled while the next is lowered.
+        """By the names of `lowerings`. Programs are compiled beside each other, and while the next is lowered.
 
         Where the first one exceeds HBM, it alone is returned.
         """
@@ -216,7 +217,7 @@ class _CompiledPrograms:
         costs = {name: cost for name, cost in found.items() if cost}
         first, *_ = lowerings
         pending: dict[str, concurrent.futures.Future[Cost | None]] = {}
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for name in [name for name in lowerings if name not in costs]:
                 _say(f"lowering {labels[name]}")
                 program = lowerings[name]()
@@ -233,10 +234,17 @@ class _CompiledPrograms:
         """None where the program kept under `first`, which has been compiled before, exceeds HBM."""
         if getattr(self._compiler.cached(first), "over_bytes", 0):
             return None
-        text = f"compiling {label} for {self._compiler.generation.name}"
-        cost = self._compiler.compile(program, lambda seconds: _say(f"{text}: {seconds:.0f} s", passing=True))
-        _say(f"{text}: done")
+        try:
+            cost = self._compiler.compile(program, functools.partial(self._progress, label))
+        finally:
+            self._seconds.pop(label, None)
+        _say(f"compiling {label} for {self._compiler.generation.name}: done")
         return cost
+
+    def _progress(self, label: str, seconds: float) -> None:
+        self._seconds[label] = seconds
+        under_way = "; ".join(f"{each}: {passed:.0f} s" for each, passed in list(self._seconds.items()))
+        _say(f"compiling for {self._compiler.generation.name}: {under_way}", passing=True)
 
     def _read_index(self) -> dict[str, str]:
         try:

@@ -20,10 +20,11 @@ from typing import Any
 # Before TensorFlow is imported: its start-up chatter would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from conadv_tf import jobs, paper, plots, run, tools, tpu_times  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf import jobs, paper, plots, run, scaling, tools, tpu_times  # noqa: F401  (run: registers what recipes configure)
 from conadv_tf.errors import ConfigError
 from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
 from conadv_tf.tables import Table, Tables
+from conadv_tf.tpu_generations import GENERATIONS
 
 Curves = Callable[[Group], list[list[dict]]]
 
@@ -73,7 +74,7 @@ EXPERIMENTS = {
 
 
 TABLES = [name for name in EXPERIMENTS if name.startswith("table")]
-FIGURES = [name for name in EXPERIMENTS if name not in TABLES]
+FIGURES = [*(name for name in EXPERIMENTS if name not in TABLES), "figure4"]
 
 
 def _figure_name(given: str) -> str:
@@ -86,7 +87,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     several: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
-    names = "2, gain, rates, staleness or curves"
+    names = "2, 4, gain, rates, staleness or curves"
     parser.add_argument("--figure", **several, type=_figure_name, choices=FIGURES, metavar="NAME", help=names)
     parser.add_argument("--scale", default="digits", choices=list(SCALES))
     parser.add_argument("--batches", help="of the paper, such as 32k,96k; default: all that the scale has")
@@ -135,7 +136,11 @@ class Reproduction:
         batches = _chosen(arguments.batches, scale.batches, "--batches")
         rows = _chosen(arguments.rows, scale.rows, "--rows")
         self._tables = Tables(self._scale, batches, rows, self._study, arguments.seeds, self._folder, self._has_failed)
-        self._experiments = [EXPERIMENTS[name] for name in arguments.table + arguments.figure]
+        asked = arguments.table + arguments.figure
+        self._experiments = [EXPERIMENTS[name] for name in asked if name in EXPERIMENTS]
+        self._has_figure4 = "figure4" in asked  # of compiled programs, not of runs
+        if self._has_figure4 and self._scale != "imagenet":
+            raise ConfigError(f"--figure=4 is about TPUs, --scale={self._scale} is not: pass --scale=imagenet")
 
     def run(self) -> None:
         """Runs what is missing, if anything may run."""
@@ -148,6 +153,13 @@ class Reproduction:
         runner.run(lambda: self._unsettled(guess=False))
         if self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments:
             self._estimate_times()
+        if self._has_figure4 and not os.path.isfile(self._scaling):
+            generation = GENERATIONS[tpu_times.GENERATION]
+            scaling.write(scaling.points("96k_conadv.gin", generation), generation, self._folder)
+
+    @property
+    def _scaling(self) -> str:
+        return os.path.join(self._folder, "scaling.json")
 
     def _estimate_times(self) -> None:
         for batch in self._tables.batches:
@@ -167,6 +179,8 @@ class Reproduction:
                 experiment.plot(table, self._file(table, "png"), self._curves)
             except ConfigError as error:
                 print(error)
+        if self._has_figure4 and os.path.isfile(self._scaling):
+            scaling.show(self._folder)
 
     def _curves(self, group: Group) -> list[list[dict]]:
         return [self._folders.metrics(cell) for cell in self._study.final(group) if self._folders.result(cell)]

@@ -291,14 +291,18 @@ def _fit(
     with data_service.watched(run.data.services):
         if _is_alone(run):
             _evaluate_last(run, folder, update, request)
-        run.model.fit(
-            _train_batches(run, update),
-            epochs=run.plan.epochs,
-            initial_epoch=update // run.plan.steps_per_epoch,
-            steps_per_epoch=run.plan.steps_per_epoch,
-            verbose=0,
-            callbacks=_callbacks(run, folder, checkpoints, update, request),
-        )
+        called = _callbacks(run, folder, checkpoints, update, request)
+        with contextlib.ExitStack() as bars:
+            for bar in (each for each in called if isinstance(each, callbacks.ProgressBar)):
+                bars.callback(bar.close)
+            run.model.fit(
+                _train_batches(run, update),
+                epochs=run.plan.epochs,
+                initial_epoch=update // run.plan.steps_per_epoch,
+                steps_per_epoch=run.plan.steps_per_epoch,
+                verbose=0,
+                callbacks=called,
+            )
 
 
 def _callbacks(

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from conadv_tf import methods
+from conadv_tf import methods, reproduce, scaling
 from conadv_tf.preflight_table import Work, calibration
 from conadv_tf.tpu_generations import GENERATIONS, allreduce_seconds
 
@@ -70,8 +70,7 @@ def test_art_trains_the_same_network(benchmark):
     assert step_time.peer("digits_resnet", 4)(2) > 0
 
 
-def test_scaling_adds_up_passes_and_the_all_reduce(benchmark):
-    scaling = benchmark("scaling")
+def test_scaling_adds_up_passes_and_the_all_reduce():
     by_compiler, _ = calibration()
     made = {}
     for method in scaling.compared():
@@ -84,15 +83,13 @@ def test_scaling_adds_up_passes_and_the_all_reduce(benchmark):
         assert point.images_per_ms == pytest.approx(4.096 / (by_compiler * seconds[name] + moving))
 
 
-def test_scaling_leaves_out_slices_there_are_not(benchmark):
-    scaling = benchmark("scaling")
+def test_scaling_leaves_out_slices_there_are_not():
     phased = methods.conadv(schedule="phased")
     assert scaling.point("a", phased, 98_304, PASSES, 1, V3) is None
     assert scaling.point("a", methods.vanilla(), 98_304, PASSES, 1, V3).replicas == 1536
 
 
-def test_scaling_prints_beside_the_paper_and_plots(benchmark, tmp_path):
-    scaling = benchmark("scaling")
+def test_scaling_prints_beside_the_paper_and_plots(tmp_path, capsys):
     found = [
         scaling.point(panel, method, batch, PASSES, 100_000_000, V3)
         for panel, (_, batches) in scaling.PANELS.items()
@@ -105,7 +102,18 @@ def test_scaling_prints_beside_the_paper_and_plots(benchmark, tmp_path):
     cells = scaling.ratios(found).splitlines()[-1].split(" | ")
     own = {(p.panel, p.method, p.batch): p.images_per_ms for p in found}
     assert float(cells[5]) == pytest.approx(own["b", "phased", 2048] / own["b", "vanilla", 2048], abs=0.006)
-    scaling.plot(found, V3, str(tmp_path / "scaling.png"))
-    pixels = importlib.import_module("matplotlib.pyplot").imread(tmp_path / "scaling.png")
+    scaling.write(found, V3, str(tmp_path / "imagenet"))
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["--figure=4", "--scale=imagenet", "--jobs=0", f"--results={tmp_path}"])
+    assert end.value.code == 0
+    assert row in capsys.readouterr().out
+    pixels = importlib.import_module("matplotlib.pyplot").imread(tmp_path / "imagenet" / "scaling.png")
     assert pixels.shape[1] >= 1800
     assert np.mean(pixels[..., :3] < 0.5) > 0.01
+
+
+def test_figure_4_of_a_scale_model_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["--figure=4", "--scale=digits", "--jobs=0"])
+    assert end.value.code == 2
+    assert "pass --scale=imagenet" in capsys.readouterr().err

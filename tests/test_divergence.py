@@ -1,7 +1,9 @@
 """Updates that are not finite: not applied, named, and gone back from with a lower peak where the recipe says so."""
 
 import contextlib
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -197,13 +199,25 @@ def decay(peak: float) -> list[float]:
     return [float(np.mean(rates[:13])), float(np.mean(rates[13:]))]
 
 
-def test_a_run_that_diverges_once_too_often_says_so_and_keeps_its_checkpoint(tmp_path):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_run_that_diverges_once_too_often_says_so_and_keeps_its_checkpoint(tmp_path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with poisoned(20, times=2), pytest.raises(divergence.Diverged) as error:
         trained(tmp_path, VANILLA, "divergence.retries=1")
     assert "divergence.retries=1 is used up: lower" in str(error.value)
     assert str(error.value).endswith("divergence.retries=2")
     assert checkpoints(tmp_path) == {0, 13}
     assert len(lines(tmp_path)) == 1
+    # What is said next begins on a line of its own.
+    bars = terminal.getvalue()
+    assert bars.count("\n") == 2
+    assert bars.endswith("\n")
+    assert "digits:  33%|" in bars
 
 
 @pytest.mark.torture
