@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from absl import flags as flags_module
 from absl.testing import flagsaver
-from helpers import some_of
+from helpers import assert_identical, some_of
 from sample_data import FOLDER
 
 from conadv_tf import cli, tpu_compiler
@@ -162,11 +162,11 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("case", some_of(KILLED, "conadv", "phased, odd"))
-def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path):
+@pytest.mark.parametrize("case", some_of(KILLED, "conadv"))
+def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path, capfd):
     flags = [*SHORT, *(f"--gin_param={binding}" for binding in KILLED[case])]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train(*flags, f"--model_dir={whole}").returncode == 0
+    call_command_line(*flags, f"--model_dir={whole}")
     process = subprocess.Popen(command(*flags, f"--model_dir={killed}"), cwd=ROOT, stdout=subprocess.DEVNULL)
     newest, update = killed / "checkpoints" / "checkpoint", 39 if "odd" in case else 26
     while not (newest.exists() and f'"ckpt-{update}"' in newest.read_text()):
@@ -175,13 +175,9 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "result.json").exists()
-    outcome = train(*flags, f"--model_dir={killed}")
-    assert outcome.returncode == 0, outcome.stderr
-    assert "resuming" in outcome.stdout
-    one, other = weights(whole), weights(killed)
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    call_command_line(*flags, f"--model_dir={killed}")
+    assert f"resuming {killed} after epoch" in capfd.readouterr().out
+    assert_identical(weights(killed), weights(whole))
     epochs = [json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3, 4, 5, 6]
 

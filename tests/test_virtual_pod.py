@@ -30,19 +30,21 @@ def trained(name: str, replicas: int, microbatches: int):
     return logs, {name: v.numpy() for name, v in named_variables(model.network).items()}, model
 
 
-@pytest.mark.parametrize("name", some_of(METHODS, "conadv_tau2"))
-def test_eight_replicas_equal_eight_microbatches_and_four_by_two(name):
+LAYOUTS = [(name, *layout) for name in METHODS for layout in ((4, 2), (8, 1))]
+
+
+@pytest.mark.parametrize(("name", "replicas", "microbatches"), some_of(LAYOUTS, ("conadv_tau2", 4, 2)))
+def test_replicas_equal_eight_microbatches_of_one(name, replicas, microbatches):
     expected_logs, expected, _ = trained(name, 1, 8)
-    for replicas, microbatches in ((8, 1), (4, 2)):
-        logs, weights, model = trained(name, replicas, microbatches)
-        # One tolerance for all but a sign that rounding could flip; the seed of the data has none.
-        assert_close(weights, expected, 3e-6)
-        for ours, theirs in zip(logs, expected_logs, strict=True):
-            names = theirs.keys() - {"input_wait_seconds"}
-            assert_close({n: ours[n] for n in names}, {n: theirs[n] for n in names}, 3e-6)
-        for variable in model.network.variables:
-            copies = [copy.numpy() for copy in variable.values]
-            assert all(np.array_equal(copy, copies[0]) for copy in copies), variable.name
+    logs, weights, model = trained(name, replicas, microbatches)
+    # One tolerance for all but a sign that rounding could flip; the seed of the data has none.
+    assert_close(weights, expected, 3e-6)
+    for ours, theirs in zip(logs, expected_logs, strict=True):
+        names = theirs.keys() - {"input_wait_seconds"}
+        assert_close({n: ours[n] for n in names}, {n: theirs[n] for n in names}, 3e-6)
+    for variable in model.network.variables:
+        copies = [copy.numpy() for copy in variable.values]
+        assert all(np.array_equal(copy, copies[0]) for copy in copies), variable.name
 
 
 def test_each_micro_batch_counts_the_same_and_draws_its_own_start():
