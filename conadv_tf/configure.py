@@ -37,7 +37,6 @@ EXECUTION_SETTINGS = (
     "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps",
     "train.evaluate_every_epochs",
-    "train.microbatch_size",
     "train.steps_per_execution",
 )
 
@@ -109,15 +108,15 @@ def configure_without_files(gin_files: Sequence[str], gin_params: Sequence[str])
         configure(gin_files, [*gin_params, "data.source = 'synthetic'", "data.augmentation = 'none'"])
 
 
-def difference(saved: str, current: str) -> tuple[str, str, str] | None:
-    """The first setting in which two operative configurations differ, but for how they are executed.
+def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:
+    """The first setting in which two operative configurations differ, but for how they are executed and those named.
 
     Returns:
       (name, saved value, current value), "unset" for a missing one; None if they compute the same.
     """
     old, new = _settings(saved), _settings(current)
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and name not in EXECUTION_SETTINGS:
+        if old.get(name) != new.get(name) and name not in (*EXECUTION_SETTINGS, *but):
             return name, old.get(name, "unset"), new.get(name, "unset")
     return None
 

@@ -19,19 +19,22 @@ def layout(plan: Plan, network: ResNet) -> Layout:
 
 def check(folder: RunFolder, current: Layout) -> None:
     """Raises ConfigError if the folder holds a run of other settings, or with batch statistics over other images."""
-    saved = folder.read_config()
-    changed = saved and configure.difference(saved, configure.operative_config())
+    saved, before = folder.read_config(), folder.read_layout()
+    # What it changes of the run, the layout tells.
+    told = ("train.microbatch_size",) if before else ()
+    changed = saved and configure.difference(saved, configure.operative_config(), told)
     if changed:
         name, old, new = changed
         raise ConfigError(
             f"--model_dir={folder.path} holds a run with {name} = {old}, this one has {new}: pass another --model_dir, "
             "or the old value"
         )
-    images, before = current["batch_norm_images"], (folder.read_layout() or current)["batch_norm_images"]
-    if images != before:
+    if before and current["batch_norm_images"] != before["batch_norm_images"]:
+        images = before["batch_norm_images"]
         raise ConfigError(
-            f"--model_dir={folder.path} holds a run with batch statistics over {before} images, here they are over "
-            f"{images}: pass train.microbatch_size={before} with as few replicas as that takes, or another --model_dir"
+            f"--model_dir={folder.path} holds a run with batch statistics over {images} images, here they are over "
+            f"{current['batch_norm_images']}: pass train.microbatch_size={images} with as few replicas as that takes, "
+            "or another --model_dir"
         )
 
 

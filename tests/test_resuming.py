@@ -56,6 +56,16 @@ def test_a_run_goes_on_with_a_microbatch_size_that_changes_nothing(tmp_path, cap
     assert f"resuming {tmp_path} after update 20\n" in capfd.readouterr().out
 
 
+def test_nor_without_knowing_what_they_were_over(tmp_path):
+    """As in a folder of a version that kept no layout."""
+    one = distribute.make_strategy("one_device")
+    with signalled(2), pytest.raises(Preempted):
+        trained(tmp_path, one)
+    (tmp_path / "layout.json").unlink()
+    with pytest.raises(ConfigError, match=r"train\.microbatch_size = 27, this one has 54"):
+        trained(tmp_path, one, "train.microbatch_size=54")
+
+
 @pytest.mark.parametrize("then", ["train.microbatch_size=54", "train.microbatch_size=108"])
 def test_a_run_does_not_go_on_with_batch_statistics_over_other_images(then, tmp_path):
     one = distribute.make_strategy("one_device")
