@@ -1,5 +1,6 @@
 """From --tpu and --strategy to a tf.distribute strategy, and the collectives replicas need."""
 
+import json
 import os
 import re
 import socket
@@ -7,6 +8,7 @@ import socket
 import gin
 import tensorflow as tf
 
+from conadv_tf import preemption
 from conadv_tf.errors import ConfigError, RunError, one_line
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
@@ -43,12 +45,38 @@ def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribu
 
 
 def _multiworker_strategy() -> tf.distribute.Strategy:
-    if not os.environ.get("TF_CONFIG"):
+    config = os.environ.get("TF_CONFIG")
+    if not config:
         raise ConfigError(
             "--strategy=multiworker needs the environment variable TF_CONFIG with the cluster and this task: "
             "set it on every worker"
         )
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    try:
+        others = _other_workers(json.loads(config))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"TF_CONFIG={config[:100]} names no cluster and a task in it ({one_line(error)}): unset it, or set it on "
+            'every worker to such as {"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, '
+            '"task": {"type": "worker", "index": 0}}'
+        ) from error
+    if others:
+        print(f"waiting for {', '.join(others)}: start the same command there", flush=True)
+    try:
+        with preemption.ending_at_once():
+            return tf.distribute.MultiWorkerMirroredStrategy()
+    except tf.errors.OpError as error:
+        raise RunError(
+            f"the workers of TF_CONFIG did not come together ({one_line(error)}): start the same command on every one, "
+            "and let them reach each other's ports"
+        ) from error
+
+
+def _other_workers(config: dict) -> list[str]:
+    """Addresses of the workers beside this one; an error of Python's own where `config` is no TF_CONFIG."""
+    task, jobs = config["task"], tf.train.ClusterSpec(config["cluster"])
+    own = jobs.task_address(task["type"], task["index"])
+    addresses = [address for job in ("chief", "worker") if job in jobs.jobs for address in jobs.job_tasks(job)]
+    return [address for address in addresses if address != own]
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:

@@ -68,6 +68,23 @@ def noticed(can_save: bool) -> Iterator[Request]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it Ctrl-C ends the process, where TensorFlow waits and Python handles no signal.
+
+    SIGTERM does so too, but for where TensorFlow has taken it over, as it does while it makes a cluster.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in _NAMES}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def lost_worker(error: tf.errors.OpError) -> RunError | None:
     """What an error of TensorFlow's says of another worker, on one line; None if it is about something else.
 

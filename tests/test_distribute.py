@@ -34,6 +34,25 @@ def test_what_cannot_be_had_is_refused_in_one_line(arguments, error, named, monk
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{bad",
+        "{}",
+        "[]",
+        '{"cluster": {"worker": "here:1"}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "worker", "index": 2}}',
+        '{"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "chief", "index": 0}}',
+        '{"cluster": {"worker": ["here:1", "there:1"]}, "task": 1}',
+    ],
+)
+def test_a_cluster_that_is_none_is_refused_before_anybody_waits(config, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(ConfigError, match=r"^TF_CONFIG=") as caught:
+        distribute.make_strategy()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_slice_of_another_type_is_refused(monkeypatch):
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v3-32")
     with pytest.raises(RunError, match="v3-32"):

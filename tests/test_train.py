@@ -430,6 +430,19 @@ def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
         np.testing.assert_allclose(pair[name], single_process[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_a_worker_that_waits_for_another_says_so_and_can_be_ended(tmp_path):
+    alone, other = workers(f"--model_dir={tmp_path}")
+    other.kill()
+    other.wait()
+    try:
+        assert re.fullmatch(r"waiting for 127.0.0.1:\d+: start the same command there\n", alone.stdout.readline())
+        time.sleep(3)  # by then it waits within TensorFlow
+        alone.send_signal(signal.SIGINT)
+        assert alone.wait(timeout=10) == -signal.SIGINT
+    finally:
+        alone.kill()
+
+
 @pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")
 def test_a_recipe_with_autoaugment_trains_in_a_process_of_its_own(tmp_path):
     """Other tests import tf-models' vision package before a recipe is read; a user's process does so after."""
