@@ -16,7 +16,7 @@ from helpers import TORTURE
 from PIL import Image
 from record_data import FOLDER, example_bytes, load, needs_files, payloads, stream, write
 
-CASES = 220 if TORTURE else 22
+CASES = 220 if TORTURE else 11
 BATCH = 11  # cases a test
 FILES, RECORDS = 3, 6
 
