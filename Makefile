@@ -15,7 +15,7 @@ test: .venv/installed-dev
 # Everything that `make test` runs a share of, mutated recipes and corrupted files, then what it leaves out: runs that are
 # killed, workers that are lost, a long run. The counts are in its summary.
 torture: .venv/installed-dev
-	CONADV_TORTURE=1 $(BIN)/python -m pytest tests/test_fuzz_config.py tests/test_fuzz_data.py
+	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP tests/test_fuzz_config.py tests/test_fuzz_data.py
 	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP -m torture
 
 # Style and types.

@@ -121,6 +121,7 @@ def test_mutated_recipes_and_flags_run_or_end_with_one_line(first, tmp_path):
         if said == "runs":
             assert is_heard(text), (number, text)
     assert ran < BATCH  # else the mutations did nothing
+    print(f"recipes and flags {first} to {first + BATCH - 1}: {ran} ran, {BATCH - ran} ended with one line")
 
 
 @pytest.mark.parametrize("text", LINES[:6] + LINES[11:15])
