@@ -231,14 +231,23 @@ class Tables:
         """Accuracy by the peak learning rates that the scale chooses from, at the largest batch size shown."""
         batch, lines = self.batches[-1], []
         columns = {f"{rate:g}": rate for rate in SCALES[self._scale].rates}
+        plain = {column: Group(self._scale, batch, "vanilla", rate=rate) for column, rate in columns.items()}
         for row in self.rows("vanilla", "conadv", "paired"):
-            groups = {column: Group(self._scale, batch, row, rate=rate) for column, rate in columns.items()}
+            groups = {column: dataclasses.replace(group, row=row) for column, group in plain.items()}
             for part, key in (("training", "train_top1"), ("test", "test_top1"), ("gap", "generalization_gap")):
                 value = operator.itemgetter(key)
                 measured = {column: self.number(group, value) for column, group in groups.items()}
                 lines.append(Line(f"{ROWS[row].label}, {part}", measured, {}))
-        caption = f"Learning rates at {batch}. Top-1, %, by peak learning rate, and the gap in points. {self.about()}"
-        return Table("rates", caption, "peak learning rate", tuple(columns), tuple(lines), self._seeds)
+            if row != "vanilla":
+                gains = {column: self._gain(groups[column], plain[column]) for column in columns}
+                lines.append(Line(f"{ROWS[row].label}, gain", gains, {}))
+        caption = (
+            f"Learning rates at {batch}. Top-1, %, by peak learning rate; gap of training and test in points; gain in "
+            f"test top-1 over {ROWS['vanilla'].label} of the same seed and rate in points, ± standard error. "
+            f"{self.about()}"
+        )
+        compared = tuple(plain.values())
+        return Table("rates", caption, "peak learning rate", tuple(columns), tuple(lines), self._seeds, compared)
 
     def staleness(self) -> Table:
         """Accuracy, and how much of the attack is left, by the delay of the attacked weights."""

@@ -52,6 +52,26 @@ def test_a_gain_is_the_mean_difference_of_runs_of_one_seed(capsys, tmp_path, mon
     assert f"| + ConAdv, paired | {expected} |" in printed_by(arguments, capsys, tmp_path, monkeypatch)
 
 
+def test_a_gain_by_rate_is_of_runs_of_that_rate(capsys, tmp_path, monkeypatch):
+    runs = ROOT / "results" / "cifar10_sgd" / "runs" / "96k"
+    gains = []
+    for seed in range(2):
+        plain, ours = (runs / f"{name}_s{seed}" / "result.json" for name in ("vanilla_lr0.4", "paired_lr0.4_e2"))
+        gains.append(json.loads(ours.read_text())["test_top1"] - json.loads(plain.read_text())["test_top1"])
+    expected = f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains) / 2**0.5:.2f}"
+    arguments = [
+        "--figure=rates",
+        "--scale=cifar10_sgd",
+        "--batches=96k",
+        "--rows=vanilla,paired",
+        "--seeds=2",
+        "--jobs=0",
+    ]
+    lines = printed_by(arguments, capsys, tmp_path, monkeypatch).splitlines()
+    [line] = [line for line in lines if line.startswith("| + ConAdv, paired, gain |")]
+    assert line.split(" | ")[2] == expected
+
+
 def test_kept_tables_are_those_of_the_runs():
     """As files, Markdown and CSV, for whoever reads results/ alone."""
     for command, table in SHOWN:
