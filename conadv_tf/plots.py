@@ -57,9 +57,10 @@ def _save(pyplot, figure, path: str) -> None:
 
 
 def by_batch(table: Table, path: str, unit: str) -> None:
-    """A table of methods by batch size: what was measured on the left, the paper's on the right."""
-    pyplot, figure, axes = _figure(2)
-    measured, said = axes[0]
+    """A table of methods by batch size: what was measured, and beside it the paper's numbers where there are some."""
+    titles = ["measured, mean ± s.d."]
+    titles += ["paper: ResNet-50, ImageNet"] if any(line.paper for line in table.lines) else []
+    pyplot, figure, axes = _figure(len(titles))
     for line in table.lines:
         colour, marker, dashes = _STYLES.get(line.label, _OTHER)
         style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
@@ -69,10 +70,11 @@ def by_batch(table: Table, path: str, unit: str) -> None:
         values = [line.measured[column].values for column in found]
         means, spreads = list(map(statistics.mean, values)), [_deviation(each) for each in values]
         places = [paper.BATCHES.index(column) for column in found]
-        measured.errorbar(places, means, spreads, capsize=3, label=line.label, **style)
+        axes[0, 0].errorbar(places, means, spreads, capsize=3, label=line.label, **style)
         known = [column for column in table.columns if column in line.paper]
-        said.plot([paper.BATCHES.index(c) for c in known], [line.paper[c] for c in known], label=line.label, **style)
-    for axis, title in ((measured, "measured, mean ± s.d."), (said, "paper: ResNet-50, ImageNet")):
+        places = [paper.BATCHES.index(column) for column in known]
+        axes[0, -1].plot(places, [line.paper[column] for column in known], label=line.label if known else None, **style)
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xticks([paper.BATCHES.index(column) for column in table.columns], table.columns)
         axis.set_xlabel("batch size on ImageNet, or its scale model")
