@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from helpers import assert_identical, fit, make_model, mirrored, named_variables, random_batches, snapshot
 from test_preemption import checkpoints, lines, signalled, trained
-from test_train import train, weights
+from test_train import call_command_line, weights
 
 from conadv_tf import callbacks, divergence, lars, losses, methods
 from conadv_tf.errors import ConfigError, Preempted
@@ -232,11 +232,12 @@ def test_a_real_run_with_an_absurd_peak_starts_anew_with_a_lower_one(tmp_path):
     assert_identical(weights(tmp_path / "absurd"), weights(tmp_path / "plain"))
 
 
-def test_the_command_line_ends_with_one_line_and_the_last_checkpoint(tmp_path):
+def test_the_command_line_ends_with_one_line_and_the_last_checkpoint(tmp_path, capfd):
     settings = ["train.epochs=3", "learning_rate.warmup_epochs=1", "learning_rate.peak_learning_rate=8e3"]
-    outcome = train(*(f"--gin_param={setting}" for setting in settings), f"--model_dir={tmp_path}")
-    assert outcome.returncode == 1
-    [line] = outcome.stderr.splitlines()
+    with pytest.raises(SystemExit) as ended:
+        call_command_line(*(f"--gin_param={setting}" for setting in settings), f"--model_dir={tmp_path}")
+    assert ended.value.code == 1
+    [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert " not finite at update " in line
     assert checkpoints(tmp_path) == {13}
