@@ -50,22 +50,18 @@ def noticed(can_save: bool) -> Iterator[Request]:
     if not can_save or threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in _NAMES}
+    with _handlers_put_back() as previous:
 
-    def note(number: int, frame) -> None:
-        request.signal = number
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
-        # Not print, which the signal may have come in the middle of.
-        os.write(2, f"{_NAMES[signal.Signals(number)]}: saving after this update\n".encode())
+        def note(number: int, frame) -> None:
+            request.signal = number
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+            # Not print, which the signal may have come in the middle of.
+            os.write(2, f"{_NAMES[signal.Signals(number)]}: saving after this update\n".encode())
 
-    for number in _NAMES:
-        signal.signal(number, note)
-    try:
+        for number in _NAMES:
+            signal.signal(number, note)
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -77,9 +73,18 @@ def ending_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_DFL) for number in _NAMES}
-    try:
+    with _handlers_put_back():
+        for number in _NAMES:
+            signal.signal(number, signal.SIG_DFL)
         yield
+
+
+@contextlib.contextmanager
+def _handlers_put_back() -> Iterator[dict]:
+    """The handlers of both signals, which are those again afterwards."""
+    previous = {number: signal.getsignal(number) for number in _NAMES}
+    try:
+        yield previous
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

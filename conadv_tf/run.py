@@ -212,19 +212,20 @@ def train(run: Run, model_dir: str) -> dict:
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = report.RunFolder(model_dir, writes=distribute.is_chief(run.strategy))
-    resuming.check(folder, resuming.layout(run.plan, run.model.network))
+    layout = resuming.layout(run.plan, run.model.network)
+    resuming.check(folder, layout)
     finished = folder.read_result()
     if finished:
         print(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     folder.make()
     with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
-        return _train_in(run, folder)
+        return _train_in(run, folder, layout)
 
 
-def _train_in(run: Run, folder: report.RunFolder) -> dict:
+def _train_in(run: Run, folder: report.RunFolder, layout: resuming.Layout) -> dict:
     checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
-    update, layout = checkpoints.restore(), resuming.layout(run.plan, run.model.network)
+    update = checkpoints.restore()
     folder.write_config(configure.operative_config())
     if update:
         print(resuming.announcement(folder, update, run.plan.steps_per_epoch, layout))
@@ -292,9 +293,7 @@ def _fit(
         if _is_alone(run):
             _evaluate_last(run, folder, update, request)
         called = _callbacks(run, folder, checkpoints, update, request)
-        with contextlib.ExitStack() as bars:
-            for bar in (each for each in called if isinstance(each, callbacks.ProgressBar)):
-                bars.callback(bar.close)
+        try:
             run.model.fit(
                 _train_batches(run, update),
                 epochs=run.plan.epochs,
@@ -303,6 +302,10 @@ def _fit(
                 verbose=0,
                 callbacks=called,
             )
+        finally:
+            for bar in called:
+                if isinstance(bar, callbacks.ProgressBar):
+                    bar.close()
 
 
 def _callbacks(

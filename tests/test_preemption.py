@@ -19,10 +19,10 @@ SHORT = ["train.epochs=3", "learning_rate.warmup_epochs=1"]  # of 13 updates eac
 ITS_OWN = ("seconds", "images_per_second", "input_wait_share")
 
 
-def trained(folder: Path, *bindings: str) -> dict:
-    """A run of the default recipe, in this process."""
+def trained(folder: Path, *bindings: str, strategy=None) -> dict:
+    """A run of the default recipe, in this process; on one device unless a strategy is given."""
     configure.configure([configure.DEFAULT_RECIPE], [*SHORT, *bindings])
-    return run.train(run.build("digits", distribute.make_strategy("one_device"), None), str(folder))
+    return run.train(run.build("digits", strategy or distribute.make_strategy("one_device"), None), str(folder))
 
 
 def lines(folder: Path) -> list[dict]:

@@ -40,33 +40,26 @@ def test_the_command_prints_the_table_from_what_is_kept(command, table, capsys, 
     assert table in printed_by(arguments, capsys, tmp_path, monkeypatch)
 
 
-def test_a_gain_is_the_mean_difference_of_runs_of_one_seed(capsys, tmp_path, monkeypatch):
-    runs = ROOT / "results" / "cifar10" / "runs" / "96k"
+def gain_of(scale: str, plain: str, ours: str, seeds: int) -> str:
+    """Mean and standard error of the differences in test top-1 of runs at 96k, seed by seed."""
+    runs = ROOT / "results" / scale / "runs" / "96k"
     top1 = [
-        [json.loads((runs / f"{name}_s{seed}" / "result.json").read_text())["test_top1"] for seed in range(3)]
-        for name in ("vanilla_lr24", "paired_lr24_e4")  # the rates that are best on validation images
+        [json.loads((runs / f"{name}_s{seed}" / "result.json").read_text())["test_top1"] for seed in range(seeds)]
+        for name in (plain, ours)
     ]
     gains = [ours - plain for plain, ours in zip(*top1, strict=True)]
-    expected = f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains) / 3**0.5:.2f}"
+    return f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains) / seeds**0.5:.2f}"
+
+
+def test_a_gain_is_the_mean_difference_of_runs_of_one_seed(capsys, tmp_path, monkeypatch):
+    expected = gain_of("cifar10", "vanilla_lr24", "paired_lr24_e4", 3)  # the rates that are best on validation images
     arguments = ["--figure=gain", "--scale=cifar10", "--batches=96k", "--rows=paired", "--seeds=3", "--jobs=0"]
     assert f"| + ConAdv, paired | {expected} |" in printed_by(arguments, capsys, tmp_path, monkeypatch)
 
 
 def test_a_gain_by_rate_is_of_runs_of_that_rate(capsys, tmp_path, monkeypatch):
-    runs = ROOT / "results" / "cifar10_sgd" / "runs" / "96k"
-    gains = []
-    for seed in range(2):
-        plain, ours = (runs / f"{name}_s{seed}" / "result.json" for name in ("vanilla_lr0.4", "paired_lr0.4_e2"))
-        gains.append(json.loads(ours.read_text())["test_top1"] - json.loads(plain.read_text())["test_top1"])
-    expected = f"{statistics.mean(gains):.2f} ± {statistics.stdev(gains) / 2**0.5:.2f}"
-    arguments = [
-        "--figure=rates",
-        "--scale=cifar10_sgd",
-        "--batches=96k",
-        "--rows=vanilla,paired",
-        "--seeds=2",
-        "--jobs=0",
-    ]
+    expected = gain_of("cifar10_sgd", "vanilla_lr0.4", "paired_lr0.4_e2", 2)
+    arguments = shlex.split("--figure=rates --scale=cifar10_sgd --batches=96k --rows=vanilla,paired --seeds=2 --jobs=0")
     lines = printed_by(arguments, capsys, tmp_path, monkeypatch).splitlines()
     [line] = [line for line in lines if line.startswith("| + ConAdv, paired, gain |")]
     assert line.split(" | ")[2] == expected

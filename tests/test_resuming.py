@@ -1,14 +1,10 @@
 """A run that goes on with another number of replicas and micro-batches: the same run, and it says so."""
 
-import json
-
 import pytest
-import tensorflow as tf
 from helpers import assert_close, mirrored, some_of
-from test_preemption import SHORT, signalled
+from test_preemption import lines, signalled, trained
 from test_train import weights
 
-from conadv_tf import configure, distribute, run
 from conadv_tf.errors import ConfigError, Preempted
 
 # A share of 108 images is 27 in each micro-batch of every layout; a random start and a large ε would magnify rounding.
@@ -23,54 +19,42 @@ CASES = {
 }
 
 
-def trained(folder, strategy: tf.distribute.Strategy, *bindings: str) -> dict:
-    configure.configure([configure.DEFAULT_RECIPE], [*SHORT, *LAYOUT, *bindings])
-    return run.train(run.build("digits", strategy, None), str(folder))
-
-
 @pytest.mark.parametrize("case", some_of(CASES, "phased"))
 def test_a_run_goes_on_with_another_number_of_replicas_and_micro_batches(case, tmp_path, capfd):
-    one, two = distribute.make_strategy("one_device"), mirrored(2)
-    trained(tmp_path / "whole", one, *CASES[case])
+    trained(tmp_path / "whole", *LAYOUT, *CASES[case])
     folder = tmp_path / "moved"
     with signalled(20), pytest.raises(Preempted):
-        trained(folder, one, *CASES[case])
-    result = trained(folder, two, *CASES[case])
+        trained(folder, *LAYOUT, *CASES[case])
+    result = trained(folder, *LAYOUT, *CASES[case], strategy=mirrored(2))
     places = 8 if case == "phased" else 4  # two updates are of one batch
     assert [result[name] for name in ("num_replicas", "microbatches")] == [2, places // 2]
     moved = f"2 replicas × {places // 2} micro-batches, before 1 replicas × {places}: the same run up to rounding"
     assert f"resuming {folder} after update 20, on {moved}" in capfd.readouterr().out
     assert_close(weights(folder), weights(tmp_path / "whole"), 1e-3)
-    losses = [
-        [json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
-        for each in (folder, tmp_path / "whole")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    losses, expected = ([line["loss"] for line in lines(each)] for each in (folder, tmp_path / "whole"))
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_goes_on_with_a_microbatch_size_that_changes_nothing(tmp_path, capfd):
-    one = distribute.make_strategy("one_device")
     with signalled(2), pytest.raises(Preempted):
-        trained(tmp_path, one, "train.microbatch_size=108")
+        trained(tmp_path, *LAYOUT, "train.microbatch_size=108")
     with signalled(4), pytest.raises(Preempted):
-        trained(tmp_path, one, "train.microbatch_size=500")
+        trained(tmp_path, *LAYOUT, "train.microbatch_size=500")
     assert f"resuming {tmp_path} after update 2\n" in capfd.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_batch_statistics_over_other_images(tmp_path):
+    with signalled(2), pytest.raises(Preempted):
+        trained(tmp_path, *LAYOUT)
+    for rows in (54, 108):
+        with pytest.raises(ConfigError, match=rf"over 27 images, here they are over {rows}: .*microbatch_size=27"):
+            trained(tmp_path, *LAYOUT, f"train.microbatch_size={rows}")
 
 
 def test_nor_without_knowing_what_they_were_over(tmp_path):
     """As in a folder of a version that kept no layout."""
-    one = distribute.make_strategy("one_device")
     with signalled(2), pytest.raises(Preempted):
-        trained(tmp_path, one)
+        trained(tmp_path, *LAYOUT)
     (tmp_path / "layout.json").unlink()
     with pytest.raises(ConfigError, match=r"train\.microbatch_size = 27, this one has 54"):
-        trained(tmp_path, one, "train.microbatch_size=54")
-
-
-def test_a_run_does_not_go_on_with_batch_statistics_over_other_images(tmp_path):
-    one = distribute.make_strategy("one_device")
-    with signalled(2), pytest.raises(Preempted):
-        trained(tmp_path, one)
-    for rows in (54, 108):
-        with pytest.raises(ConfigError, match=rf"over 27 images, here they are over {rows}: .*microbatch_size=27"):
-            trained(tmp_path, one, f"train.microbatch_size={rows}")
+        trained(tmp_path, *LAYOUT, "train.microbatch_size=54")

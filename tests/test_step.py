@@ -236,7 +236,7 @@ def test_costs_are_those_of_the_specification():
 @pytest.mark.parametrize("name", some_of(methods.METHODS, "conadv"))
 def test_whole_update_and_evaluation_are_xla_programs(name):
     """What a TPU compiles: gradients, statistics, shadow copies, LARS and metrics, in bfloat16."""
-    method = methods.METHODS[name](**({"tau": 2} if name == "conadv" else {}))
+    method = methods.conadv(tau=2) if name == "conadv" else methods.METHODS[name]()
     model = make_model(method, network={"dtype": "mixed_bfloat16"})
     model.create_optimizer_variables()
     (images,), (labels,) = random_batches(1, 8)

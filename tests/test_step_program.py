@@ -108,9 +108,8 @@ def test_a_recipe_is_exported_timed_and_its_data_saved(tmp_path):
     folder = str(tmp_path / "program")
     settings = ["train.global_batch_size=32", "train.microbatch_size=16", "train.epochs=2"]
     settings += ["learning_rate.warmup_epochs=1", "data.augmentation='crop_flip'"]
-    assert (
-        step_program.main([f"--out={folder}", "--save_data", *(f"--gin_param={setting}" for setting in settings)]) == 0
-    )
+    flags = [f"--out={folder}", "--save_data", *(f"--gin_param={setting}" for setting in settings)]
+    assert step_program.main(flags) == 0
     with open(f"{folder}/program.json") as file:
         about = json.load(file)
     assert (about["microbatches"], about["rows"], about["steps_per_epoch"]) == (2, 16, 1437 // 32)
