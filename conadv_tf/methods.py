@@ -206,6 +206,7 @@ def _check_shared_pass(schedule: str, attack: Attack) -> None:
         "steps": (1,),
         "goal": ("untargeted",),
         "batch_norm": ("main",),
+        "compute_dtype": (None,),
     }
     for setting, values in wanted.items():
         if getattr(attack, setting) not in values:

@@ -13,12 +13,13 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from conadv_tf import schedules
 from conadv_tf.attack import Attack, random_wrong_labels
 from conadv_tf.callbacks import recorded
 from conadv_tf.errors import ConfigError
 from conadv_tf.resnet import ResNet
 from conadv_tf.shadows import leaf_variables
-from conadv_tf.split_batchnorm import ADVERSARIAL, MAIN
+from conadv_tf.split_batchnorm import ADVERSARIAL
 
 # Of the wrong labels that a targeted attack aims at: the same ones whenever the monitor looks.
 TARGET_SEED = (0, 0)
@@ -124,11 +125,9 @@ def _input_gradient(attack: Attack, network: ResNet, loss, images: tf.Tensor, la
     targeted = attack.goal == "random_target"
     if targeted:
         labels = random_wrong_labels(labels, network.num_classes, TARGET_SEED)
-    branch = ADVERSARIAL if attack.batch_norm == "aux" else MAIN
-    mode = "moving" if attack.batch_norm == "moving" else "batch"
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(images)
-        logits = network(images, branch=branch, mode=mode, update_statistics=False, synchronize=False)
+        logits = schedules.attacked_logits(attack, network)(images)
         hard = tf.nn.sparse_softmax_cross_entropy_with_logits
         total = tf.reduce_sum((loss if attack.label == "smoothed" else hard)(labels, logits))
     gradient = tape.gradient(total, images)

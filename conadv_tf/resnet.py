@@ -62,7 +62,7 @@ ARCHITECTURES = {
 
 
 class ConvBatchNorm(tf_keras.layers.Layer):
-    """Convolution without bias, split BN and, unless `relu` is False, a ReLU."""
+    """Convolution without bias, split BN and, unless `relu` is False, a ReLU; in the dtype of its inputs."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         convolution: type[tf_keras.layers.Conv2D] = tf_keras.layers.Conv2D,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.conv = convolution(
             filters,
             kernel_size,
@@ -86,8 +86,15 @@ class ConvBatchNorm(tf_keras.layers.Layer):
             dtype=kwargs.get("dtype"),
             name="conv",
         )
-        self.norm = SplitBatchNormalization(**norm, dtype=kwargs.get("dtype"), name="norm")
+        self.norm = SplitBatchNormalization(**norm, dtype=kwargs.get("dtype"), autocast=False, name="norm")
         self.relu = relu
+
+    def build(self, input_shape) -> None:
+        with tf.name_scope(self.conv.name):
+            self.conv.build(input_shape)
+        with tf.name_scope(self.norm.name):
+            self.norm.build((*input_shape[:-1], self.conv.filters))
+        super().build(input_shape)
 
     def _expands(self, channels: int) -> bool:
         """Whether it is a pointwise convolution from `channels` to more."""
@@ -95,11 +102,20 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         return conv.kernel_size == conv.strides == (1, 1) and channels < conv.filters
 
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        if self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
-            outputs = self.norm(inputs, kernel=tf.cast(self.conv.kernel, inputs.dtype), **norm_call)
+        kernel = tf.cast(self.conv.kernel, inputs.dtype)
+        if norm_call["mode"] == "moving":
+            outputs = self._folded(inputs, norm_call["branch"])
+        elif self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
+            outputs = self.norm(inputs, kernel=kernel, **norm_call)
         else:
-            outputs = self.norm(self.conv(inputs), **norm_call)
+            outputs = self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
         return tf.nn.relu(outputs) if self.relu else outputs
+
+    def _folded(self, inputs: tf.Tensor, branch: str | Turn) -> tf.Tensor:
+        """With moving statistics batch norm is a scale of the kernel and a bias: one pass over the outputs less."""
+        scale, shift = self.norm.moving_affine(branch)
+        kernel = tf.cast(tf.cast(self.conv.kernel, tf.float32) * scale, inputs.dtype)
+        return tf.nn.bias_add(self.conv.convolution_op(inputs, kernel), tf.cast(shift, inputs.dtype))
 
 
 class ResidualBlock(tf_keras.layers.Layer):
@@ -115,7 +131,7 @@ class ResidualBlock(tf_keras.layers.Layer):
         norm: dict,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
 
         def conv(name: str, width: int, kernel_size: int, strides: int = 1, last: bool = False) -> ConvBatchNorm:
             settings = {**norm, "gamma_initializer": "zeros"} if last else norm
@@ -229,10 +245,12 @@ class ResNet(tf_keras.Model):
         mode: str | None = None,
         update_statistics: bool | tf.Tensor | None = None,
         synchronize: bool = True,
+        activation_dtype: str | None = None,
     ) -> tf.Tensor:
         """Logits. `training` alone means what it means in Keras; `mode` and `update_statistics` override it.
 
         See SplitBatchNormalization.call for `branch`, `mode`, `update_statistics` and `synchronize`.
+        `activation_dtype`: what features are computed in; None is that of the policy.
         """
         norm_call = {
             "branch": branch,
@@ -240,17 +258,17 @@ class ResNet(tf_keras.Model):
             "update_statistics": training if update_statistics is None else update_statistics,
             "synchronize": synchronize,
         }
-        features = self.stem(self._normalized(images), norm_call)
+        features = self.stem(self._normalized(images, activation_dtype or self.compute_dtype), norm_call)
         if self._spec.large_stem:
             features = tf.nn.max_pool2d(features, 3, 2, "SAME")
         for block in self.blocks:
             features = block(features, norm_call)
         return tf.cast(self.classifier(tf.reduce_mean(features, [1, 2])), tf.float32)
 
-    def _normalized(self, images: tf.Tensor) -> tf.Tensor:
+    def _normalized(self, images: tf.Tensor, dtype: str) -> tf.Tensor:
         mean = tf.constant(self._spec.mean) * 255.0
         stddev = tf.constant(self._spec.stddev) * 255.0
-        return tf.cast((tf.cast(images, tf.float32) - mean) / stddev, self.compute_dtype)
+        return tf.cast((tf.cast(images, tf.float32) - mean) / stddev, dtype)
 
     def create_variables(self) -> "ResNet":
         """Creates the variables of every branch and returns self."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from conadv_tf import xla
-from conadv_tf.attack import Attack
+from conadv_tf.attack import Attack, LogitsFunction
 from conadv_tf.errors import ConfigError
 from conadv_tf.resnet import ResNet
 from conadv_tf.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN, Turn
@@ -105,14 +105,21 @@ def train_on(network: ResNet, loss, parts: list[Part]):
     return mixed, metrics, by_image
 
 
-def attack_images(attack: Attack, network: ResNet, loss, batch: Batch) -> tf.Tensor:
-    """x̂ of the batch at the weights of `network`, which keeps no trace of it."""
+def attacked_logits(attack: Attack, network: ResNet) -> LogitsFunction:
+    """`network` as the attack looks through it, which leaves no trace in it."""
     branch = ADVERSARIAL if attack.batch_norm == "aux" else MAIN
     mode = "moving" if attack.batch_norm == "moving" else "batch"
+    silent = {"update_statistics": False, "synchronize": False}
 
     def logits(images: tf.Tensor) -> tf.Tensor:
-        return network(images, branch=branch, mode=mode, update_statistics=False, synchronize=False)
+        return network(images, branch=branch, mode=mode, activation_dtype=attack.compute_dtype, **silent)
 
+    return logits
+
+
+def attack_images(attack: Attack, network: ResNet, loss, batch: Batch) -> tf.Tensor:
+    """x̂ of the batch at the weights of `network`."""
+    logits = attacked_logits(attack, network)
     return attack.adversarial_examples(logits, network.num_classes, loss, batch.images, batch.labels, batch.seed)
 
 

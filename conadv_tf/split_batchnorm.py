@@ -160,6 +160,18 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             self._learn(self.moving_variances, variance, branch, update_statistics)
         return outputs
 
+    def moving_affine(self, branch: str | Turn) -> tuple[tf.Tensor, tf.Tensor]:
+        """What mode "moving" does to each channel: (scale, shift), float32 [channels].
+
+        Raises:
+          ConfigError: for a branch there is not.
+        """
+        self._check(branch, "moving")
+        names = (self.gammas, self.betas, self.moving_means, self.moving_variances)
+        gamma, beta, mean, variance = (_chosen(variables, branch) for variables in names)
+        scale = gamma * tf.math.rsqrt(variance + self.epsilon)
+        return scale, beta - mean * scale
+
     def is_local(self, call: dict) -> bool:
         """Whether a call with these arguments normalises with the statistics of its own batch alone."""
         return call["mode"] == "batch" and not (self.replicas_per_group > 1 and call["synchronize"])

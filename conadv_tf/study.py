@@ -9,6 +9,7 @@ choose nothing.
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from conadv_tf import configure, paper
 
@@ -59,7 +60,8 @@ class Scale:
       batches: the paper's batch sizes that it has.
       rows: the methods that it has.
       rates: peak learning rates to choose from for every method and batch; empty: the recipe's.
-      epsilons: ε to choose from once, by `paired` at 96k and the middle rate; empty: the recipe's.
+      epsilons: ε to choose from once, by `paired` at 96k and `epsilon_rate`; empty: the recipe's.
+      epsilon_rate: peak learning rate, one of `rates`.
       table5: epsilons of Table 5.
       policy: of AutoAugment.
       cores: CPU cores of a run; None: all there are. One makes a run's numbers independent of how many run at once.
@@ -70,13 +72,10 @@ class Scale:
     rows: tuple[str, ...] = tuple(ROWS)
     rates: tuple[float, ...] = ()
     epsilons: tuple[float, ...] = ()
+    epsilon_rate: float | None = None
     table5: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0)
     policy: str = "cifar10"
     cores: int | None = 1
-
-    @property
-    def middle_rate(self) -> float | None:
-        return self.rates[len(self.rates) // 2] if self.rates else None
 
     def gin_files(self, batch: str, row: Row) -> list[str]:
         if self.name != "imagenet":
@@ -88,15 +87,28 @@ class Scale:
 
 
 _LARGE = ("16k", "32k", "64k", "96k", "128k", "256k")
-_RATES = 10.0, 16.0, 24.0
+_CIFAR10: dict[str, Any] = {"rates": (10.0, 16.0, 24.0), "epsilons": (1.0, 2.0, 4.0), "epsilon_rate": 16.0}
 SCALES = {
     scale.name: scale
     for scale in (
-        # Grey: no AutoAugment.
-        Scale("digits", _LARGE[1:], ("vanilla", "disadv", "conadv", "paired"), (5.0, 10.0, 20.0), (4.0, 8.0, 16.0)),
-        Scale("cifar10", _LARGE, rates=_RATES, epsilons=(1.0, 2.0, 4.0)),
-        Scale("cifar10_crop_flip", _LARGE, rates=_RATES, epsilons=(1.0, 2.0, 4.0)),
-        Scale("cifar10_sgd", _LARGE[1:], rates=(0.2, 0.4, 0.8, 1.6, 3.2), epsilons=(2.0, 4.0)),
+        Scale(
+            "digits",
+            _LARGE[1:],
+            ("vanilla", "disadv", "conadv", "paired"),  # grey: no AutoAugment
+            rates=(5.0, 10.0, 20.0),
+            epsilons=(4.0, 8.0, 16.0),
+            epsilon_rate=10.0,
+        ),
+        Scale("cifar10", _LARGE, **_CIFAR10),
+        Scale("cifar10_crop_flip", _LARGE, **_CIFAR10),
+        # The largest rate was added when plain training was best at the largest of those before.
+        Scale(
+            "cifar10_sgd",
+            _LARGE[1:],
+            rates=(0.2, 0.4, 0.8, 1.6, 3.2, 6.4),
+            epsilons=(2.0, 4.0),
+            epsilon_rate=0.8,
+        ),
         Scale("imagenet", paper.BATCHES, table5=tuple(map(float, paper.EPSILONS)), policy="imagenet", cores=None),
     )
 }
@@ -202,7 +214,7 @@ class Study:
         choosing: list[Cell] = []
         own_epsilon = None  # what the learning rate is chosen at
         if row.is_adversarial and scale.epsilons:
-            first = Cell(scale.name, "96k", "paired", 0, scale.middle_rate)
+            first = Cell(scale.name, "96k", "paired", 0, scale.epsilon_rate)
             choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
             best = self._best(choosing, guess)
             if not best:

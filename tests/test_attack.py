@@ -160,6 +160,23 @@ def test_an_attack_changes_no_variable(batch_norm):
     assert_identical(snapshot(model), before)
 
 
+@pytest.mark.parametrize("batch_norm", ["main", "moving"])
+def test_in_bfloat16_the_examples_are_nearly_those_of_float32(batch_norm):
+    images, labels = random_batches(1, 6)
+
+    def examples(dtype):
+        attack = Attack(8.0, norm="l2", random_start_probability=0.0, batch_norm=batch_norm, compute_dtype=dtype)
+        batch = schedules.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
+        network = make_model(methods.disadv(attack), trained=True).network
+        return schedules.attack_images(attack, network, None, batch).numpy()
+
+    exact, rounded = examples(None), examples("bfloat16")
+    assert exact.dtype == rounded.dtype == np.float32
+    # bfloat16 has two to three digits; ten layers and batch statistics of six images leave one.
+    distance = np.linalg.norm(rounded - exact) / np.linalg.norm(exact - images[0])
+    assert 1e-4 < distance < 0.2
+
+
 def test_no_gradient_flows_through_the_examples():
     variable = tf.Variable(1.0)
     with tf.GradientTape() as tape:
@@ -184,6 +201,7 @@ def test_no_gradient_flows_through_the_examples():
         ("label", "soft"),
         ("units", "percent"),
         ("batch_norm", "both"),
+        ("compute_dtype", "float16"),
         ("random_start_probability", 1.1),
     ],
 )

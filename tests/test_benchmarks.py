@@ -33,7 +33,7 @@ def test_step_time_ratios_goals_and_what_is_missed(benchmark):
         step_time.PLAIN: [10.0, 20.0, 30.0],
         step_time.VANILLA: [20.0, 20.0, 20.0],
         step_time.PAIRED: [40.0, 42.0, 44.0],
-        step_time.MOVING: [40.0, 40.0, 50.0],
+        step_time.MOVING_BFLOAT16: [40.0, 40.0, 50.0],
     }
     rows = step_time.table(times, 100)
     assert rows[step_time.PAIRED]["milliseconds"] == 42

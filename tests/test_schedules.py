@@ -307,6 +307,7 @@ def test_costs_are_those_of_the_specification():
         {"steps": 2},
         {"goal": "random_target"},
         {"batch_norm": "moving"},
+        {"compute_dtype": "bfloat16"},
     ],
     ids=lambda attack: next(iter(attack)),
 )
