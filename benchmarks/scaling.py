@@ -7,6 +7,7 @@ how they are made. `python reproduce.py --figure=4 --scale=imagenet` makes the p
 """
 
 import argparse
+import os
 
 from conadv_tf import scaling
 from conadv_tf.tpu_generations import GENERATIONS
@@ -19,8 +20,10 @@ def main() -> None:
     parser.add_argument("--out", default=".")
     arguments = parser.parse_args()
     generation = GENERATIONS[arguments.generation]
-    scaling.write(scaling.points(arguments.gin_file, generation), generation, arguments.out)
-    scaling.show(arguments.out)
+    found = scaling.points(arguments.gin_file, generation)
+    scaling.write(found, generation, arguments.out)
+    print(scaling.text(found, generation))
+    scaling.plot(found, generation, os.path.join(arguments.out, "scaling.png"))
 
 
 if __name__ == "__main__":

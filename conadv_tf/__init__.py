@@ -4,6 +4,12 @@
 `methods.conadv`, `trainer.ConAdvModel`, `lars.make_lars`, then `model.compile` and `model.fit`.
 """
 
+import os
+
+# tf-models and this package use tf_keras; without this TensorFlow loads Keras 3 too, a quarter of its start-up time.
+# With it `tf.keras` is tf_keras, unless TensorFlow is there already.
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
 from conadv_tf.version import __version__
 
 __all__ = ["__version__"]

@@ -175,12 +175,17 @@ class Reproduction:
             for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
                 with open(self._file(table, suffix), "w") as file:
                     file.write(text)
-            try:
-                experiment.plot(table, self._file(table, "png"), self._curves)
-            except ConfigError as error:
-                print(error)
-        if self._has_figure4 and os.path.isfile(self._scaling):
-            scaling.show(self._folder)
+            _draw(experiment.plot, table, self._file(table, "png"), self._curves)
+        if self._has_figure4:
+            self._show_figure4()
+
+    def _show_figure4(self) -> None:
+        if not os.path.isfile(self._scaling):
+            print("Figure 4 has not been made: run this without --jobs=0, minutes of compiling")
+            return
+        found, generation = scaling.read(self._folder)
+        print(scaling.text(found, generation))
+        _draw(scaling.plot, found, generation, os.path.join(self._folder, "scaling.png"))
 
     def _curves(self, group: Group) -> list[list[dict]]:
         return [self._folders.metrics(cell) for cell in self._study.final(group) if self._folders.result(cell)]
@@ -203,6 +208,14 @@ class Reproduction:
 
     def _has_failed(self, group: Group) -> bool:
         return any(self._folders.failure(cell) for cell in self._study.needed([group]))
+
+
+def _draw(plot: Callable[..., None], *arguments: Any) -> None:
+    """Draws a plot, or says what it takes to."""
+    try:
+        plot(*arguments)
+    except ConfigError as error:
+        print(error)
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -319,10 +319,13 @@ def _callbacks(
     epoch, within = divmod(update, plan.steps_per_epoch)
     so_far = checkpoints.epoch_so_far
     throughput = callbacks.Throughput(plan, so_far.seconds if so_far else 0.0)
-    watchers = [
-        callbacks.ProgressBar(plan, run.recipe, throughput, update),
-        callbacks.TensorBoard(folder, plan, run.data.examples("train", PANEL_IMAGES)),
-    ]
+    watchers: list = []
+    if folder.writes:
+        panel = run.data.examples("train", PANEL_IMAGES)
+        watchers = [
+            callbacks.ProgressBar(plan, run.recipe, throughput, update),
+            callbacks.TensorBoard(folder, plan, panel),
+        ]
     saves = settings.checkpoint_is_due, settings.checkpoint_every_steps
     return [
         *([callbacks.GoOn(within, so_far)] if so_far else []),
@@ -330,7 +333,7 @@ def _callbacks(
         divergence.StopIfDiverged(within_epochs=_is_alone(run)),
         callbacks.Evaluation(lambda: _test_results(run, request), settings.evaluation_is_due),
         _theory_monitor(run, folder, epoch),
-        *(watchers if folder.writes else []),
+        *watchers,
         callbacks.Recorder(plan, folder, checkpoints, throughput, *saves, epoch, request),
     ]
 

@@ -236,14 +236,16 @@ def write(found: list[Point], generation: Generation, folder: str) -> None:
         json.dump({"generation": generation.name, "points": content}, file, indent=1)
 
 
-def show(folder: str) -> None:
-    """Prints the tables of what `write` kept in a folder, and draws scaling.png beside it."""
+def read(folder: str) -> tuple[list[Point], Generation]:
+    """What `write` kept in a folder."""
     with open(os.path.join(folder, "scaling.json")) as file:
         content = json.load(file)
-    generation, names = GENERATIONS[content["generation"]], [field.name for field in dataclasses.fields(Point)]
+    names = [field.name for field in dataclasses.fields(Point)]
     found = [Point(**{name: each[name] for name in names}) for each in content["points"]]
-    print(f"Figure 4. Estimated for TPU {generation.name} from compiled programs; paper: measured on TPU v3.\n")
-    for panel in PANELS:
-        print(markdown(panel, found, generation), end="\n\n")
-    print(ratios(found))
-    plot(found, generation, os.path.join(folder, "scaling.png"))
+    return found, GENERATIONS[content["generation"]]
+
+
+def text(found: list[Point], generation: Generation) -> str:
+    """The tables of both panels, and what the paper concludes."""
+    caption = f"Figure 4. Estimated for TPU {generation.name} from compiled programs; paper: measured on TPU v3."
+    return "\n\n".join([caption, *(markdown(panel, found, generation) for panel in PANELS), ratios(found)])

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # as conadv_tf does; here TensorFlow comes first
 # Test processes share the machine with each other; more threads in each would only wait.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 

@@ -112,6 +112,13 @@ def test_scaling_prints_beside_the_paper_and_plots(tmp_path, capsys):
     assert np.mean(pixels[..., :3] < 0.5) > 0.01
 
 
+def test_figure_4_that_was_not_made_says_how(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        reproduce.main(["--figure=4", "--scale=imagenet", "--jobs=0", f"--results={tmp_path}"])
+    assert end.value.code == 0
+    assert "without --jobs=0" in capsys.readouterr().out
+
+
 def test_figure_4_of_a_scale_model_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         reproduce.main(["--figure=4", "--scale=digits", "--jobs=0"])
