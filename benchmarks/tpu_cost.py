@@ -21,6 +21,7 @@ from official.vision.modeling import classification_model
 from official.vision.modeling.backbones import resnet as tfm_resnet
 
 from conadv_tf import configure, methods, run
+from conadv_tf.attack import Attack
 from conadv_tf.preflight_programs import Programs, lower
 from conadv_tf.preflight_table import Work
 from conadv_tf.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
@@ -28,6 +29,7 @@ from conadv_tf.tpu_compiler import Compiler, Cost
 from conadv_tf.tpu_generations import GENERATIONS, Generation
 
 TF_MODELS, VANILLA = "tf-models ResNet-50", "vanilla"
+MOVING = "shadow with an attack on moving statistics"
 # Highest ratios of (optimal, cycles) to vanilla's; of vanilla to tf-models'. TPU v3, 64 images a core.
 GOALS = {
     VANILLA: (0.98, 0.95),
@@ -82,6 +84,7 @@ def compile_all(recipe: str, rows: int, generation: Generation, only: list[str])
     updates = {VANILLA: lambda: programs.update(methods.vanilla()), "disadv": lambda: programs.update(methods.disadv())}
     for schedule in methods.SCHEDULES:
         updates[schedule] = lambda name=schedule: programs.update(methods.conadv(schedule=name, tau=1))
+    updates[MOVING] = lambda: programs.update(methods.conadv(Attack(batch_norm="moving"), tau=1))
     if built.model.network.architecture == "resnet50":
         updates = {TF_MODELS: lambda: tf_models_update(rows), **updates}
     costs = {}

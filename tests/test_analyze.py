@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import make_model, random_batches
+from test_train import call_command_line
 
 from conadv_tf import analyze, data, losses, methods, sharpness
 
@@ -147,9 +148,8 @@ def runs(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     made = [folder / "vanilla", folder / "conadv"]
     for path in made:
-        flags = [f"--gin_file=method/{path.name}.gin", f"--model_dir={path}", *SHORT]
-        line = [sys.executable, str(ROOT / "train.py"), "--gin_file=digits_conadv.gin", *flags]
-        subprocess.run(line, cwd=folder, check=True, capture_output=True, timeout=300)
+        method = f"--gin_file=method/{path.name}.gin"
+        call_command_line("--gin_file=digits_conadv.gin", method, f"--model_dir={path}", *SHORT)
     return made
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,13 @@ import reference
 import tensorflow as tf
 import tf_keras
 from helpers import assert_close, assert_identical, make_model, mirrored, random_batches, snapshot
+from test_train import call_command_line
 from test_update import SAFE_MARGIN, state_of
 
 from conadv_tf import lars, methods, monitor
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
 UPDATES, ROWS, RATE, EPSILON = 5, 6, 6.0, 8.0
 MEASURED = {
     "theory_drift",
@@ -234,14 +232,7 @@ FLAGS = ["train.epochs=5", "learning_rate.warmup_epochs=1", "conadv.tau=2", "mon
 def run(model_dir: Path, every_epochs: int) -> list[dict]:
     """metrics.jsonl of digits_conadv, shortened, through the command line."""
     bindings = [f"--gin_param={binding}" for binding in (*FLAGS, f"monitor.every_epochs={every_epochs}")]
-    outcome = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *bindings, f"--model_dir={model_dir}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert outcome.returncode == 0, outcome.stderr
+    call_command_line(*bindings, f"--model_dir={model_dir}")
     return [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -55,6 +55,20 @@ def train(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+def call_command_line(*flags: str) -> None:
+    """The command line inside this process: as a subprocess each mistake would cost an import of TensorFlow."""
+    with flagsaver.flagsaver():
+        flags_module.FLAGS.unparse_flags()
+        cli._main(cli._parse_flags(["train.py", *flags]))
+
+
+def refused(code: int, *flags: str) -> None:
+    """The command line inside this process, which ends with an error."""
+    with pytest.raises(SystemExit) as ended:
+        call_command_line(*flags)
+    assert ended.value.code == code
+
+
 def weights(model_dir: Path) -> dict[str, np.ndarray]:
     """Every number of the newest checkpoint, but for how often one was saved."""
     reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(model_dir / "checkpoints")))
@@ -86,12 +100,13 @@ def test_run_leaves_everything_the_contract_names(finished):
     assert list((finished / "tensorboard").glob("events*"))
 
 
-def test_second_run_prints_the_result_and_trains_nothing(finished):
+def test_second_run_prints_the_result_and_trains_nothing(finished, monkeypatch, capfd):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    outcome = train(*SHORT, cwd=finished.parents[1])
-    assert outcome.returncode == 0
-    assert "nothing to train" in outcome.stdout
-    assert f"{json.loads((finished / 'result.json').read_text())['test_top1']:.2f} %" in outcome.stdout
+    monkeypatch.chdir(finished.parents[1])
+    call_command_line(*SHORT)
+    printed = capfd.readouterr().out
+    assert "nothing to train" in printed
+    assert f"{json.loads((finished / 'result.json').read_text())['test_top1']:.2f} %" in printed
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert after == {path: stamp for path, stamp in before.items() if path.is_file()}
 
@@ -190,8 +205,8 @@ def test_mirrored_and_virtual_pod_reach_the_same_result(tmp_path):
         "--gin_param=mirrored.logical_cpus=2",
         f"--model_dir={tmp_path / 'pod'}",
     )
-    one = train(*layout, f"--model_dir={tmp_path / 'one'}")
-    assert pod.returncode == one.returncode == 0, pod.stderr + one.stderr
+    assert pod.returncode == 0, pod.stderr
+    call_command_line(*layout, f"--model_dir={tmp_path / 'one'}")
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("pod", "one")]
     assert [(r["num_replicas"], r["microbatches"]) for r in results] == [(2, 2), (1, 4)]
     losses = [
@@ -240,28 +255,19 @@ MISTAKES = {
 }
 
 
-def call_command_line(*flags: str) -> None:
-    """The command line inside this process: as a subprocess each mistake would cost an import of TensorFlow."""
-    with flagsaver.flagsaver():
-        flags_module.FLAGS.unparse_flags()
-        cli._main(cli._parse_flags(["train.py", *flags]))
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_ends_at_once_with_one_line(mistake, tmp_path, monkeypatch, capfd):
     flags, code, expected = MISTAKES[mistake]
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        call_command_line(*[flag.format(empty=tmp_path / "empty") for flag in flags])
-    assert ended.value.code == code
+    refused(code, *[flag.format(empty=tmp_path / "empty") for flag in flags])
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert expected in line
     assert not (tmp_path / "runs").exists(), "a refused run must leave nothing behind"
 
 
-@pytest.mark.parametrize("mistake", ["unknown flag", "misspelt parameter", "no TPU of this type", "negative epsilon"])
+@pytest.mark.parametrize("mistake", ["unknown flag", "no TPU of this type"])
 def test_mistake_is_all_that_a_user_sees(mistake, tmp_path):
     flags, code, expected = MISTAKES[mistake]
     outcome = train(*flags, cwd=tmp_path)
@@ -279,25 +285,23 @@ def test_traceback_only_with_v1(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["conadv.tau=2", "train.method='disadv'", "attack.epsilon_pixels=4", "train.seed=1"])
-def test_model_dir_of_another_experiment_is_refused(flag, finished):
+def test_model_dir_of_another_experiment_is_refused(flag, finished, capfd):
     before = (finished / "config.gin").read_text()
-    outcome = train(*SHORT, f"--gin_param={flag}", f"--model_dir={finished}")
-    assert outcome.returncode == 2
-    assert "pass another --model_dir" in outcome.stderr
+    refused(2, *SHORT, f"--gin_param={flag}", f"--model_dir={finished}")
+    assert "pass another --model_dir" in capfd.readouterr().err
     assert (finished / "config.gin").read_text() == before
 
 
-def test_checkpoint_of_another_network_is_refused(finished, tmp_path):
+def test_checkpoint_of_another_network_is_refused(finished, tmp_path, capfd):
     """Checkpoints that arrived without their config.gin, in a run of another shape."""
     model_dir = tmp_path / "stolen"
     (model_dir / "checkpoints").mkdir(parents=True)
     for path in (finished / "checkpoints").iterdir():
         os.link(path, model_dir / "checkpoints" / path.name)
     for flag in ("train.method='vanilla'", "conadv.tau=2"):
-        outcome = train(*SHORT, f"--gin_param={flag}", f"--model_dir={model_dir}")
-        assert outcome.returncode == 1
-        assert "does not fit this model" in outcome.stderr
-        assert len(outcome.stderr.strip().splitlines()) == 1
+        refused(1, *SHORT, f"--gin_param={flag}", f"--model_dir={model_dir}")
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert "does not fit this model" in line
 
 
 def test_preflight_builds_and_trains_nothing(tmp_path, monkeypatch, capsys):
@@ -342,7 +346,7 @@ STREAMED = [
     "--gin_param=train.epochs=2",
     "--gin_param=train.precision='float32'",
     "--gin_param=learning_rate.warmup_epochs=1",
-    "--gin_param=model.name='resnet18'",
+    "--gin_param=model.name='cifar_resnet8'",
     "--gin_param=data.image_size=32",
 ]
 
@@ -446,7 +450,7 @@ def test_a_worker_that_waits_for_another_says_so_and_can_be_ended(tmp_path):
 @pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")
 def test_a_recipe_with_autoaugment_trains_in_a_process_of_its_own(tmp_path):
     """Other tests import tf-models' vision package before a recipe is read; a user's process does so after."""
-    flags = ["--gin_file=32k_aa.gin", *STREAMED[1:], "--gin_param=model.name='cifar_resnet8'"]
+    flags = ["--gin_file=32k_aa.gin", *STREAMED[1:]]
     outcome = train(*flags, f"--data_dir={IMAGENET_SAMPLE}", f"--model_dir={tmp_path}")
     assert outcome.returncode == 0, outcome.stderr
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 12
