@@ -25,6 +25,13 @@ def _no_state_between_tests():
     gin.clear_config()
 
 
+def pytest_itemcollected(item):
+    """Tests that share what a module makes once, such as a trained run, go to one process: else each would make it."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    if any(definitions[-1].scope == "module" for definitions in fixtures):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves the tests marked torture to `make torture`: further cases of what others test already, or long runs."""
     if not os.environ.get("CONADV_TORTURE"):

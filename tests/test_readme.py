@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sample_data import FOLDER as DATA
+from test_train import call_command_line
 
 from conadv_tf import methods
 
@@ -146,10 +147,13 @@ def test_reproduction_prints_what_is_kept(checkout):
     assert re.search(r"\| ResNet \|.*\d\d\.\d\d ± ", outcome.stdout)
 
 
-def test_analysis_compares_runs(checkout):
+def test_analysis_compares_runs(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    short = ["--gin_param=train.epochs=3", "--gin_param=learning_rate.warmup_epochs=1"]
     for name, command in (("digits_conadv", "python train.py"), ("vanilla", TRAINING[2])):
+        # Other tests here run the whole command, perhaps in another process with a copy of its own.
         if not (checkout / "runs" / name / "result.json").exists():
-            assert run(command, checkout).returncode == 0
+            call_command_line(*shlex.split(command)[2:], *short)
     outcome = run("python -m conadv_tf.analyze runs/digits_conadv runs/vanilla", checkout)
     assert outcome.returncode == 0, outcome.stderr
     table = [line for line in outcome.stdout.splitlines() if line.startswith("|")]

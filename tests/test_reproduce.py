@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -104,12 +105,19 @@ def test_runs_of_another_recipe_are_refused(reproduced, capsys):
     assert re.search(r"was run with lars.momentum = 0.9, its recipe now says 0.5: pass another --results", error)
 
 
+def keep(reproduced: tuple[Path, str], results: Path, rate: int) -> None:
+    """Puts the finished run of a rate into another folder of results."""
+    run = Path("digits", "runs", "256k", f"vanilla_lr{rate}_s0")
+    shutil.copytree(reproduced[0] / run, results / run)
+
+
 def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
     _, printed = reproduced
+    keep(reproduced, tmp_path, 5)
     command = [*COMMAND, "--table=1", "--seeds=2", f"--results={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("digits/runs/256k/*/metrics.jsonl")):  # in the midst of the first runs
+    while len(list(tmp_path.glob("digits/runs/256k/*/metrics.jsonl"))) < 2:  # in the midst of two others
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
@@ -122,6 +130,7 @@ def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
 
 
 def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path):
+    keep(reproduced, tmp_path, 20)
     blocked = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0"
     (blocked / "result.json.partial").mkdir(parents=True)  # its result cannot be written
     outcome = reproduce(tmp_path, "--table=1", "--seeds=1")
