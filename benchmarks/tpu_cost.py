@@ -4,7 +4,8 @@
 
 Every update is compiled whole, minutes each; what was compiled before comes from the preflight's cache. Prints a
 Markdown table and writes tpu_cost.json. Both measures are the compiler's: `optimal` is its lower bound of the time,
-`Mcycles` the sum of its estimates for each instruction. `phased` is per update.
+`Mcycles` the sum of its estimates for each instruction. `phased` is per update. The ratio of temporary memory is apart
+from what a schedule carries to the next update.
 
 `--check` fails, and names each figure that is missed: the ratios at 64 images a core, the spare memory at 192.
 """
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 
 import tensorflow as tf
 import tf_keras
@@ -22,6 +24,7 @@ from official.vision.modeling.backbones import resnet as tfm_resnet
 
 from conadv_tf import configure, methods, run
 from conadv_tf.attack import Attack
+from conadv_tf.preflight_passes import carried_bytes
 from conadv_tf.preflight_programs import Programs, lower
 from conadv_tf.preflight_table import Work
 from conadv_tf.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
@@ -77,35 +80,51 @@ def tf_models_update(rows: int) -> bytes:
     return lower(update, tf.TensorSpec((rows, 224, 224, 3), tf.uint8), tf.TensorSpec((rows,), tf.int32))
 
 
-def compile_all(recipe: str, rows: int, generation: Generation, only: list[str]) -> dict[str, Cost]:
-    """Cost of one update by name of the method; tf-models' where the recipe trains ResNet-50."""
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """A compiled update: its cost, and the bytes that it hands to the next one."""
+
+    cost: Cost
+    carried_bytes: int = 0
+
+
+def compile_all(recipe: str, rows: int, generation: Generation, only: list[str]) -> dict[str, Update]:
+    """One update by name of the method; tf-models' where the recipe trains ResNet-50."""
     built = built_run(recipe, rows)
     programs, compiler = Programs(built, rows), Compiler(generation)
-    updates = {VANILLA: lambda: programs.update(methods.vanilla()), "disadv": lambda: programs.update(methods.disadv())}
-    for schedule in methods.SCHEDULES:
-        updates[schedule] = lambda name=schedule: programs.update(methods.conadv(schedule=name, tau=1))
-    updates[MOVING] = lambda: programs.update(methods.conadv(Attack(batch_norm="moving"), tau=1))
-    if built.model.network.architecture == "resnet50":
-        updates = {TF_MODELS: lambda: tf_models_update(rows), **updates}
-    costs = {}
-    for name in [name for name in updates if not only or name in only]:
+    compared = {VANILLA: methods.vanilla(), "disadv": methods.disadv()}
+    compared |= {schedule: methods.conadv(schedule=schedule, tau=1) for schedule in methods.SCHEDULES}
+    compared[MOVING] = methods.conadv(Attack(batch_norm="moving"), tau=1)
+
+    def compiled(name: str, lowered: Callable[[], bytes]) -> Cost:
         print(f"  compiling {name}", file=sys.stderr, flush=True)
-        costs[name] = compiler.compile(updates[name]())
-    return costs
+        return compiler.compile(lowered())
+
+    updates = {}
+    if built.model.network.architecture == "resnet50" and (not only or TF_MODELS in only):
+        updates[TF_MODELS] = Update(compiled(TF_MODELS, lambda: tf_models_update(rows)))
+    for name, method in compared.items():
+        if not only or name in only:
+            cost = compiled(name, lambda method=method: programs.update(method))
+            updates[name] = Update(cost, carried_bytes(built, rows, method))
+    return updates
 
 
 def base_of(name: str) -> str:
     return TF_MODELS if name == VANILLA else VANILLA
 
 
-def ratios(name: str, costs: dict[str, Cost]) -> tuple[float | None, float | None, float | None]:
+def ratios(name: str, updates: dict[str, Update]) -> tuple[float | None, float | None, float | None]:
     """(optimal, cycles, temporary memory) over those of `base_of(name)`; None where one of them is not known."""
-    own, base = costs[name], costs.get(base_of(name))
-    if not base or name == TF_MODELS or own.over_bytes or base.over_bytes:
+    if name == TF_MODELS or base_of(name) not in updates:
+        return None, None, None
+    own, base = updates[name].cost, updates[base_of(name)].cost
+    if own.over_bytes or base.over_bytes:
         return None, None, None
     seconds, base_seconds = Work.of(own).compiler_seconds(), Work.of(base).compiler_seconds()
     optimal = seconds / base_seconds if seconds and base_seconds else None
-    return optimal, own.cycles / base.cycles, own.temp_bytes / base.temp_bytes
+    temporary = own.temp_bytes - updates[name].carried_bytes
+    return optimal, own.cycles / base.cycles, temporary / base.temp_bytes
 
 
 def spare(cost: Cost, generation: Generation) -> float:
@@ -115,23 +134,24 @@ def spare(cost: Cost, generation: Generation) -> float:
     return 1 - (cost.resident_bytes + cost.temp_bytes) / generation.hbm_bytes
 
 
-def markdown(costs: dict[str, Cost], generation: Generation) -> str:
+def markdown(updates: dict[str, Update], generation: Generation) -> str:
     lines = ["| | optimal | Mcycles | TFLOP | temp | HBM spare | × optimal | × cycles | × temp |", "|---" * 9 + "|"]
-    for name, cost in costs.items():
+    for name, update in updates.items():
+        cost = update.cost
         seconds = Work.of(cost).compiler_seconds()
         optimal = f"{1000 * seconds:.1f} ms" if seconds else "–"
-        relative = [f"{ratio:.3f}" if ratio else "–" for ratio in ratios(name, costs)]
+        relative = [f"{ratio:.3f}" if ratio else "–" for ratio in ratios(name, updates)]
         absolute = [optimal, f"{cost.cycles / 1e6:.1f}", f"{cost.flop / 1e12:.3f}", f"{cost.temp_bytes / 1e9:.2f} GB"]
         cells = [name, *absolute, f"{100 * spare(cost, generation):.0f} %", *relative]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"× is to {VANILLA}; of {VANILLA} to {TF_MODELS}."])
 
 
-def missed(costs: dict[str, Cost], rows: int, generation: Generation) -> list[str]:
+def missed(updates: dict[str, Update], rows: int, generation: Generation) -> list[str]:
     """A line for each figure that is missed, or cannot be judged."""
     found = []
-    for name in [name for name in GOALS if name in costs]:
-        optimal, cycles, temp = ratios(name, costs)
+    for name in [name for name in GOALS if name in updates]:
+        optimal, cycles, temp = ratios(name, updates)
         figures = [("optimal", optimal, GOALS[name][0]), ("cycles", cycles, GOALS[name][1])]
         figures += [("temporary memory", temp, GOAL_TEMP)] if name != VANILLA else []
         if rows == GOAL_ROWS and generation.name == "v3":
@@ -140,7 +160,7 @@ def missed(costs: dict[str, Cost], rows: int, generation: Generation) -> list[st
                 for what, value, goal in figures
                 if value is None or value > goal
             ]
-        left = spare(costs[name], generation)
+        left = spare(updates[name].cost, generation)
         if rows == SPARE_ROWS and generation.name == "v3" and left < GOAL_SPARE:
             found.append(f"{name}, HBM spare at {rows} images: {100 * left:.0f} %, goal ≥ {100 * GOAL_SPARE:.0f} %")
     return found
@@ -156,10 +176,10 @@ def main() -> None:
     arguments = parser.parse_args()
     generation = GENERATIONS[arguments.generation]
     only = [name.strip() for name in arguments.only.split(",") if name.strip()]
-    costs = compile_all(arguments.gin_file, arguments.rows, generation, only)
-    print(markdown(costs, generation))
-    rows = {name: {**dataclasses.asdict(cost), "ratios": ratios(name, costs)} for name, cost in costs.items()}
-    misses = missed(costs, arguments.rows, generation)
+    updates = compile_all(arguments.gin_file, arguments.rows, generation, only)
+    print(markdown(updates, generation))
+    rows = {name: {**dataclasses.asdict(each), "ratios": ratios(name, updates)} for name, each in updates.items()}
+    misses = missed(updates, arguments.rows, generation)
     with open("tpu_cost.json", "w") as file:
         json.dump({"arguments": vars(arguments), "rows": rows, "missed": misses}, file, indent=2)
     if arguments.check and misses:

@@ -10,6 +10,7 @@ import pytest
 
 from conadv_tf import methods, reproduce, scaling
 from conadv_tf.preflight_table import Work, calibration
+from conadv_tf.tpu_compiler import Cost
 from conadv_tf.tpu_generations import GENERATIONS, allreduce_seconds
 
 V3 = GENERATIONS["v3"]
@@ -56,6 +57,29 @@ def test_step_time_measures_and_checks(benchmark, monkeypatch, tmp_path, capsys)
         rows = json.load(file)["rows"]
     assert list(rows) == [step_time.PLAIN, step_time.VANILLA, "conadv, phased"]
     assert "| conadv, phased |" in capsys.readouterr().out
+
+
+def test_tpu_cost_names_what_is_missed(benchmark):
+    tpu_cost = benchmark("tpu_cost")
+
+    def update(ms: float, cycles: float, temporary: int, carried: int = 0):
+        return tpu_cost.Update(Cost(optimal_seconds=ms / 1000, cycles=cycles, temp_bytes=temporary), carried)
+
+    updates = {
+        tpu_cost.VANILLA: update(50.0, 70e6, 2_000_000_000),
+        "shadow": update(140.0, 190e6, 2_200_000_000),
+        "lookahead": update(130.0, 190e6, 2_350_000_000, 60_000_000),
+        "paired": update(100.0, 140e6, 13_000_000_000),
+    }
+    temporary = "paired / vanilla, temporary memory: 6.500, goal ≤ 1.15"
+    assert tpu_cost.missed(updates, 64, V3) == [
+        "vanilla / tf-models ResNet-50, optimal: unknown, goal ≤ 0.98",
+        "vanilla / tf-models ResNet-50, cycles: unknown, goal ≤ 0.95",
+        "shadow / vanilla, optimal: 2.800, goal ≤ 2.75",
+        temporary,
+    ]
+    assert tpu_cost.missed(updates, 192, V3) == ["paired, HBM spare at 192 images: 22 %, goal ≥ 30 %"]
+    assert "| lookahead | 130.0 ms | 190.0 |" in tpu_cost.markdown(updates, V3)
 
 
 def test_step_time_knows_every_schedule(benchmark):
