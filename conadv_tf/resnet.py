@@ -102,18 +102,19 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         return conv.kernel_size == conv.strides == (1, 1) and channels < conv.filters
 
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        kernel = tf.cast(self.conv.kernel, inputs.dtype)
-        if norm_call["mode"] == "moving":
-            outputs = self._folded(inputs, norm_call["branch"])
-        elif self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
-            outputs = self.norm(inputs, kernel=kernel, **norm_call)
-        else:
-            outputs = self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
+        through = self._folded if norm_call["mode"] == "moving" else self._normalized
+        outputs = through(inputs, norm_call)
         return tf.nn.relu(outputs) if self.relu else outputs
 
-    def _folded(self, inputs: tf.Tensor, branch: str | Turn) -> tf.Tensor:
+    def _normalized(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
+        kernel = tf.cast(self.conv.kernel, inputs.dtype)
+        if self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
+            return self.norm(inputs, kernel=kernel, **norm_call)
+        return self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
+
+    def _folded(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
         """With moving statistics batch norm is a scale of the kernel and a bias: one pass over the outputs less."""
-        scale, shift = self.norm.moving_affine(branch)
+        scale, shift = self.norm.moving_affine(norm_call["branch"])
         kernel = tf.cast(tf.cast(self.conv.kernel, tf.float32) * scale, inputs.dtype)
         return tf.nn.bias_add(self.conv.convolution_op(inputs, kernel), tf.cast(shift, inputs.dtype))
 
