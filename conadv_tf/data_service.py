@@ -167,16 +167,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"--address={address} is no address: write HOST:PORT, such as --address={socket.gethostname()}:5050"
         )
-    stopped = threading.Event()
+    stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, lambda number, _: stopped.append(number))
     try:
         servers = serve(address)  # they live as long as this name
     except tf.errors.OpError as error:
         print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
         return DataError.exit_code
     print(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker", flush=True)
-    stopped.wait()
+    # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here, and
+    # Python handles it in this one when this one runs.
+    while not stopped:
+        time.sleep(0.5)
     print("stopped", flush=True)
     # Shutting the servers down would wait for clients, which may never let go.
     os._exit(0)

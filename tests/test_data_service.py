@@ -105,6 +105,14 @@ def test_a_service_that_is_started_anew_ends_the_run_in_one_line(tmp_path):
     again.end(signal.SIGTERM)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names a thread by its entry in /proc")
+def test_a_signal_that_one_of_tensorflows_threads_receives_ends_it_too(tmp_path):
+    process = Process(tmp_path).process
+    threads = {int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()}
+    os.kill(max(threads - {process.pid}), signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
 def test_a_service_that_ends_ends_the_run_in_one_line(tmp_path):
     process = Process(tmp_path)
     program = f"""
