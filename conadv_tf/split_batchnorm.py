@@ -137,10 +137,10 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
           ConfigError: for a branch or mode there is not.
         """
         self._check(branch, mode)
-        gamma, beta = _chosen(self.gammas, branch), _chosen(self.betas, branch)
         if mode == "moving":
-            moving = _chosen(self.moving_means, branch), _chosen(self.moving_variances, branch)
-            return self._normalize(inputs, gamma, beta, *moving)
+            scale, shift = self.moving_affine(branch)
+            return tf.cast(tf.cast(inputs, tf.float32) * scale + shift, inputs.dtype)
+        gamma, beta = _chosen(self.gammas, branch), _chosen(self.betas, branch)
         if kernel is not None:
             outputs, mean, variance = expansion.expand_and_normalize(inputs, kernel, gamma, beta, self.epsilon)
         elif self.replicas_per_group > 1 and synchronize:
@@ -182,18 +182,6 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             raise ConfigError(f"branch={branch!r}: this layer has the branches {self.branches}; build it with that one")
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: batch normalisation knows {MODES}; choose one of them")
-
-    def _normalize(self, inputs, gamma, beta, mean, variance):
-        outputs, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs,
-            scale=gamma,
-            offset=beta,
-            mean=mean,
-            variance=variance,
-            epsilon=self.epsilon,
-            is_training=False,
-        )
-        return outputs
 
     def _group_batch(self, inputs, gamma, beta):
         """Statistics over the group of replicas; same definitions as the fused local kernel."""

@@ -267,7 +267,7 @@ def test_mistake_ends_at_once_with_one_line(mistake, tmp_path, monkeypatch, capf
     assert not (tmp_path / "runs").exists(), "a refused run must leave nothing behind"
 
 
-@pytest.mark.parametrize("mistake", ["unknown flag", "no TPU of this type"])
+@pytest.mark.parametrize("mistake", ["unknown flag", "misspelt parameter", "no TPU of this type", "negative epsilon"])
 def test_mistake_is_all_that_a_user_sees(mistake, tmp_path):
     flags, code, expected = MISTAKES[mistake]
     outcome = train(*flags, cwd=tmp_path)
