@@ -55,7 +55,7 @@ def _main(_: list[str]) -> None:
         print(f"\npreempted: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
 
 

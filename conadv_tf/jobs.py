@@ -120,7 +120,8 @@ class Runner:
     def run(self, more: Callable[[], list[Cell]]) -> None:
         """Runs what `more` names and has not run; asked again whenever a run has ended, since results name more."""
         self._bar = tqdm.tqdm(total=0.0, unit="", bar_format=_BAR, mininterval=1.0, dynamic_ncols=True, disable=None)
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        ending = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, _interrupt) for number in ending}
         try:
             waiting = more()
             while waiting or self._running:
@@ -131,7 +132,8 @@ class Runner:
                     waiting = more()
         finally:
             self._stop()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             self._bar.close()
 
     def _start(self, waiting: list[Cell]) -> None:
@@ -154,6 +156,8 @@ class Runner:
                 stdout=log,
                 stderr=log,
                 env=_environment(SCALES[cell.scale].cores),
+                # A terminal's Ctrl-C is for this process, which passes it on: a second one would end a run unsaved.
+                start_new_session=True,
             )
 
     def _collect(self) -> bool:
@@ -200,14 +204,17 @@ class Runner:
         return sum(cell.cost * len(self._folders.metrics(cell)) / running.epochs for cell, running in runs)
 
     def _stop(self) -> None:
-        """Ends what still runs; each goes on from its last checkpoint the next time."""
+        """Ends what still runs, saved; each goes on from there the next time."""
         for running in self._running.values():
-            running.process.send_signal(signal.SIGINT)
+            running.process.terminate()
         for running in self._running.values():
             running.process.wait()
 
 
 _BAR = "{percentage:3.0f} % |{bar}| {desc} [{elapsed}<{remaining}]"
+
+# A closed terminal's SIGHUP, but for where nohup has it ignored.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def _interrupt(signal_number: int, frame) -> None:

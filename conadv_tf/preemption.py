@@ -111,4 +111,4 @@ def lost_worker(error: tf.errors.OpError) -> RunError | None:
 
 def end_at_once(number: int, frame) -> None:
     """A handler of SIGTERM for where there is nothing to save. Raises Preempted."""
-    raise Preempted("nothing was lost: the same command goes on from the last checkpoint")
+    raise Preempted("nothing was lost: the same command goes on")

@@ -3,13 +3,14 @@ compiled by the real TPU compiler. preflight_passes.py says which, and how they 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import tensorflow as tf
 
@@ -204,6 +205,7 @@ class _CompiledPrograms:
     def __init__(self, built: Run, compiler: Compiler):
         self._built, self._compiler = built, compiler
         self._seconds: dict[str, float] = {}  # of the compilations under way, by their labels
+        self._given_up = False
         self._index_file = os.path.join(compiler.folder, f"run-{_fingerprint(built, compiler.generation)}.json")
 
     def costs(self, lowerings: Lowerings, rows: int) -> dict[str, Cost]:
@@ -217,18 +219,30 @@ class _CompiledPrograms:
         costs = {name: cost for name, cost in found.items() if cost}
         first, *_ = lowerings
         pending: dict[str, concurrent.futures.Future[Cost | None]] = {}
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with self._compiling() as pool:
             for name in [name for name in lowerings if name not in costs]:
                 _say(f"lowering {labels[name]}")
                 program = lowerings[name]()
                 index[labels[name]] = self._compiler.key(program)
                 pending[name] = pool.submit(self._compile, program, labels[name], index[labels[first]])
-            compiled = {name: future.result() for name, future in pending.items()}
+            _wait(pending.values())
+        compiled = {name: future.result() for name, future in pending.items()}
         if pending:
             _say("")
             tpu_compiler.write_file(self._index_file, json.dumps(index))
         costs |= {name: cost for name, cost in compiled.items() if cost}
         return {first: costs[first]} if costs[first].over_bytes else costs
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[concurrent.futures.Executor]:
+        """Threads that each drive a compiler; what ends one of them or this one, a signal too, ends all at once."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                yield pool
+            except BaseException:
+                self._given_up = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _compile(self, program: bytes, label: str, first: str) -> Cost | None:
         """None where the program kept under `first`, which has been compiled before, exceeds HBM."""
@@ -242,6 +256,8 @@ class _CompiledPrograms:
         return cost
 
     def _progress(self, label: str, seconds: float) -> None:
+        if self._given_up:
+            raise concurrent.futures.CancelledError
         self._seconds[label] = seconds
         under_way = "; ".join(f"{each}: {passed:.0f} s" for each, passed in list(self._seconds.items()))
         _say(f"compiling for {self._compiler.generation.name}: {under_way}", passing=True)
@@ -252,6 +268,16 @@ class _CompiledPrograms:
                 return json.load(file)
         except (OSError, ValueError):
             return {}
+
+
+def _wait(pending: Iterable[concurrent.futures.Future]) -> None:
+    """Until all are done; raises what one of them does as soon as it does."""
+    waiting = set(pending)
+    while waiting:
+        # Looks again and again: a signal that another thread receives wakes nothing that waits here.
+        done, waiting = concurrent.futures.wait(waiting, 1.0, concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            future.result()
 
 
 def _fingerprint(built: Run, generation: Generation) -> str:

@@ -76,6 +76,21 @@ def test_a_second_preflight_compiles_nothing_and_says_the_same(monkeypatch):
     assert preflight.report(build(8), "v3-8", None) == first
 
 
+def test_an_interruption_ends_the_compilations_under_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lower = Programs.update
+
+    def interrupted(self, method):
+        if method.name == "vanilla":
+            raise KeyboardInterrupt  # the run's own update is being compiled, which takes longer than this
+        return lower(self, method)
+
+    monkeypatch.setattr(Programs, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        preflight.report(build(8), "v3-8", None)
+    assert not list(tmp_path.rglob("*.json")), "it was waited for"
+
+
 def test_passes_add_up_to_what_is_compiled_whole():
     built = build(8)
     result = preflight.run_preflight(built, compiler())

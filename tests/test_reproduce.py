@@ -1,8 +1,10 @@
 """reproduce.py: tables from runs, what is not run twice, kills, failures; on digits with few epochs."""
 
+import contextlib
 import csv
 import json
 import os
+import pty
 import re
 import shutil
 import statistics
@@ -127,6 +129,38 @@ def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
     again = reproduce(tmp_path, "--table=1", "--seeds=2")
     assert again.returncode == 0, again.stderr
     assert table_rows(again.stdout) == table_rows(printed)[:3]
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "closed terminal"])
+def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
+    command = [*COMMAND[: -len(SHORT)], "--jobs=1", "--table=1", "--seeds=1", f"--results={tmp_path}"]
+    command += ["--gin_param=train.epochs=100000", "--gin_param=train.checkpoint_every_epochs=50000"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(command[0], command)
+    log = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0" / "log.txt"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and "epoch 3/" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    if end == "Ctrl-C":
+        os.write(terminal, b"\x03")
+        shown = read_terminal(terminal)
+        assert shown.rstrip().endswith("interrupted: the same command goes on where it stopped")
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert "preempted: the run is kept in" in log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text()
+
+
+def read_terminal(terminal: int) -> str:
+    """All that is written to it until the process at its other end has gone."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while block := os.read(terminal, 4096):
+            shown += block
+    return shown.decode()
 
 
 def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path):
