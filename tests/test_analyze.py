@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import call_command_line
 from helpers import make_model, random_batches
-from test_train import call_command_line
 
 from conadv_tf import analyze, data, losses, methods, sharpness
 

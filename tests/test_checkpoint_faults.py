@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT, SHORT, call_command_line, command, weights
 from helpers import assert_identical, fit, make_model, random_batches, snapshot, some_of
-from test_train import ROOT, SHORT, call_command_line, command, weights
 
 from conadv_tf import checkpoint, methods
 from conadv_tf.errors import RunError

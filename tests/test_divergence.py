@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import call_command_line, weights
 from helpers import assert_identical, fit, make_model, mirrored, named_variables, random_batches, snapshot
 from test_preemption import checkpoints, lines, signalled, trained
-from test_train import call_command_line, weights
 
 from conadv_tf import callbacks, divergence, lars, losses, methods
 from conadv_tf.errors import ConfigError, Preempted

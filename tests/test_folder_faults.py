@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import ROOT, call_command_line, weights
 from helpers import assert_identical, make_model
 from record_data import make_folder, stream, take
-from test_train import ROOT, call_command_line, weights
 
 from conadv_tf import callbacks, lock, methods, plan, preemption, records, report
 from conadv_tf.errors import RunError

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import call_command_line
 from PIL import Image
-from test_train import call_command_line
 
 from conadv_tf import data, import_images
 

@@ -9,8 +9,8 @@ import pytest
 import reference
 import tensorflow as tf
 import tf_keras
+from commands import call_command_line
 from helpers import assert_close, assert_identical, make_model, mirrored, random_batches, snapshot
-from test_train import call_command_line
 from test_update import SAFE_MARGIN, state_of
 
 from conadv_tf import lars, methods, monitor

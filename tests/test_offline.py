@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from test_train import ROOT, command
+from commands import ROOT, command
 
 # The command line, with every connection and look-up of a host from Python written down.
 WATCHED = """

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, call_command_line, command, weights
 from helpers import assert_identical, some_of
-from test_train import ROOT, call_command_line, command, weights
 
 from conadv_tf import callbacks, configure, distribute, run
 from conadv_tf.errors import ConfigError, Preempted

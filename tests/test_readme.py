@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call_command_line
 from PIL import Image
 from sample_data import FOLDER as DATA
-from test_train import call_command_line
 
 from conadv_tf import methods
 

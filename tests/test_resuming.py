@@ -1,9 +1,9 @@
 """A run that goes on with another number of replicas and micro-batches: the same run, and it says so."""
 
 import pytest
+from commands import weights
 from helpers import assert_close, mirrored, some_of
 from test_preemption import lines, signalled, trained
-from test_train import weights
 
 from conadv_tf.errors import ConfigError, Preempted
 

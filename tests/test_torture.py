@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import ROOT, command, train, weights, workers
 from helpers import assert_identical
 from test_checkpoint_faults import MORTAL
 from test_preemption import lines
-from test_train import ROOT, command, train, weights, workers
 
 pytestmark = [
     pytest.mark.torture,

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import flags as flags_module
-from absl.testing import flagsaver
+from commands import ROOT, SHORT, call_command_line, command, train, weights
 from helpers import assert_identical, some_of
 from sample_data import FOLDER
 
-from conadv_tf import cli, tpu_compiler
+from conadv_tf import tpu_compiler
 
-ROOT = Path(__file__).parents[1]
-SHORT = ["--gin_param=train.epochs=6", "--gin_param=learning_rate.warmup_epochs=1"]
 RESULT_FIELDS = {
     "recipe",
     "method",
@@ -47,33 +43,11 @@ RESULT_FIELDS = {
 }
 
 
-def command(*flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *flags]
-
-
-def train(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def call_command_line(*flags: str) -> None:
-    """The command line inside this process: as a subprocess each mistake would cost an import of TensorFlow."""
-    with flagsaver.flagsaver():
-        flags_module.FLAGS.unparse_flags()
-        cli._main(cli._parse_flags(["train.py", *flags]))
-
-
 def refused(code: int, *flags: str) -> None:
     """The command line inside this process, which ends with an error."""
     with pytest.raises(SystemExit) as ended:
         call_command_line(*flags)
     assert ended.value.code == code
-
-
-def weights(model_dir: Path) -> dict[str, np.ndarray]:
-    """Every number of the newest checkpoint, but for how often one was saved."""
-    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(model_dir / "checkpoints")))
-    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
-    return {name: reader.get_tensor(name) for name in names if not name.startswith("save_counter")}
 
 
 @pytest.fixture(scope="module")
@@ -385,66 +359,6 @@ def test_streamed_photos_train_and_a_bad_one_is_skipped_or_named(tmp_path):
     last = refused.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "train-00000-of-00002, record 5: corrupt JPEG" in last
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for number in sockets:
-        number.bind(("127.0.0.1", 0))
-    ports = [number.getsockname()[1] for number in sockets]
-    for number in sockets:
-        number.close()
-    return ports
-
-
-def workers(*flags: str) -> list[subprocess.Popen]:
-    """Two worker processes on this machine."""
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
-    environments = [
-        {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
-        for index in range(2)
-    ]
-    flags = (*flags, "--strategy=multiworker")
-    return [
-        subprocess.Popen(command(*flags), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for env in environments
-    ]
-
-
-@pytest.mark.parametrize("rows", some_of([54, 27], 27))
-def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
-    """With one and with two micro-batches a worker; the first worker alone keeps the files."""
-    layout = ["--gin_param=train.global_batch_size=108", f"--gin_param=train.microbatch_size={rows}"]
-    layout += ["--gin_param=train.epochs=3", "--gin_param=learning_rate.warmup_epochs=1"]
-    processes = workers(*layout, f"--model_dir={tmp_path / 'two'}")
-    one = train(*layout, "--strategy=mirrored", f"--model_dir={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    metrics = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("two", "one")
-    ]
-    for two, single in zip(*metrics, strict=True):
-        for name in ("loss", "adversarial_loss", "gradient_norm", "drift", "test_loss", "test_top1"):
-            assert two[name] == pytest.approx(single[name], rel=2e-4), name
-    pair, single_process = weights(tmp_path / "two"), weights(tmp_path / "one")
-    for name in single_process:
-        np.testing.assert_allclose(pair[name], single_process[name], rtol=1e-3, atol=1e-4, err_msg=name)
-
-
-def test_a_worker_that_waits_for_another_says_so_and_can_be_ended(tmp_path):
-    alone, other = workers(f"--model_dir={tmp_path}")
-    other.kill()
-    other.wait()
-    try:
-        assert re.fullmatch(r"waiting for 127.0.0.1:\d+: start the same command there\n", alone.stdout.readline())
-        time.sleep(3)  # by then it waits within TensorFlow
-        alone.send_signal(signal.SIGINT)
-        assert alone.wait(timeout=10) == -signal.SIGINT
-    finally:
-        alone.kill()
 
 
 @pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")

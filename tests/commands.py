@@ -1,0 +1,64 @@
+"""The command line, in this process and in others, and what it leaves."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from absl import flags as flags_module
+from absl.testing import flagsaver
+
+from conadv_tf import cli
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--gin_param=train.epochs=6", "--gin_param=learning_rate.warmup_epochs=1"]
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *flags]
+
+
+def train(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def call_command_line(*flags: str) -> None:
+    """The command line inside this process: as a subprocess each mistake would cost an import of TensorFlow."""
+    with flagsaver.flagsaver():
+        flags_module.FLAGS.unparse_flags()
+        cli._main(cli._parse_flags(["train.py", *flags]))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for number in sockets:
+        number.bind(("127.0.0.1", 0))
+    ports = [number.getsockname()[1] for number in sockets]
+    for number in sockets:
+        number.close()
+    return ports
+
+
+def workers(*flags: str) -> list[subprocess.Popen]:
+    """Two worker processes on this machine."""
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
+    environments = [
+        {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
+        for index in range(2)
+    ]
+    flags = (*flags, "--strategy=multiworker")
+    return [
+        subprocess.Popen(command(*flags), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for env in environments
+    ]
+
+
+def weights(model_dir: Path) -> dict[str, np.ndarray]:
+    """Every number of the newest checkpoint, but for how often one was saved."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(model_dir / "checkpoints")))
+    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
+    return {name: reader.get_tensor(name) for name in names if not name.startswith("save_counter")}
