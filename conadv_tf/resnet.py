@@ -152,6 +152,11 @@ class ResidualBlock(tf_keras.layers.Layer):
         else:
             self.convs = [conv("conv1", filters, 3, strides), conv("conv2", outputs, 3, last=True)]
 
+    @property
+    def all_convs(self) -> list[ConvBatchNorm]:
+        """That of the shortcut too, where it has one."""
+        return self.convs + ([] if self.shortcut is None else [self.shortcut])
+
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
         shortcut = inputs if self.shortcut is None else self.shortcut(inputs, norm_call)
         outputs = inputs
@@ -278,12 +283,13 @@ class ResNet(tf_keras.Model):
 
     def moving_statistics(self, branches: Sequence[str]) -> list[tf.Variable]:
         """The moving means and variances of `branches`, float32 [channels] each."""
-        layers = [layer for layer in self.submodules if isinstance(layer, SplitBatchNormalization)]
+        # Not by way of `submodules`, which goes through all there is in the network and takes a tenth of a second.
+        convs = [self.stem, *(conv for block in self.blocks for conv in block.all_convs)]
         return [
             variable
-            for layer in layers
+            for conv in convs
             for branch in branches
-            for variable in (layer.moving_means[branch], layer.moving_variances[branch])
+            for variable in (conv.norm.moving_means[branch], conv.norm.moving_variances[branch])
         ]
 
     def get_config(self) -> dict:
