@@ -10,7 +10,7 @@ import tf_keras
 import tqdm
 from absl import logging
 
-from conadv_tf import divergence
+from conadv_tf import divergence, terminal
 from conadv_tf.checkpoint import Checkpoints, EpochSoFar
 from conadv_tf.errors import one_line
 from conadv_tf.plan import Plan
@@ -156,19 +156,24 @@ class ProgressBar(tf_keras.callbacks.Callback):
             f"top-1 {100 * float(logs['clean_top1']):.1f} %{self._test}",
             refresh=False,
         )
-        self._bar.update(self._epoch * self._plan.steps_per_epoch + batch + 1 - self._bar.n)
+        self._move_to(self._epoch * self._plan.steps_per_epoch + batch + 1)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         if "val_top1" in logs:
             self._test = f", test top-1 {100 * logs['val_top1']:.2f} %"
         if self._bar.disable:
-            print(self._line(epoch, logs), flush=True)
+            terminal.say(self._line(epoch, logs))
         else:
-            self._bar.update((epoch + 1) * self._plan.steps_per_epoch - self._bar.n)
+            self._move_to((epoch + 1) * self._plan.steps_per_epoch)
+
+    def _move_to(self, update: int) -> None:
+        with terminal.may_be_gone():
+            self._bar.update(update - self._bar.n)
 
     def close(self) -> None:
         """Ends the line of the bar. Keras tells no callback when fit raises."""
-        self._bar.close()
+        with terminal.may_be_gone():
+            self._bar.close()
 
     def _line(self, epoch: int, logs: dict) -> str:
         seconds_per_epoch = (time.perf_counter() - self._began) / (epoch + 1 - self._epochs_before)

@@ -44,6 +44,7 @@ class Checkpoints:
         self._model = model
         self._directory = directory
         self.epoch_so_far: EpochSoFar | None = None
+        self.last: str | None = None  # saved or restored
         parts = {"network": model.network, "shadows": list(model.shadows), "optimizer": model.optimizer}
         self._means, self._seconds = model.metrics[0], tf.Variable(0.0, trainable=False, dtype=tf.float64)
         epoch = tf.train.Checkpoint(means=self._means, seconds=self._seconds)
@@ -67,6 +68,7 @@ class Checkpoints:
                 for torn, why in bad:
                     logging.warning("checkpoint %s is not whole (%s): going on from %s", torn, why, path)
                 self._restore_fitting(path)
+                self.last = path
                 break
             bad.append((path, cause))
         else:
@@ -114,6 +116,7 @@ class Checkpoints:
                 f"cannot write a checkpoint to {self._directory} ({one_line(error)}{_room(self._directory)}): "
                 "make room, or change --model_dir"
             ) from error
+        self.last = path
         return path
 
     def _sweep(self, newest: int) -> None:
@@ -176,6 +179,9 @@ def export(network: ResNet, directory: str) -> None:
 
     Its default signature maps "images", float32 [rows, H, W, C] in [0, 255], to "logits" and
     "probabilities", float32 [rows, classes].
+
+    Raises:
+      RunError: if it cannot be written.
     """
     config = {**network.get_config(), "branches": (MAIN,), "replicas_per_group": 1, "dtype": "float32"}
     exported = ResNet.from_config(config).create_variables()
@@ -191,7 +197,13 @@ def export(network: ResNet, directory: str) -> None:
         return {"logits": logits, "probabilities": tf.nn.softmax(logits)}
 
     module.predict = predict
-    tf.saved_model.save(module, directory, signatures={"serving_default": predict})
+    try:
+        tf.saved_model.save(module, directory, signatures={"serving_default": predict})
+    except (tf.errors.OpError, OSError) as error:
+        raise RunError(
+            f"the trained network cannot be written to {directory} ({one_line(error)}{_room(directory)}): make room, "
+            "then start the same command again"
+        ) from error
 
 
 def _path(variable: tf.Variable) -> str:

@@ -11,7 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 from absl import app, flags, logging
 
-from conadv_tf import configure, describe, distribute, preemption, preflight, records, report, run
+from conadv_tf import configure, describe, distribute, preemption, preflight, records, report, run, terminal
 from conadv_tf.errors import ConfigError, DataError, Preempted, RunError
 
 FLAGS = flags.FLAGS
@@ -52,10 +52,10 @@ def _main(_: list[str]) -> None:
             raise
         _fail(translated)
     except Preempted as stop:
-        print(f"\npreempted: {stop}", file=sys.stderr)
+        terminal.say(f"\npreempted: {stop}", sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from what was saved", file=sys.stderr)
+        terminal.say("\ninterrupted: the same command goes on from what was saved", sys.stderr)
         sys.exit(130)
 
 
@@ -75,8 +75,8 @@ def _train() -> None:
         return
     built = run.build(recipe, distribute.make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
-    print(describe.arithmetic(built), flush=True)
-    print(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
+    terminal.say(describe.arithmetic(built))
+    terminal.say(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
 
 
 def _preflight(recipe: str, gin_files: list[str]) -> None:
@@ -89,8 +89,8 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
     )
     built = run.build(recipe, strategy, FLAGS.data_dir, distribute.replicas_of(FLAGS.tpu, strategy))
     _check_effect()
-    print(describe.arithmetic(built), flush=True)
-    print(preflight.report(built, FLAGS.tpu, FLAGS.model_dir))
+    terminal.say(describe.arithmetic(built))
+    terminal.say(preflight.report(built, FLAGS.tpu, FLAGS.model_dir))
 
 
 def _check_effect() -> None:
@@ -108,5 +108,5 @@ def _fail(error: ConfigError | DataError | RunError) -> None:
     if FLAGS.is_parsed() and logging.get_verbosity() >= 1:
         traceback.print_exception(error)
     # gin appends lines of its own about the call the error came from.
-    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+    terminal.say(f"error: {str(error).splitlines()[0]}", sys.stderr)
     sys.exit(error.exit_code)

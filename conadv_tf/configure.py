@@ -28,6 +28,7 @@ DEFAULT_RECIPE = "digits_conadv.gin"
 # What may change when a run is resumed: how it is executed and reported, not what it computes.
 EXECUTION_SETTINGS = (
     "data.cache",
+    "data.max_bad_records",
     "data.service",
     "divergence.peak_factor",
     "divergence.retries",

@@ -48,7 +48,7 @@ def check(service: str) -> list[str]:
     for address in addresses:
         try:
             _connect(address)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # of a name that cannot be one
             raise DataError(f"data.service={service!r}: {_not_there(address)} ({error})") from error
     return addresses
 
@@ -167,14 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"--address={address} is no address: write HOST:PORT, such as --address={socket.gethostname()}:5050"
         )
+    try:
+        for each in (int(port), int(port) + 1):
+            socket.create_server(("", each)).close()  # TensorFlow would share a port with another data service
+        servers = serve(address)  # they live as long as this name
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
+        print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
+        return DataError.exit_code
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
-    try:
-        servers = serve(address)  # they live as long as this name
-    except tf.errors.OpError as error:
-        print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
-        return DataError.exit_code
     print(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker", flush=True)
     # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here, and
     # Python handles it in this one when this one runs.

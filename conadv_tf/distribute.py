@@ -148,9 +148,11 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
         if address != "local":
             _check_reachable(resolver.master())
-            tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        strategy = tf.distribute.TPUStrategy(resolver)
+        with preemption.ending_at_once():  # a host that does not answer is waited for without an end
+            if address != "local":
+                tf.config.experimental_connect_to_cluster(resolver)
+            tf.tpu.experimental.initialize_tpu_system(resolver)
+            strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # the resolver raises whatever its transport does
         raise RunError(_no_tpu_message(tpu, error)) from error
     if strategy.num_replicas_in_sync != replicas_of(tpu, strategy):

@@ -22,8 +22,11 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
-class Preempted(RuntimeError):  # noqa: N818 (nothing went wrong)
-    """A run that SIGTERM ended, whole: the same command goes on. Exit code 75, EX_TEMPFAIL: try again later."""
+class Preempted(BaseException):
+    """A run that SIGTERM ended, whole: the same command goes on. Exit code 75, EX_TEMPFAIL: try again later.
+
+    As KeyboardInterrupt no Exception: a signal comes anywhere, and is no fault of what it came in.
+    """
 
     exit_code = 75
 

@@ -165,8 +165,10 @@ class Runner:
         ended = [(cell, running) for cell, running in self._running.items() if running.process.poll() is not None]
         for cell, running in ended:
             del self._running[cell]
+            if running.process.returncode and lock.is_held(self._folders.model_dir(cell)):
+                continue  # another process was there first, which is waited for
             self._done += cell.cost
-            result = self._folders.result(cell) if running.process.returncode == 0 else None
+            result = self._folders.result(cell)  # whoever made it
             if result:
                 minutes = (time.monotonic() - running.began) / 60
                 self._say(f"{cell.name}: test top-1 {result['test_top1']:.2f} % in {minutes:.1f} min{self._left()}")

@@ -56,8 +56,9 @@ def noticed(can_save: bool) -> Iterator[Request]:
             request.signal = number
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
-            # Not print, which the signal may have come in the middle of.
-            os.write(2, f"{_NAMES[signal.Signals(number)]}: saving after this update\n".encode())
+            # Not print, which the signal may have come in the middle of. Who reads it may have got the signal too.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{_NAMES[signal.Signals(number)]}: saving after this update\n".encode())
 
         for number in _NAMES:
             signal.signal(number, note)

@@ -12,8 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import tensorflow as tf
-
 from conadv_tf import configure, distribute, methods, tpu_compiler
 from conadv_tf.attack import Attack
 from conadv_tf.errors import ConfigError
@@ -94,6 +92,8 @@ def report(built: Run, tpu: str | None, model_dir: str | None) -> str:
         tpu_compiler.versions()
     except ConfigError as error:
         return f"  not compiled: {error}"
+    if model_dir:
+        RunFolder(model_dir).make()  # before minutes of compiling
     result = run_preflight(built, Compiler(generation))
     if model_dir:
         _write_json(built, tpu, result, model_dir)
@@ -303,9 +303,7 @@ def _write_json(built: Run, tpu: str | None, result: Preflight, model_dir: str) 
         "versions": {**run_versions(), **tpu_compiler.versions()},
         **dataclasses.asdict(result),
     }
-    file = RunFolder(model_dir).file("preflight.json")
-    with tf.io.gfile.GFile(file, "w") as writer:
-        writer.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    RunFolder(model_dir).write_preflight(content)
 
 
 def _say(text: str, passing: bool = False) -> None:

@@ -72,6 +72,9 @@ class RunFolder:
     def write_layout(self, layout: dict) -> None:
         self._write("layout.json", json.dumps(layout) + "\n")
 
+    def write_preflight(self, content: dict) -> None:
+        self._write("preflight.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
     def read_metrics(self) -> list[dict]:
         """One dict an epoch; see `Recorder`."""
         return self._parsed("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []

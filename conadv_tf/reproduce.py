@@ -204,7 +204,9 @@ class Reproduction:
         return sum(cell.cost for cell in self._unsettled(guess=True))
 
     def _is_settled(self, cell: Cell) -> bool:
-        return cell in self.failed or self._folders.result(cell) is not None
+        """A run that failed in an earlier call is tried again, unless this one runs nothing."""
+        failed = cell in self.failed or (not self._arguments.jobs and self._folders.failure(cell) is not None)
+        return failed or self._folders.result(cell) is not None
 
     def _has_failed(self, group: Group) -> bool:
         return any(self._folders.failure(cell) for cell in self._study.needed([group]))

@@ -12,13 +12,18 @@ Layout = dict[str, Any]
 
 
 def layout(plan: Plan, network: ResNet) -> Layout:
-    """How a run is spread over what computes it; of this batch_norm_images alone changes what is computed."""
+    """How a run is spread over what computes it, and of how many images; batch_norm_images and num_train change it."""
     images = plan.rows * network.replicas_per_group
-    return {"num_replicas": plan.num_replicas, "microbatches": plan.microbatches, "batch_norm_images": images}
+    return {
+        "num_replicas": plan.num_replicas,
+        "microbatches": plan.microbatches,
+        "batch_norm_images": images,
+        "num_train": plan.num_train,
+    }
 
 
 def check(folder: RunFolder, current: Layout) -> None:
-    """Raises ConfigError if the folder holds a run of other settings, or with batch statistics over other images."""
+    """Raises ConfigError if the folder holds a run of other settings or data, or other images in batch statistics."""
     saved, before = folder.read_config(), folder.read_layout()
     # What it changes of the run, the layout tells.
     told = ("train.microbatch_size",) if before else ()
@@ -36,6 +41,11 @@ def check(folder: RunFolder, current: Layout) -> None:
             f"{current['batch_norm_images']}: pass train.microbatch_size={images} with as few replicas as that takes, "
             "or another --model_dir"
         )
+    if before and before.get("num_train", current["num_train"]) != current["num_train"]:
+        raise ConfigError(
+            f"--model_dir={folder.path} holds a run on {before['num_train']:,} training images, here are "
+            f"{current['num_train']:,}: bring back the files of that data set, or pass another --model_dir"
+        )
 
 
 def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Layout) -> str:
@@ -43,7 +53,7 @@ def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: 
     epochs, more = divmod(update, steps_per_epoch)
     text = f"resuming {folder.path} after " + (f"update {update:,}" if more else f"epoch {epochs}")
     before = folder.read_layout() or current
-    if before == current:
-        return text
     now, then = (f"{each['num_replicas']} replicas × {each['microbatches']}" for each in (current, before))
+    if now == then:
+        return text
     return f"{text}, on {now} micro-batches, before {then}: the same run up to rounding"

@@ -23,6 +23,7 @@ from conadv_tf import (
     preemption,
     report,
     resuming,
+    terminal,
 )
 from conadv_tf import data as data_module
 from conadv_tf.errors import ConfigError
@@ -216,7 +217,7 @@ def train(run: Run, model_dir: str) -> dict:
     resuming.check(folder, layout)
     finished = folder.read_result()
     if finished:
-        print(f"{folder.path} holds this run, finished; nothing to train")
+        terminal.say(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     folder.make()
     with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
@@ -228,7 +229,7 @@ def _train_in(run: Run, folder: report.RunFolder, layout: resuming.Layout) -> di
     update = checkpoints.restore()
     folder.write_config(configure.operative_config())
     if update:
-        print(resuming.announcement(folder, update, run.plan.steps_per_epoch, layout))
+        terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, layout))
     elif run.divergence.retries and folder.writes:
         checkpoints.save()  # what to go back to from the first epoch
     folder.write_layout(layout)
@@ -238,7 +239,7 @@ def _train_in(run: Run, folder: report.RunFolder, layout: resuming.Layout) -> di
         checkpoint.export(run.model.network, folder.file("export"))
     folder.write_result(result)
     if run.data.bad_records.count:
-        print(run.data.bad_records.report())
+        terminal.say(run.data.bad_records.report())
     return result
 
 
@@ -250,13 +251,14 @@ def _fit_to_the_end(run: Run, folder: report.RunFolder, checkpoints: checkpoint.
     divergences = folder.read_divergences()
     if divergences:
         peak = divergences[-1]["peak_learning_rate"]
-        print(f"going on with a peak learning rate of {peak:.4g}, as the run has diverged before")
+        terminal.say(f"going on with a peak learning rate of {peak:.4g}, as the run has diverged before")
         _lower_peak(run, peak)
     # Held across retries: a request that comes while the run diverges is still there when it has gone back.
     with preemption.noticed(can_save=_is_alone(run)) as request:
         while True:
             try:
-                return _fit(run, folder, checkpoints, update, request)
+                _fit(run, folder, checkpoints, update, request)
+                return _end_if_told(request, checkpoints)
             except divergence.Diverged as error:
                 if len(divergences) >= run.divergence.retries:
                     raise error.after(len(divergences)) from None
@@ -264,6 +266,12 @@ def _fit_to_the_end(run: Run, folder: report.RunFolder, checkpoints: checkpoint.
             update = checkpoints.restore()
             divergences.append(_gone_back(run, diverged, update))
             folder.write_divergences(divergences)
+
+
+def _end_if_told(request: preemption.Request, checkpoints: checkpoint.Checkpoints) -> None:
+    """Where fit cannot: before it, with all that there is in a checkpoint, and after its last update."""
+    if request and checkpoints.last:
+        request.end(checkpoints.last)
 
 
 def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
@@ -292,6 +300,7 @@ def _fit(
     with data_service.watched(run.data.services):
         if _is_alone(run):
             _evaluate_last(run, folder, update, request)
+        _end_if_told(request, checkpoints)
         called = _callbacks(run, folder, checkpoints, update, request)
         try:
             run.model.fit(

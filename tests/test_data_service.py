@@ -1,6 +1,7 @@
 """data.service: batches made by processes of their own, on this machine, are those made here."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -143,11 +144,36 @@ with data_service.watched(["localhost:{process.port}"], patience_seconds=3):
     assert "Traceback" not in outcome.stderr
 
 
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_port_in_use_is_said_in_one_line(taken, tmp_path, capsys):
+    with socket.create_server(("", free_ports())) as held:
+        port = held.getsockname()[1] - taken
+        assert data_service.main([f"--address=localhost:{port}"]) == 1
+    assert re.fullmatch(
+        rf"error: cannot serve at localhost:{port} \(.*\): choose another port\n", capsys.readouterr().err
+    )
+
+
+def test_a_port_of_another_data_service_is_not_shared(services):
+    address = services.split(",")[0].removeprefix("grpc://")
+    outcome = subprocess.run(
+        [sys.executable, "-m", "conadv_tf.data_service", f"--address={address}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert outcome.returncode == 1
+    assert f"error: cannot serve at {address}" in outcome.stderr
+
+
 def test_an_address_where_nobody_listens_is_said_at_once(tmp_path):
     make_folder(tmp_path)
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"grpc://localhost:\d+ does not answer: start it there with"):
         stream(tmp_path, service=f"grpc://localhost:{free_ports()}")
+    with pytest.raises(DataError, match=r"grpc://a\.\.b:5050 does not answer"):
+        stream(tmp_path, service="grpc://a..b:5050")
     assert time.monotonic() - begin < 5
 
 

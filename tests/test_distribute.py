@@ -1,8 +1,15 @@
 """Choosing a strategy, and means over groups of replicas."""
 
+import signal
+import socket
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import ROOT
 from helpers import mirrored
 
 from conadv_tf import distribute, methods
@@ -51,6 +58,21 @@ def test_a_cluster_that_is_none_is_refused_before_anybody_waits(config, monkeypa
     with pytest.raises(ConfigError, match=r"^TF_CONFIG=") as caught:
         distribute.make_strategy()
     assert "\n" not in str(caught.value)
+
+
+def test_waiting_for_a_tpu_that_does_not_answer_can_be_ended():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        program = f"from conadv_tf import distribute; distribute.make_strategy(tpu='grpc://127.0.0.1:{silent.getsockname()[1]}')"
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(2):  # who looks whether somebody listens, and TensorFlow
+                silent.settimeout(60)
+                silent.accept()
+            time.sleep(3)  # by then it waits within TensorFlow
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == -signal.SIGINT
+        finally:
+            process.kill()
 
 
 def test_a_slice_of_another_type_is_refused(monkeypatch):

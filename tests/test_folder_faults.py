@@ -163,6 +163,18 @@ def test_a_file_where_a_folder_should_be_is_said_before_training(place, tmp_path
     assert "epoch 1/" not in capfd.readouterr().out
 
 
+def test_a_place_of_the_exported_network_that_is_taken(whole, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        at_update(patched, 20, lambda: (folder / "export").write_text("a file"))
+        line = the_error(capfd, *SHORT, f"--model_dir={folder}")
+    assert f"the trained network cannot be written to {folder / 'export'}" in line
+    (folder / "export").unlink()
+    call_command_line(*SHORT, f"--model_dir={folder}")
+    assert (folder / "export" / "saved_model.pb").is_file()
+    assert_identical(weights(folder), weights(whole))
+
+
 def test_a_folder_where_the_lock_should_be(tmp_path):
     (tmp_path / ".lock").mkdir()
     with (

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 from commands import ROOT, call_command_line, command, weights
 from helpers import assert_identical, some_of
 
-from conadv_tf import callbacks, configure, distribute, run
+from conadv_tf import callbacks, configure, distribute, preemption, run
 from conadv_tf.errors import ConfigError, Preempted
 
 SHORT = ["train.epochs=3", "learning_rate.warmup_epochs=1"]  # of 13 updates each
@@ -98,6 +99,25 @@ def test_an_epoch_whose_evaluation_was_cut_short_is_evaluated_when_the_run_goes_
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
+def test_a_signal_after_the_last_update_ends_the_run_too(tmp_path, monkeypatch):
+    trained(tmp_path / "whole")
+    began = callbacks.EndEarly.on_test_batch_begin
+
+    def then_signal(self, batch, logs=None):
+        began(self, batch, logs)
+        if self.model.updates_made() == 39:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(callbacks.EndEarly, "on_test_batch_begin", then_signal)
+    for _ in range(2):  # in the evaluation after the last epoch, and in the one that makes up for it
+        with pytest.raises(Preempted, match="ckpt-39: the same command goes on"):
+            trained(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "result.json").exists()
+    monkeypatch.undo()
+    trained(tmp_path / "cut")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
 def test_checkpoints_every_so_many_updates_change_nothing(tmp_path):
     trained(tmp_path / "whole")
     trained(tmp_path / "often", "train.checkpoint_every_steps=8")
@@ -142,6 +162,33 @@ def test_the_command_line_ends_with_a_code_of_its_own_and_one_line_and_goes_on(t
     assert "Traceback" not in outcome.stderr
     call_command_line(*flags)
     assert f"resuming {tmp_path} after update 20" in capfd.readouterr().out
+
+
+def test_a_reader_of_its_output_that_ends_with_it_loses_nothing(tmp_path):
+    """As `train.py 2>&1 | tee log` when Ctrl-C reaches both."""
+    reader, writer = os.pipe()
+    flags = [*(f"--gin_param={binding}" for binding in SHORT), f"--model_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREEMPTED, *command(*flags)[2:]], cwd=ROOT, stdout=writer, stderr=writer
+    )
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    assert process.wait(300) == Preempted.exit_code
+    assert max(checkpoints(tmp_path)) == 20
+
+
+def test_a_signal_while_a_checkpoint_is_read_ends_the_run_and_is_no_damage(tmp_path, monkeypatch):
+    with signalled(20), pytest.raises(Preempted):
+        trained(tmp_path)
+    monkeypatch.setattr(tf.train, "load_checkpoint", lambda path: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, preemption.end_at_once)
+    try:
+        with pytest.raises(Preempted):
+            trained(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert 20 in checkpoints(tmp_path)
 
 
 WAITING = """

@@ -46,8 +46,8 @@ def row_of(result: preflight.Preflight, kind: str) -> preflight_table.Row:
 def test_every_method_has_its_row_and_the_numbers_agree(tmp_path):
     # 8 cores, 2 micro-batches of 8 images each.
     built = build(8)
-    text = preflight.report(built, "v3-8", str(tmp_path))
-    saved = json.loads((tmp_path / "preflight.json").read_text())
+    text = preflight.report(built, "v3-8", str(tmp_path / "new" / "run"))
+    saved = json.loads((tmp_path / "new" / "run" / "preflight.json").read_text())
     assert (saved["tpu"], saved["num_replicas"], saved["rows"], saved["microbatches"]) == ("v3-8", 8, 8, 2)
     rows = {re.split("[, ]+", row["name"])[-1 if "τ" not in row["name"] else 1]: row for row in saved["methods"]}
     assert rows.keys() == KINDS

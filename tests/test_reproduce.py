@@ -154,6 +154,16 @@ def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
+def test_two_at_once_make_one_run_of_each(reproduced, tmp_path):
+    for rate in (10, 20):
+        keep(reproduced, tmp_path, rate)
+    command = [*COMMAND, "--table=1", "--seeds=1", f"--results={tmp_path}"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert table_rows(printed[0]) == table_rows(printed[1])
+
+
 def read_terminal(terminal: int) -> str:
     """All that is written to it until the process at its other end has gone."""
     shown = b""
@@ -163,7 +173,7 @@ def read_terminal(terminal: int) -> str:
     return shown.decode()
 
 
-def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path):
+def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path, capsys):
     keep(reproduced, tmp_path, 20)
     blocked = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0"
     (blocked / "result.json.partial").mkdir(parents=True)  # its result cannot be written
@@ -174,6 +184,8 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
     assert len(result_files(tmp_path)) == 2
     assert "256k/vanilla_lr5_s0: failed" in outcome.stdout
     assert re.search(r"\| ResNet \| [\d.]+ \|", outcome.stdout)  # chosen from the others
+    _, printed, _ = printed_by(capsys, tmp_path, "--table=1", "--seeds=1", "--jobs=0")
+    assert table_rows(printed) == table_rows(outcome.stdout)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A run that goes on with another number of replicas and micro-batches: the same run, and it says so."""
 
+import json
+
 import pytest
 from commands import weights
 from helpers import assert_close, mirrored, some_of
@@ -58,3 +60,24 @@ def test_nor_without_knowing_what_they_were_over(tmp_path):
     (tmp_path / "layout.json").unlink()
     with pytest.raises(ConfigError, match=r"train\.microbatch_size = 27, this one has 54"):
         trained(tmp_path, *LAYOUT, "train.microbatch_size=54")
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    """A shard that has gone; here it is the subset that is smaller, which a folder of records would not tell."""
+    with signalled(2), pytest.raises(Preempted):
+        trained(tmp_path, *LAYOUT)
+    layout = json.loads((tmp_path / "layout.json").read_text())
+    (tmp_path / "layout.json").write_text(json.dumps({**layout, "num_train": 2000}))
+    with pytest.raises(
+        ConfigError, match=r"holds a run on 2,000 training images, here are 1,437: bring back the files"
+    ):
+        trained(tmp_path, *LAYOUT)
+
+
+def test_a_run_goes_on_with_more_bad_records_allowed(tmp_path, capfd):
+    """The remedy that a run which met too many of them names."""
+    with signalled(2), pytest.raises(Preempted):
+        trained(tmp_path, *LAYOUT)
+    with signalled(4), pytest.raises(Preempted):
+        trained(tmp_path, *LAYOUT, "data.max_bad_records=20")
+    assert f"resuming {tmp_path} after update 2\n" in capfd.readouterr().out
