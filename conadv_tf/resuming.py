@@ -12,12 +12,17 @@ Layout = dict[str, Any]
 
 
 def layout(plan: Plan, network: ResNet) -> Layout:
-    """How a run is spread over what computes it, and of how many images; batch_norm_images and num_train change it."""
+    """How a run is spread over what computes it, and of how many images.
+
+    batch_norm_images and num_train change what is trained. With batch statistics over groups of replicas, other `rows`
+    change attacks, whose own are over a replica's images, and random draws; else they go with batch_norm_images.
+    """
     images = plan.rows * network.replicas_per_group
     return {
         "num_replicas": plan.num_replicas,
         "microbatches": plan.microbatches,
         "batch_norm_images": images,
+        "rows": plan.rows,
         "num_train": plan.num_train,
     }
 
@@ -56,4 +61,8 @@ def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: 
     now, then = (f"{each['num_replicas']} replicas × {each['microbatches']}" for each in (current, before))
     if now == then:
         return text
-    return f"{text}, on {now} micro-batches, before {then}: the same run up to rounding"
+    text = f"{text}, on {now} micro-batches, before {then}: the same run up to rounding"
+    rows = before.get("rows", current["rows"])
+    if current["rows"] == rows:
+        return text
+    return f"{text}, but for attacks, which see {current['rows']} images at a time, before {rows}"

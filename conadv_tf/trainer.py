@@ -98,11 +98,20 @@ class ConAdvModel(tf_keras.Model):
         return self.network(images, training=training, branch=MAIN)
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
-        """As in Keras; the loss is SmoothedCrossEntropy() unless given, and sees (labels, logits)."""
+        """As in Keras; the loss is SmoothedCrossEntropy() unless given, and sees (labels, logits). No metrics."""
+        for name, value in {"loss": loss if isinstance(loss, str) else None, **kwargs}.items():
+            if value and name in ("loss", "metrics", "weighted_metrics"):
+                raise ConfigError(f"compile({name}={value!r}): pass a loss object, no metrics; logs have loss, top1")
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
 
     def fit(self, *args, callbacks: Sequence[tf_keras.callbacks.Callback] | None = None, **kwargs):
         """As in Keras; the epoch decides whether the adversarial half has begun (`Method.start_epoch`)."""
+        ahead = self.method.batches_ahead or self.method.updates_per_batch > 1 or self.microbatches > 1
+        if ahead and kwargs.get("steps_per_epoch") is None:
+            raise ConfigError(
+                "fit(steps_per_epoch=None): with 'lookahead', 'phased' and micro-batches an update is not one batch: "
+                "pass steps_per_epoch, the updates of an epoch, and data.repeat()"
+            )
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
         return super().fit(*args, callbacks=[start, *(callbacks or [])], **kwargs)
 

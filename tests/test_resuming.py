@@ -62,6 +62,16 @@ def test_nor_without_knowing_what_they_were_over(tmp_path):
         trained(tmp_path, *LAYOUT, "train.microbatch_size=54")
 
 
+def test_where_replicas_shared_batch_statistics_it_says_that_attacks_see_other_images(tmp_path, capfd):
+    shared = ["train.global_batch_size=108", "train.microbatch_size=27", "model.replicas_per_group=0"]
+    with signalled(2), pytest.raises(Preempted):
+        trained(tmp_path, *shared, strategy=mirrored(2))
+    with signalled(4), pytest.raises(Preempted):
+        trained(tmp_path, *shared, "train.microbatch_size=54")
+    said = "the same run up to rounding, but for attacks, which see 54 images at a time, before 27\n"
+    assert said in capfd.readouterr().out
+
+
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
     """A shard that has gone; here it is the subset that is smaller, which a folder of records would not tell."""
     with signalled(2), pytest.raises(Preempted):

@@ -347,6 +347,26 @@ def test_batches_of_unknown_size_are_refused():
         make_model(methods.conadv(schedule="paired")).fit(data, verbose=0)
 
 
+@pytest.mark.parametrize("schedule", ["lookahead", "phased"])
+def test_data_that_end_are_refused_where_an_update_is_not_a_batch(schedule):
+    images, labels = random_batches(4, 2)
+    data = tf.data.Dataset.from_tensor_slices((images, labels))
+    with pytest.raises(ConfigError, match=r"pass steps_per_epoch, .* and data.repeat\(\)"):
+        make_model(methods.conadv(schedule=schedule)).fit(data, epochs=3, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"metrics": ["accuracy"]}, "metrics=.*no metrics; logs have"),
+        ({"loss": "mse"}, "loss='mse'.*pass a loss object"),
+    ],
+)
+def test_what_compile_would_ignore_or_stumble_over_is_refused(arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        make_model(methods.vanilla()).compile(lars.LARS(2.0), **arguments)
+
+
 def test_imagenet_schedules_are_lowered_whole_for_a_core():
     """ResNet-50 on 64 images of 224 × 224 in bfloat16, images carried between updates: no call out of XLA."""
     method = methods.conadv(schedule="phased")
