@@ -232,7 +232,7 @@ class Tables:
         batch, lines = self.batches[-1], []
         columns = {f"{rate:g}": rate for rate in SCALES[self._scale].rates}
         plain = {column: Group(self._scale, batch, "vanilla", rate=rate) for column, rate in columns.items()}
-        for row in self.rows("vanilla", "conadv", "paired"):
+        for row in self._rows:
             groups = {column: dataclasses.replace(group, row=row) for column, group in plain.items()}
             for part, key in (("training", "train_top1"), ("test", "test_top1"), ("gap", "generalization_gap")):
                 value = operator.itemgetter(key)

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import json
 import os
-import pty
 import re
 import shutil
 import statistics
@@ -131,25 +130,41 @@ def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
     assert table_rows(again.stdout) == table_rows(printed)[:3]
 
 
+# Takes its stdin for the terminal that it is controlled by, and becomes another program. Not pty.fork: TensorFlow's
+# threads do not survive in a fork, which may wait for one of them for ever.
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("end", ["Ctrl-C", "closed terminal"])
 def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
     command = [*COMMAND[: -len(SHORT)], "--jobs=1", "--table=1", "--seeds=1", f"--results={tmp_path}"]
     command += ["--gin_param=train.epochs=100000", "--gin_param=train.checkpoint_every_epochs=50000"]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(command[0], command)
+    terminal, its_end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, *command],
+        cwd=ROOT,
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+    )
+    os.close(its_end)
     log = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0" / "log.txt"
     deadline = time.monotonic() + 300
     while not (log.exists() and "epoch 3/" in log.read_text()):
         assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.1)
     if end == "Ctrl-C":
         os.write(terminal, b"\x03")
         shown = read_terminal(terminal)
         assert shown.rstrip().endswith("interrupted: the same command goes on where it stopped")
     os.close(terminal)
-    os.waitpid(pid, 0)
+    process.wait(60)
     assert "preempted: the run is kept in" in log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text()
 
