@@ -232,18 +232,14 @@ class Recorder(tf_keras.callbacks.Callback):
         divergence.check(self.model, logs, made // self._plan.steps_per_epoch)
         self._saved = made
         if self._folder.writes:
-            self._end_if_told(self._checkpoints.save(self._throughput.seconds()))
-
-    def _end_if_told(self, path: str) -> None:
-        if self._request:
-            self._request.end(path)
+            self._request.end_if_told(self._checkpoints.save(self._throughput.seconds()))
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}
         self._epochs.append({"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **values})
         self._folder.write_metrics(self._epochs)
         if self._folder.writes and (self._due(epoch) or self._request):
-            self._end_if_told(self._checkpoints.save())
+            self._request.end_if_told(self._checkpoints.save())
 
 
 def recorded(value: float) -> float:

@@ -26,13 +26,15 @@ class Request:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def end(self, path: str) -> None:
-        """Ends the run, which is kept in the checkpoint `path`.
+    def end_if_told(self, path: str | None) -> None:
+        """Ends the run if it has been told to, and is kept in a checkpoint, `path`.
 
         Raises:
           Preempted: after SIGTERM.
           KeyboardInterrupt: after SIGINT.
         """
+        if not self or path is None:
+            return
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise Preempted(f"the run is kept in {path}: the same command goes on")

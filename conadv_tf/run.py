@@ -258,7 +258,7 @@ def _fit_to_the_end(run: Run, folder: report.RunFolder, checkpoints: checkpoint.
         while True:
             try:
                 _fit(run, folder, checkpoints, update, request)
-                return _end_if_told(request, checkpoints)
+                return request.end_if_told(checkpoints.last)  # it may have come after the last update
             except divergence.Diverged as error:
                 if len(divergences) >= run.divergence.retries:
                     raise error.after(len(divergences)) from None
@@ -266,12 +266,6 @@ def _fit_to_the_end(run: Run, folder: report.RunFolder, checkpoints: checkpoint.
             update = checkpoints.restore()
             divergences.append(_gone_back(run, diverged, update))
             folder.write_divergences(divergences)
-
-
-def _end_if_told(request: preemption.Request, checkpoints: checkpoint.Checkpoints) -> None:
-    """Where fit cannot: before it, with all that there is in a checkpoint, and after its last update."""
-    if request and checkpoints.last:
-        request.end(checkpoints.last)
 
 
 def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
@@ -300,7 +294,7 @@ def _fit(
     with data_service.watched(run.data.services):
         if _is_alone(run):
             _evaluate_last(run, folder, update, request)
-        _end_if_told(request, checkpoints)
+        request.end_if_told(checkpoints.last)
         called = _callbacks(run, folder, checkpoints, update, request)
         try:
             run.model.fit(

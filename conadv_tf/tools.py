@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import tensorflow as tf
 
-from conadv_tf import records
+from conadv_tf import records, terminal
 from conadv_tf.errors import ConfigError, DataError, RunError, one_line
 
 
@@ -36,8 +36,8 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
     except (OSError, tf.errors.OpError) as error:
         failure = records.data_error(error) or RunError(f"{one_line(error)}: {remedy}")
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        terminal.say(f"\ninterrupted: {interrupted}", sys.stderr)
         return 130
     # gin appends lines of its own about the call the error came from.
-    print(f"error: {str(failure).splitlines()[0]}", file=sys.stderr)
+    terminal.say(f"error: {str(failure).splitlines()[0]}", sys.stderr)
     return failure.exit_code

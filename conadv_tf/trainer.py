@@ -99,8 +99,9 @@ class ConAdvModel(tf_keras.Model):
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
         """As in Keras; the loss is SmoothedCrossEntropy() unless given, and sees (labels, logits). No metrics."""
-        for name, value in {"loss": loss if isinstance(loss, str) else None, **kwargs}.items():
-            if value and name in ("loss", "metrics", "weighted_metrics"):
+        unusable = {name: kwargs.get(name) for name in ("metrics", "weighted_metrics")}
+        for name, value in {**unusable, "loss": loss if isinstance(loss, str) else None}.items():
+            if value:
                 raise ConfigError(f"compile({name}={value!r}): pass a loss object, no metrics; logs have loss, top1")
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
 

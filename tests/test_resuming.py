@@ -73,7 +73,7 @@ def test_where_replicas_shared_batch_statistics_it_says_that_attacks_see_other_i
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):
-    """A shard that has gone; here it is the subset that is smaller, which a folder of records would not tell."""
+    """As when a shard has gone, of which the settings say nothing; here the folder tells of another number."""
     with signalled(2), pytest.raises(Preempted):
         trained(tmp_path, *LAYOUT)
     layout = json.loads((tmp_path / "layout.json").read_text())
