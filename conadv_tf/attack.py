@@ -31,7 +31,7 @@ class Attack:
     Attributes:
       epsilon_pixels: ε ≥ 0, bound of the perturbation in pixel levels of the 0..255 scale ("P" in Table 5).
       step_size_pixels: α > 0 of each step; None means ε. 1.25 ε is fast FGSM.
-      steps: gradient steps, ≥ 1; 1 is the paper's.
+      steps: gradient steps, ≥ 1; 1 is the paper's. Each ends projected to the ε-ball and clipped to [0, 255].
       norm: "linf" (sign of the gradient, |δ| ≤ ε) or "l2" (gradient by its per-image RMS, RMS(δ) ≤ ε).
       goal: "untargeted" ascends the loss of the true label; "random_target" descends that of a uniformly
         random wrong one.
@@ -105,25 +105,23 @@ class Attack:
         start_seed, coin_seed, target_seed = tf.unstack(tf.random.split(seed, 3))
         if self.goal == "random_target":
             labels = random_wrong_labels(labels, num_classes, target_seed)
-        epsilon, lower, upper = self._bounds(images.shape[-1])
-        # δ is kept in units of ε, so that the projection is onto a unit ball whatever the units of ε are.
+        epsilon, _, _ = self._bounds(images.shape[-1])
         probability = 1.0 if self.random_start_probability is None else self.random_start_probability
         coin = tf.random.stateless_uniform((), coin_seed)
         start = xla.random_uniform(tf.shape(images), start_seed, -1.0, 1.0)
         delta = start * tf.cast(coin < probability, tf.float32)
+        adversarial = images + epsilon * delta
         for _ in range(self.steps):
-            gradient = self._gradient(logits, loss, images + epsilon * delta, labels)
-            delta = self._stepped(delta, gradient)
-        return tf.stop_gradient(tf.clip_by_value(images + epsilon * delta, lower, upper))
+            adversarial = self._moved(images, delta, self._gradient(logits, loss, adversarial, labels))
+            delta = tf.math.divide_no_nan(adversarial - images, epsilon)
+        return tf.stop_gradient(adversarial)
 
     def one_step(self, images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """x̂ of one step from δ_0 = 0 along `gradient`, ∇_x of the loss to ascend, both float32 [rows, H, W, C].
 
         The result is that of `adversarial_examples`; the scale of the gradient does not matter.
         """
-        epsilon, lower, upper = self._bounds(images.shape[-1])
-        delta = self._stepped(tf.zeros_like(images), gradient)
-        return tf.stop_gradient(tf.clip_by_value(images + epsilon * delta, lower, upper))
+        return tf.stop_gradient(self._moved(images, tf.zeros_like(images), gradient))
 
     def keeps_whole_pixels(self) -> bool:
         """Whether it takes images of whole pixel levels to images of whole pixel levels."""
@@ -159,6 +157,11 @@ class Attack:
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits(images))
             objective = tf.reduce_sum(losses if self.goal == "untargeted" else -losses)
         return tape.gradient(objective, images)
+
+    def _moved(self, images, delta, gradient):
+        """x̂ after a step from `delta`, which is in units of ε: its ball is the unit ball, whatever ε's units are."""
+        epsilon, lower, upper = self._bounds(images.shape[-1])
+        return tf.clip_by_value(images + epsilon * self._stepped(delta, gradient), lower, upper)
 
     def _stepped(self, delta, gradient):
         """δ after a step along the gradient's sign, or its RMS-normalised value, projected onto the unit ball."""

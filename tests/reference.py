@@ -132,7 +132,8 @@ def attack(recipe: Recipe, stale: State, rows: Rows):
         else:
             delta = delta + alpha * gradient / rms(gradient)
             delta = delta * np.minimum(1.0, epsilon / rms(delta))
-    return np.clip(clean + delta, low, high) * unit + mean, margin
+        delta = np.clip(clean + delta, low, high) - clean  # the next step, too, begins at an image
+    return (clean + delta) * unit + mean, margin
 
 
 def rms(values: np.ndarray) -> np.ndarray:
