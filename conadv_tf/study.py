@@ -148,6 +148,11 @@ class Cell:
             params.append(f"conadv.tau={self.tau}")
         return params
 
+    def recipe_epsilon(self) -> float | None:
+        """What its recipe says where `epsilon` is None."""
+        configure.configure(self.gin_files(), [])
+        return configure.setting("attack.epsilon_pixels")
+
     @property
     def cost(self) -> float:
         """In units of `Row.units`; every batch size of a scale sees as many images."""
@@ -228,7 +233,9 @@ class Study:
             if not best:
                 return choosing, None
             cell = best
-        epsilon = own_epsilon if group.epsilon is None else group.epsilon
+        # The recipe's own ε stays unnamed, so that what Table 1 has run is not run again for Table 5.
+        usual = own_epsilon if scale.epsilons else cell.recipe_epsilon()
+        epsilon = own_epsilon if group.epsilon in (None, usual) else group.epsilon
         return choosing, dataclasses.replace(cell, epsilon=epsilon, tau=group.tau)
 
     def _best(self, candidates: Sequence[Cell], guess: bool) -> Cell | None:

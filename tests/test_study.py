@@ -121,6 +121,23 @@ def test_the_paper_size_is_run_with_the_papers_recipes():
     assert Cell("imagenet", "8k", "conadv").gin_files() == ["batch/8k.gin", "method/conadv.gin"]
 
 
+@pytest.mark.parametrize("row, batch, own", [("conadv", "96k", 8.0), ("conadv", "32k", 3.0), ("conadv_aa", "64k", 7.0)])
+def test_the_recipes_epsilon_is_run_once_for_tables_1_and_5(row, batch, own):
+    study, group = Records({}).study(), Group("imagenet", batch, row)
+    assert study.final(dataclasses.replace(group, epsilon=own)) == study.final(group)
+    assert study.final(dataclasses.replace(group, epsilon=own + 1)) != study.final(group)
+
+
+def test_where_epsilon_is_chosen_the_recipes_is_one_like_others():
+    first = epsilon_candidates()
+    known = {cell: 40.0 + cell.epsilon for cell in first}
+    known |= dict.fromkeys(candidates("conadv", "96k", first[-1].epsilon), 50.0)
+    configure.configure(["method/conadv.gin"], [])
+    own = configure.setting("attack.epsilon_pixels")
+    assert own not in SCALES["cifar10"].epsilons
+    assert Records(known).study().final(Group("cifar10", "96k", "conadv", epsilon=own))[0].epsilon == own
+
+
 def test_names_are_different_folders():
     cells = [
         Cell(scale, batch, row, seed, rate, epsilon, tau)
