@@ -135,7 +135,8 @@ def _memory(
 _BUILT_IN = {"digits": _digits, "synthetic": _synthetic}
 
 
-def _check_source(source: str, data_dir: str | None) -> None:
+def check_source(source: str, data_dir: str | None) -> None:
+    """Raises ConfigError for a source there is none of, and where `data_dir` is missing or too much."""
     if source not in (*_BUILT_IN, "tfrecords", "tfds"):
         raise ConfigError(f"data.source={source!r} is not known: choose digits, tfrecords, tfds or synthetic")
     if source != "tfds" and (source in _BUILT_IN) != (data_dir is None):
@@ -259,7 +260,7 @@ def load(
       ConfigError: a setting that is unknown, missing, or does not fit the source.
       DataError: files missing or damaged beyond the limit, a label out of range, or a service that does not answer.
     """
-    _check_source(source, data_dir)
+    check_source(source, data_dir)
     tfds_settings = {"tfds_name": tfds_name, "train_split": train_split, "test_split": test_split}
     record_settings = {"label_offset": label_offset, "train_files": train_files, "test_files": test_files}
     _check_settings(source, tfds_settings | record_settings)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tqdm
 
@@ -45,14 +45,14 @@ class Folders:
         params = [f"--gin_param={param}" for param in cell.gin_params() + self._gin_params]
         return [*files, *params, f"--model_dir={self.model_dir(cell)}"]
 
-    def epochs(self, cell: Cell) -> int:
-        """Of its run.
+    def setting(self, cell: Cell, name: str) -> Any:
+        """What its run has for "train.epochs" and the like.
 
         Raises:
           ConfigError: if its recipe, with the settings of every run, is none.
         """
-        configure.configure(cell.gin_files(), cell.gin_params() + self._gin_params)
-        return configure.setting("train.epochs")
+        self._configure(cell)
+        return configure.setting(name)
 
     def log(self, cell: Cell) -> str:
         return os.path.join(self.local, cell.name, _LOG)
@@ -84,8 +84,11 @@ class Folders:
         with open(path) as file:
             return file.read().strip()
 
-    def _check_recipe(self, cell: Cell, saved: str) -> None:
+    def _configure(self, cell: Cell) -> None:
         configure.configure(cell.gin_files(), cell.gin_params() + self._gin_params)
+
+    def _check_recipe(self, cell: Cell, saved: str) -> None:
+        self._configure(cell)
         changed = configure.contradiction(saved)
         if changed:
             name, old, new = changed
@@ -143,7 +146,7 @@ class Runner:
                 continue
             if len(self._running) == self._jobs:
                 break
-            epochs = self._folders.epochs(cell)
+            epochs = self._folders.setting(cell, "train.epochs")
             self._running[cell] = _Running(self._launched(cell), time.monotonic(), epochs)
 
     def _launched(self, cell: Cell) -> subprocess.Popen:

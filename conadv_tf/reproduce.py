@@ -20,7 +20,7 @@ from typing import Any
 # Before TensorFlow is imported: its start-up chatter would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from conadv_tf import jobs, paper, plots, run, scaling, tools, tpu_times  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf import data, jobs, paper, plots, run, scaling, tools, tpu_times  # noqa: F401  (run: registers what recipes configure)
 from conadv_tf.errors import ConfigError
 from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
 from conadv_tf.tables import Table, Tables
@@ -146,6 +146,7 @@ class Reproduction:
         """Runs what is missing, if anything may run."""
         if not self._arguments.jobs:
             return
+        self._check_data()
         flags = {flag: getattr(self._arguments, flag) for flag in ("data_dir", "tpu", "strategy")}
         given = [f"--{flag}={value}" for flag, value in flags.items() if value]
         runner = jobs.Runner(self._folders, self._arguments.jobs, given, self._cost_left)
@@ -156,6 +157,11 @@ class Reproduction:
         if self._has_figure4 and not os.path.isfile(self._scaling):
             generation = GENERATIONS[tpu_times.GENERATION]
             scaling.write(scaling.points("96k_conadv.gin", generation), generation, self._folder)
+
+    def _check_data(self) -> None:
+        """Raises ConfigError where --data_dir does not fit the scale: once, rather than as the end of every run."""
+        for cell in self._unsettled(guess=False)[:1]:
+            data.check_source(self._folders.setting(cell, "data.source"), self._arguments.data_dir)
 
     @property
     def _scaling(self) -> str:

@@ -213,6 +213,8 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
         (["--table=1", "--seeds=0"], "--seeds=0"),
         (["--table=1", "--gin_param=train.epoch=3"], "did you mean epochs?"),
         (["--table=1", "--scale=mnist"], "mnist"),
+        (["--table=1", "--scale=cifar10"], "tfrecords need --data_dir"),
+        (["--table=1", "--scale=digits", "--data_dir=photos"], "data_dir='photos' does not fit"),
     ],
 )
 def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path, capsys):

@@ -121,7 +121,9 @@ def test_the_paper_size_is_run_with_the_papers_recipes():
     assert Cell("imagenet", "8k", "conadv").gin_files() == ["batch/8k.gin", "method/conadv.gin"]
 
 
-@pytest.mark.parametrize("row, batch, own", [("conadv", "96k", 8.0), ("conadv", "32k", 3.0), ("conadv_aa", "64k", 7.0)])
+@pytest.mark.parametrize(
+    ("row", "batch", "own"), [("conadv", "96k", 8.0), ("conadv", "32k", 3.0), ("conadv_aa", "64k", 7.0)]
+)
 def test_the_recipes_epsilon_is_run_once_for_tables_1_and_5(row, batch, own):
     study, group = Records({}).study(), Group("imagenet", batch, row)
     assert study.final(dataclasses.replace(group, epsilon=own)) == study.final(group)
