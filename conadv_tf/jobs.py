@@ -4,12 +4,13 @@ Killed at any moment and started again, the same calls end with the same results
 the same bits, and one that an earlier call has left running is waited for.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
@@ -123,8 +124,6 @@ class Runner:
     def run(self, more: Callable[[], list[Cell]]) -> None:
         """Runs what `more` names and has not run; asked again whenever a run has ended, since results name more."""
         self._bar = tqdm.tqdm(total=0.0, unit="", bar_format=_BAR, mininterval=1.0, dynamic_ncols=True, disable=None)
-        ending = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, _interrupt) for number in ending}
         try:
             waiting = more()
             while waiting or self._running:
@@ -135,8 +134,6 @@ class Runner:
                     waiting = more()
         finally:
             self._stop()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self._bar.close()
 
     def _start(self, waiting: list[Cell]) -> None:
@@ -218,8 +215,18 @@ class Runner:
 
 _BAR = "{percentage:3.0f} % |{bar}| {desc} [{elapsed}<{remaining}]"
 
-# A closed terminal's SIGHUP, but for where nohup has it ignored.
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the block as Ctrl-C does, and with it the processes it waits for."""
+    # SIGHUP is a closed terminal's; nohup has it ignored.
+    ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in ending}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(signal_number: int, frame) -> None:

@@ -235,7 +235,8 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     reproduction = Reproduction(arguments)
-    reproduction.run()
+    with jobs.ended_by_signals():
+        reproduction.run()
     reproduction.show()
     for cell, reason in reproduction.failed.items():
         print(f"failed: {cell.name}, {reason}", file=sys.stderr)

@@ -40,9 +40,16 @@ def estimate(folder: str, batch: str) -> None:
     cores = 1024 * int(batch.removesuffix("k")) // IMAGES_PER_CORE
     files = [f"--gin_file={file}" for file in SCALES["imagenet"].gin_files(batch, Row("", "conadv"))]
     where = [f"--tpu={GENERATION}-{cores}", "--preflight", f"--model_dir={_folder(folder, batch)}"]
-    outcome = subprocess.run([sys.executable, "-m", "conadv_tf", *files, *where], stdout=subprocess.PIPE, text=True)
-    if outcome.returncode or not seconds(folder, batch):
-        last = outcome.stdout.strip().splitlines()[-1:] or ["no output"]
+    command = [sys.executable, "-m", "conadv_tf", *files, *where]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate()
+    except BaseException:
+        process.terminate()  # it ends its compilers
+        process.wait()
+        raise
+    if process.returncode or not seconds(folder, batch):
+        last = output.strip().splitlines()[-1:] or ["no output"]
         raise RunError(f"no estimate of batch {batch} on {GENERATION}-{cores}: {last[0].strip()}")
 
 

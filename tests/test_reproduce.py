@@ -188,6 +188,31 @@ def read_terminal(terminal: int) -> str:
     return shown.decode()
 
 
+ESTIMATE = """
+import sys
+from conadv_tf import jobs, tpu_times
+with jobs.ended_by_signals():
+    tpu_times.estimate(sys.argv[1], "16k")
+"""
+
+
+def test_the_estimate_of_table_3_leaves_no_process(tmp_path):
+    def processes() -> list[bytes]:
+        lines = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                lines.append(path.read_bytes())
+        return [line for line in lines if os.fsencode(tmp_path) in line]
+
+    process = subprocess.Popen([sys.executable, "-c", ESTIMATE, tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while len(processes()) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60)
+    assert not processes()
+
+
 def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path, capsys):
     keep(reproduced, tmp_path, 20)
     blocked = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0"
