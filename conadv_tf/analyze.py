@@ -9,8 +9,8 @@ number is of the main BN branch with moving statistics, over the first --images 
                        eigenvalue by Lanczos' method; how far it rises along random filter-normalised directions,
                        at several radii; its surface over two such directions
     test images        top-1 clean, under FGSM (one step, no random start) and under PGD-20 (random start, steps of
-                       2.5 ε / 20, each projected onto the ε-ball, the last clipped to 0..255 as well: at ε far above
-                       8, clipping each would find more), L∞, true label, ε in pixel levels of 0..255
+                       2.5 ε / 20, each projected onto the ε-ball and clipped to 0..255), L∞, true label, ε in pixel
+                       levels of 0..255
 
 Prints a Markdown table, one row a run, and writes analysis.json, analysis.csv and, with matplotlib, surface.png to
 --out. Directions are drawn from the same seeds for every run, so that runs of one network are seen along the same ones.
@@ -131,8 +131,8 @@ def restore(path: str, data_dir: str | None) -> run.Run:
     updates = checkpoint.Checkpoints(built.model, folder.file("checkpoints")).restore()
     if updates != result["steps"]:
         raise RunError(
-            f"RUN={path}: the newest checkpoint has {updates:,} of {result['steps']:,} updates: bring back its folder "
-            "checkpoints/, or train it again"
+            f"RUN={path}: the newest whole checkpoint has {updates:,} of {result['steps']:,} updates: bring back its "
+            "folder checkpoints/, or train it again"
         )
     return built
 
@@ -145,6 +145,10 @@ def _finished(path: str) -> tuple[report.RunFolder, dict]:
     result = folder.read_result()
     if result is None:
         raise RunError(f"RUN={path} has not finished (there is no result.json): train it to its end first")
+    if result["steps"] not in checkpoint.numbers(folder.file("checkpoints")):
+        raise RunError(
+            f"RUN={path}: its last checkpoint is gone: bring back its folder checkpoints/, or train it again"
+        )
     return folder, result
 
 

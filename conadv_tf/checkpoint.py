@@ -61,7 +61,7 @@ class Checkpoints:
           RunError: for a checkpoint of another model or method, or where there are some and none can be read.
         """
         bad: list[tuple[str, str]] = []
-        for number in self._numbers():
+        for number in numbers(self._directory):
             path = self._path(number)
             cause = _damage(path)
             if cause is None:
@@ -124,7 +124,7 @@ class Checkpoints:
 
         A higher number is one that was passed over when the run went on from an earlier one.
         """
-        kept = sorted(number for number in self._numbers() if number <= newest)[-KEEP:]
+        kept = sorted(number for number in numbers(self._directory) if number <= newest)[-KEEP:]
         names = [f"{_PREFIX}{number}" for number in kept]
         lines = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
         listed = os.path.join(self._directory, "checkpoint")
@@ -138,21 +138,22 @@ class Checkpoints:
                 path = os.path.join(self._directory, name)
                 (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
 
-    def _numbers(self) -> list[int]:
-        """Of the checkpoints that are in the folder or listed there, the newest first."""
-        if not tf.io.gfile.exists(self._directory):
-            return []
-        if not tf.io.gfile.isdir(self._directory):
-            raise RunError(f"{self._directory} is a file where checkpoints should go: move it, or change --model_dir")
-        found = [match.group(2) for match in map(_FILE.fullmatch, tf.io.gfile.listdir(self._directory)) if match]
-        listed = os.path.join(self._directory, "checkpoint")
-        if tf.io.gfile.exists(listed):
-            with tf.io.gfile.GFile(listed, "rb") as file:
-                found += [number.decode() for number in _LISTED.findall(file.read())]
-        return sorted({int(number) for number in found}, reverse=True)
-
     def _path(self, number: int) -> str:
         return os.path.join(self._directory, f"{_PREFIX}{number}")
+
+
+def numbers(directory: str) -> list[int]:
+    """Updates of the checkpoints that are in the folder or listed there, the newest first; none where there is none."""
+    if not tf.io.gfile.exists(directory):
+        return []
+    if not tf.io.gfile.isdir(directory):
+        raise RunError(f"{directory} is a file where checkpoints should go: move it, or change --model_dir")
+    found = [match.group(2) for match in map(_FILE.fullmatch, tf.io.gfile.listdir(directory)) if match]
+    listed = os.path.join(directory, "checkpoint")
+    if tf.io.gfile.exists(listed):
+        with tf.io.gfile.GFile(listed, "rb") as file:
+            found += [number.decode() for number in _LISTED.findall(file.read())]
+    return sorted({int(number) for number in found}, reverse=True)
 
 
 def _room(directory: str) -> str:

@@ -1,9 +1,10 @@
 """Runs many training runs, several at once, each in a process of its own; what is finished is never run again.
 
 Killed at any moment and started again, the same calls end with the same results: a run goes on from its checkpoint, to
-the same bits, and one that an earlier call has left running is waited for.
+the same bits, and one that an earlier call has left running in a local folder is waited for.
 """
 
+import collections
 import contextlib
 import os
 import signal
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 import tqdm
 
 from conadv_tf import configure, lock
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, Preempted
 from conadv_tf.report import RunFolder
 from conadv_tf.study import SCALES, Cell
 
 _POLL_SECONDS = 0.5
 _LOG, _FAILED = "log.txt", "failed.txt"
+_MOST_INTERRUPTIONS = 3  # of a run, from outside, before it counts as failed
 
 
 class Folders:
@@ -43,7 +45,7 @@ class Folders:
     def arguments(self, cell: Cell) -> list[str]:
         """Of train.py."""
         files = [f"--gin_file={file}" for file in cell.gin_files()]
-        params = [f"--gin_param={param}" for param in cell.gin_params() + self._gin_params]
+        params = [f"--gin_param={param}" for param in self._params(cell)]
         return [*files, *params, f"--model_dir={self.model_dir(cell)}"]
 
     def setting(self, cell: Cell, name: str) -> Any:
@@ -78,15 +80,24 @@ class Folders:
         return RunFolder(self.model_dir(cell), writes=False).read_metrics()
 
     def failure(self, cell: Cell) -> str | None:
-        """The last line of a cell that failed."""
+        """The last line of a cell that failed, and where the others are."""
         path = os.path.join(self.local, cell.name, _FAILED)
         if not os.path.isfile(path):
             return None
         with open(path) as file:
-            return file.read().strip()
+            return f"{file.read().strip()} ({self.log(cell)})"
 
     def _configure(self, cell: Cell) -> None:
-        configure.configure(cell.gin_files(), cell.gin_params() + self._gin_params)
+        configure.configure(cell.gin_files(), self._params(cell))
+
+    def _params(self, cell: Cell) -> list[str]:
+        own = cell.gin_params()
+        varied = {_bound(param): param for param in own}
+        for param in self._gin_params:
+            if _bound(param) in varied:
+                own_one = varied[_bound(param)]
+                raise ConfigError(f"--gin_param={param} would replace {own_one}, by which runs are compared: drop it")
+        return own + self._gin_params
 
     def _check_recipe(self, cell: Cell, saved: str) -> None:
         self._configure(cell)
@@ -99,10 +110,16 @@ class Folders:
             )
 
 
+def _bound(param: str) -> str:
+    """What a gin parameter binds, without its module: "attack.epsilon_pixels"."""
+    return ".".join(param.partition("=")[0].strip().split(".")[-2:])
+
+
 class _Running(NamedTuple):
     process: subprocess.Popen
     began: float
-    epochs: int
+    epochs: int  # of the whole run
+    before: int  # of them, recorded by earlier calls
 
 
 class Runner:
@@ -118,7 +135,8 @@ class Runner:
     def __init__(self, folders: Folders, jobs: int, flags: Sequence[str], total: Callable[[], float]):
         self._folders, self._jobs, self._flags, self._total = folders, jobs, list(flags), total
         self._running: dict[Cell, _Running] = {}
-        self._done, self._began = 0.0, time.monotonic()  # cost of what this call has run, and since when
+        self._interrupted: collections.Counter[Cell] = collections.Counter()
+        self._done, self._began = 0.0, time.monotonic()  # cost of what this call has run to its end, and since when
         self.failed: dict[Cell, str] = {}
 
     def run(self, more: Callable[[], list[Cell]]) -> None:
@@ -144,7 +162,7 @@ class Runner:
             if len(self._running) == self._jobs:
                 break
             epochs = self._folders.setting(cell, "train.epochs")
-            self._running[cell] = _Running(self._launched(cell), time.monotonic(), epochs)
+            self._running[cell] = _Running(self._launched(cell), time.monotonic(), epochs, self._epochs(cell))
 
     def _launched(self, cell: Cell) -> subprocess.Popen:
         os.makedirs(os.path.dirname(self._folders.log(cell)), exist_ok=True)
@@ -167,20 +185,30 @@ class Runner:
             del self._running[cell]
             if running.process.returncode and lock.is_held(self._folders.model_dir(cell)):
                 continue  # another process was there first, which is waited for
-            self._done += cell.cost
+            self._done += self._cost_in_this_call(cell, running)
             result = self._folders.result(cell)  # whoever made it
             if result:
                 minutes = (time.monotonic() - running.began) / 60
                 self._say(f"{cell.name}: test top-1 {result['test_top1']:.2f} % in {minutes:.1f} min{self._left()}")
-            else:
+            elif not self._goes_on(cell, running.process.returncode):
                 self._fail(cell, running.process.returncode)
         return bool(ended)
 
+    def _goes_on(self, cell: Cell, code: int) -> bool:
+        """Whether it was only ended from outside, and will be started again: no reason to choose without it."""
+        if code >= 0 and code != Preempted.exit_code:
+            return False
+        self._interrupted[cell] += 1
+        if self._interrupted[cell] > _MOST_INTERRUPTIONS:
+            return False
+        self._say(f"{cell.name}: interrupted, goes on")
+        return True
+
     def _left(self) -> str:
         """How long it will still take, at the pace so far."""
-        left = self._total() - self._done_of_running()
-        seconds = left * (time.monotonic() - self._began) / (self._done + self._done_of_running())
-        return f", about {seconds / 60:.0f} min left" if left > 0 else ""
+        left, done = self._to_come(), self._done_in_this_call()
+        seconds = left * (time.monotonic() - self._began) / done if done else 0
+        return f", about {seconds / 60:.0f} min left" if seconds else ""
 
     def _fail(self, cell: Cell, code: int) -> None:
         with open(self._folders.log(cell), errors="replace") as log:
@@ -195,15 +223,27 @@ class Runner:
         sys.stdout.flush()
 
     def _show(self) -> None:
-        self._bar.total = max(self._done + self._total(), 1e-9)
-        self._bar.n = self._done + self._done_of_running()
+        if self._bar.disable:  # nobody watches
+            return
+        self._bar.n = self._done_in_this_call()
+        self._bar.total = max(self._bar.n + self._to_come(), 1e-9)
         self._bar.set_description(", ".join(cell.name for cell in self._running)[:60], refresh=False)
         self._bar.refresh()
 
-    def _done_of_running(self) -> float:
-        """Cost of what the runs under way have done, by the epochs they have recorded."""
+    def _to_come(self) -> float:
+        """Cost of all that has not been run."""
         runs = self._running.items()
-        return sum(cell.cost * len(self._folders.metrics(cell)) / running.epochs for cell, running in runs)
+        return self._total() - sum(cell.cost * self._epochs(cell) / running.epochs for cell, running in runs)
+
+    def _done_in_this_call(self) -> float:
+        return self._done + sum(self._cost_in_this_call(cell, running) for cell, running in self._running.items())
+
+    def _cost_in_this_call(self, cell: Cell, running: _Running) -> float:
+        return cell.cost * (self._epochs(cell) - running.before) / running.epochs
+
+    def _epochs(self, cell: Cell) -> int:
+        """Those it has recorded."""
+        return len(self._folders.metrics(cell))
 
     def _stop(self) -> None:
         """Ends what still runs, saved; each goes on from there the next time."""

@@ -19,7 +19,6 @@ _STYLES = {
     ROWS["paired"].label: ("#2b6ca3", "D", "-"),
     ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
 }
-_OTHER = "#777777", "x", ":"
 _PANEL = 3.6, 3.1  # inches
 
 
@@ -62,7 +61,9 @@ def by_batch(table: Table, path: str, unit: str) -> None:
     titles += ["paper: ResNet-50, ImageNet"] if any(line.paper for line in table.lines) else []
     pyplot, figure, axes = _figure(len(titles))
     for line in table.lines:
-        colour, marker, dashes = _STYLES.get(line.label, _OTHER)
+        if line.label not in _STYLES:  # estimates, which nothing has measured
+            continue
+        colour, marker, dashes = _STYLES[line.label]
         style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
         found = [column for column in table.columns if line.measured[column].values]
         if not found:
@@ -161,9 +162,10 @@ def training_curves(table: Table, path: str, curves: Callable[[Group], list[list
 
 
 def _mean_curve(seeds: Sequence[list[dict]], name: str) -> tuple[list[int], list[float]]:
-    epochs = [line["epoch"] for line in seeds[0] if name in line]
-    columns = [[line[name] for line in lines if name in line] for lines in seeds]
-    return epochs, [100 * statistics.mean(values) for values in zip(*columns, strict=True)]
+    """Its mean at the epochs that every seed has."""
+    found = [{line["epoch"]: line[name] for line in lines if name in line} for lines in seeds]
+    epochs = sorted(set.intersection(*map(set, found)))
+    return epochs, [100 * statistics.mean(values[epoch] for values in found) for epoch in epochs]
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from conadv_tf import data, jobs, paper, plots, run, scaling, tools, tpu_times  # noqa: F401  (run: registers what recipes configure)
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
 from conadv_tf.tables import Table, Tables
 from conadv_tf.tpu_generations import GENERATIONS
@@ -120,9 +120,6 @@ class Reproduction:
 
     Args:
       arguments: of the command line.
-
-    Attributes:
-      failed: runs of this call that failed, with the reason.
     """
 
     def __init__(self, arguments: argparse.Namespace):
@@ -131,7 +128,8 @@ class Reproduction:
         self._folder = os.path.join(arguments.results, self._scale)
         local = os.path.join(self._folder, "runs")
         self._folders = jobs.Folders(local, arguments.runs or local, arguments.gin_param)
-        self.failed: dict[Cell, str] = {}
+        self._failed: dict[Cell, str] = {}
+        self._not_compiled: list[str] = []
         self._study = Study(arguments.seeds, self._folders.result, self._is_settled)
         batches = _chosen(arguments.batches, scale.batches, "--batches")
         rows = _chosen(arguments.rows, scale.rows, "--rows")
@@ -141,27 +139,43 @@ class Reproduction:
         self._has_figure4 = "figure4" in asked  # of compiled programs, not of runs
         if self._has_figure4 and self._scale != "imagenet":
             raise ConfigError(f"--figure=4 is about TPUs, --scale={self._scale} is not: pass --scale=imagenet")
+        self._has_estimates = self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments
+        for table in self._made():
+            if not table.lines or not table.columns:
+                shown = f"--rows={','.join(rows)} --scale={self._scale}"
+                raise ConfigError(f"{table.name} has nothing to show of {shown}: drop it, or choose others")
 
     def run(self) -> None:
-        """Runs what is missing, if anything may run."""
+        """Makes what is missing, if anything may run."""
         if not self._arguments.jobs:
             return
-        self._check_data()
+        # Once and now, rather than as the end of every run: what fits neither settings nor data.
+        sources = {self._folders.setting(cell, "data.source") for cell in self._unsettled(guess=False)}
+        self._compile()
+        try:
+            for source in sources:
+                data.check_source(source, self._arguments.data_dir)
+        except ConfigError as error:
+            if not (self._has_estimates or self._has_figure4):
+                raise
+            print(f"nothing is trained: {error}")
+            return
         flags = {flag: getattr(self._arguments, flag) for flag in ("data_dir", "tpu", "strategy")}
         given = [f"--{flag}={value}" for flag, value in flags.items() if value]
         runner = jobs.Runner(self._folders, self._arguments.jobs, given, self._cost_left)
-        self.failed = runner.failed
+        self._failed = runner.failed
         runner.run(lambda: self._unsettled(guess=False))
-        if self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments:
-            self._estimate_times()
-        if self._has_figure4 and not os.path.isfile(self._scaling):
-            generation = GENERATIONS[tpu_times.GENERATION]
-            scaling.write(scaling.points("96k_conadv.gin", generation), generation, self._folder)
 
-    def _check_data(self) -> None:
-        """Raises ConfigError where --data_dir does not fit the scale: once, rather than as the end of every run."""
-        for cell in self._unsettled(guess=False)[:1]:
-            data.check_source(self._folders.setting(cell, "data.source"), self._arguments.data_dir)
+    def _compile(self) -> None:
+        """Makes what is of compiled programs, which takes no data; what cannot be made keeps nothing else from it."""
+        try:
+            if self._has_estimates:
+                self._estimate_times()
+            if self._has_figure4 and not os.path.isfile(self._scaling):
+                generation = GENERATIONS[tpu_times.GENERATION]
+                scaling.write(scaling.points("96k_conadv.gin", generation), generation, self._folder)
+        except (ConfigError, RunError) as error:
+            self._not_compiled.append(str(error))
 
     @property
     def _scaling(self) -> str:
@@ -173,17 +187,24 @@ class Reproduction:
                 tpu_times.estimate(self._folder, batch)
 
     def show(self) -> None:
-        """Prints every table, and writes it with its plot."""
+        """Prints every table, then draws their plots; writes both."""
         os.makedirs(self._folder, exist_ok=True)
-        for experiment in self._experiments:
-            table = experiment.table(self._tables)
+        made = self._made()
+        for table in made:
             print(table.markdown())
             for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
                 with open(self._file(table, suffix), "w") as file:
                     file.write(text)
+        for experiment, table in zip(self._experiments, made, strict=True):
             _draw(experiment.plot, table, self._file(table, "png"), self._curves)
         if self._has_figure4:
             self._show_figure4()
+
+    def failures(self) -> list[str]:
+        """A line for all that failed, in this call or, as far as it was not tried again, in earlier ones."""
+        cells = self._study.needed(self._groups())
+        failed = {cell: self._folders.failure(cell) for cell in cells if not self._folders.result(cell)}
+        return self._not_compiled + [f"{cell.name}, {reason}" for cell, reason in failed.items() if reason]
 
     def _show_figure4(self) -> None:
         if not os.path.isfile(self._scaling):
@@ -199,9 +220,11 @@ class Reproduction:
     def _file(self, table: Table, suffix: str) -> str:
         return os.path.join(self._folder, f"{table.name}.{suffix}")
 
+    def _made(self) -> list[Table]:
+        return [experiment.table(self._tables) for experiment in self._experiments]
+
     def _groups(self) -> list[Group]:
-        made = [experiment.table(self._tables) for experiment in self._experiments]
-        return list(dict.fromkeys(group for table in made for group in table.groups))
+        return list(dict.fromkeys(group for table in self._made() for group in table.groups))
 
     def _unsettled(self, guess: bool) -> list[Cell]:
         return [cell for cell in self._study.needed(self._groups(), guess) if not self._is_settled(cell)]
@@ -211,7 +234,7 @@ class Reproduction:
 
     def _is_settled(self, cell: Cell) -> bool:
         """A run that failed in an earlier call is tried again, unless this one runs nothing."""
-        failed = cell in self.failed or (not self._arguments.jobs and self._folders.failure(cell) is not None)
+        failed = cell in self._failed or (not self._arguments.jobs and self._folders.failure(cell) is not None)
         return failed or self._folders.result(cell) is not None
 
     def _has_failed(self, group: Group) -> bool:
@@ -238,9 +261,10 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     with jobs.ended_by_signals():
         reproduction.run()
     reproduction.show()
-    for cell, reason in reproduction.failed.items():
-        print(f"failed: {cell.name}, {reason}", file=sys.stderr)
-    return 1 if reproduction.failed else 0
+    failures = reproduction.failures()
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

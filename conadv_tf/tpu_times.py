@@ -41,16 +41,18 @@ def estimate(folder: str, batch: str) -> None:
     files = [f"--gin_file={file}" for file in SCALES["imagenet"].gin_files(batch, Row("", "conadv"))]
     where = [f"--tpu={GENERATION}-{cores}", "--preflight", f"--model_dir={_folder(folder, batch)}"]
     command = [sys.executable, "-m", "conadv_tf", *files, *where]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        output, _ = process.communicate()
+        process.wait()
     except BaseException:
         process.terminate()  # it ends its compilers
         process.wait()
         raise
     if process.returncode or not seconds(folder, batch):
-        last = output.strip().splitlines()[-1:] or ["no output"]
-        raise RunError(f"no estimate of batch {batch} on {GENERATION}-{cores}: {last[0].strip()}")
+        raise RunError(
+            f"no estimate of batch {batch} on {GENERATION}-{cores}: its preflight ended with exit code "
+            f"{process.returncode}, see above"
+        )
 
 
 def _folder(folder: str, batch: str) -> str:

@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,9 +262,11 @@ def test_a_folder_without_a_finished_run_is_named(runs, tmp_path, capsys):
     assert code == 1
     assert "result.json" in line
     (unfinished / "result.json").write_text((runs[0] / "result.json").read_text())
-    code, line = failure(capsys, unfinished, f"--out={tmp_path / 'out'}", *QUICK)
-    assert code == 1
-    assert "checkpoint" in line
+    assert analyze.main([str(runs[0]), str(unfinished), f"--out={tmp_path / 'out'}", *QUICK]) == 1
+    printed = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: RUN=.*/unfinished: its last checkpoint is gone: .*\n", printed
+    )  # and no work before it
     assert not (tmp_path / "out").exists()
 
 
@@ -290,6 +294,7 @@ def test_data_that_are_files_need_their_folder(runs, tmp_path, capsys):
     config = (runs[0] / "config.gin").read_text().replace("data.source = 'digits'", "data.source = 'tfrecords'")
     (run / "config.gin").write_text(config)
     (run / "result.json").write_text((runs[0] / "result.json").read_text())
+    shutil.copytree(runs[0] / "checkpoints", run / "checkpoints")
     code, line = failure(capsys, run, f"--out={tmp_path / 'out'}")
     assert code == 2
     assert "--data_dir" in line

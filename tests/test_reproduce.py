@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,18 +113,32 @@ def keep(reproduced: tuple[Path, str], results: Path, rate: int) -> None:
     shutil.copytree(reproduced[0] / run, results / run)
 
 
+def processes_of(path: Path) -> list[int]:
+    """Those that a folder is named to."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(path) in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
 def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
     _, printed = reproduced
     keep(reproduced, tmp_path, 5)
     command = [*COMMAND, "--table=1", "--seeds=2", f"--results={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
+    while not (runs := processes_of(tmp_path / "digits" / "runs" / "256k" / "vanilla_lr10_s0")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(runs[0], signal.SIGKILL)  # a run alone: that is no failure of it
     while len(list(tmp_path.glob("digits/runs/256k/*/metrics.jsonl"))) < 2:  # in the midst of two others
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
     process.kill()
-    process.wait()
+    assert b"256k/vanilla_lr10_s0: interrupted, goes on" in process.communicate()[0]
     # The runs it had started go on, and are waited for.
     again = reproduce(tmp_path, "--table=1", "--seeds=2")
     assert again.returncode == 0, again.stderr
@@ -197,20 +212,36 @@ with jobs.ended_by_signals():
 
 
 def test_the_estimate_of_table_3_leaves_no_process(tmp_path):
-    def processes() -> list[bytes]:
-        lines = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                lines.append(path.read_bytes())
-        return [line for line in lines if os.fsencode(tmp_path) in line]
-
     process = subprocess.Popen([sys.executable, "-c", ESTIMATE, tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while len(processes()) < 2:
+    while len(processes_of(tmp_path)) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
     assert process.wait(60)
-    assert not processes()
+    assert not processes_of(tmp_path)
+
+
+def test_without_data_and_where_no_estimate_can_be_made_table_3_is_printed_all_the_same(tmp_path, capsys):
+    taken = tmp_path / "imagenet" / "preflight" / "16k"
+    taken.parent.mkdir(parents=True)
+    taken.touch()
+    code, printed, error = printed_by(capsys, tmp_path, "--table=3", "--scale=imagenet", "--batches=16k")
+    assert code == 1
+    assert "nothing is trained: data_dir=None does not fit" in printed
+    assert ["ResNet", "–"] in table_rows(printed)
+    assert "failed: no estimate of batch 16k on v3-256: its preflight ended with exit code 1" in error
+
+
+def test_seeds_that_were_evaluated_at_other_epochs_are_drawn_where_both_were(reproduced, tmp_path, capsys):
+    shutil.copytree(reproduced[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "digits" / "curves.png").unlink()
+    (path, *_) = tmp_path.glob("digits/runs/256k/*_s1/metrics.jsonl")
+    first, *others = map(json.loads, path.read_text().splitlines())
+    lines = [{name: value for name, value in first.items() if name != "test_top1"}, *others]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, _ = printed_by(capsys, tmp_path, "--figure=curves", "--seeds=2", "--jobs=0")
+    assert code == 0
+    assert (tmp_path / "digits" / "curves.png").exists()
 
 
 def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path, capsys):
@@ -219,13 +250,14 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
     (blocked / "result.json.partial").mkdir(parents=True)  # its result cannot be written
     outcome = reproduce(tmp_path, "--table=1", "--seeds=1")
     assert outcome.returncode == 1
-    assert "failed: 256k/vanilla_lr5_s0" in outcome.stderr
     assert "cannot be written" in (blocked / "log.txt").read_text()
     assert len(result_files(tmp_path)) == 2
     assert "256k/vanilla_lr5_s0: failed" in outcome.stdout
     assert re.search(r"\| ResNet \| [\d.]+ \|", outcome.stdout)  # chosen from the others
-    _, printed, _ = printed_by(capsys, tmp_path, "--table=1", "--seeds=1", "--jobs=0")
+    _, printed, error = printed_by(capsys, tmp_path, "--table=1", "--seeds=1", "--jobs=0")
     assert table_rows(printed) == table_rows(outcome.stdout)
+    for said in (outcome.stderr, error):
+        assert re.search(r"failed: 256k/vanilla_lr5_s0, exit code 1: .*cannot be written.* \(.*log\.txt\)", said)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +270,10 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
         (["--table=1", "--seeds=0"], "--seeds=0"),
         (["--table=1", "--gin_param=train.epoch=3"], "did you mean epochs?"),
         (["--table=1", "--scale=mnist"], "mnist"),
+        (["--table=1", "--table=5"], "table5 has nothing to show of --rows=vanilla --scale=digits"),
+        (["--figure=rates", "--scale=imagenet"], "rates has nothing to show"),
+        (["--table=1", "--gin_param=train.seed=7"], "--gin_param=train.seed=7 would replace train.seed=0"),
+        (["--table=1", "--gin_param=schedule.learning_rate.peak_learning_rate = 12"], "would replace learning_rate"),
         (["--table=1", "--scale=cifar10"], "tfrecords need --data_dir"),
         (["--table=1", "--scale=digits", "--data_dir=photos"], "data_dir='photos' does not fit"),
     ],
