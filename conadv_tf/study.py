@@ -101,7 +101,7 @@ SCALES = {
         ),
         Scale("cifar10", _LARGE, **_CIFAR10),
         Scale("cifar10_crop_flip", _LARGE, **_CIFAR10),
-        # The largest rate was added when plain training was best at the largest of those before.
+        # The largest rate was added when plain training, on validation images, was best at the largest of those before.
         Scale(
             "cifar10_sgd",
             _LARGE[1:],
