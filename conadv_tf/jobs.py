@@ -232,7 +232,7 @@ class Runner:
 
     def _to_come(self) -> float:
         """Cost of all that has not been run."""
-        runs = self._running.items()
+        runs = [(cell, running) for cell, running in self._running.items() if not self._folders.result(cell)]
         return self._total() - sum(cell.cost * self._epochs(cell) / running.epochs for cell, running in runs)
 
     def _done_in_this_call(self) -> float:
