@@ -57,20 +57,21 @@ def _save(pyplot, figure, path: str) -> None:
 
 def by_batch(table: Table, path: str, unit: str) -> None:
     """A table of methods by batch size: what was measured, and beside it the paper's numbers where there are some."""
-    titles = ["measured, mean ± s.d."]
+    of_mean = any(number.of_mean for line in table.lines for number in line.measured.values())
+    titles = [f"measured, mean ± {'s.e.' if of_mean else 's.d.'}"]
     titles += ["paper: ResNet-50, ImageNet"] if any(line.paper for line in table.lines) else []
     pyplot, figure, axes = _figure(len(titles))
-    for line in table.lines:
-        if line.label not in _STYLES:  # estimates, which nothing has measured
-            continue
+    lines = [line for line in table.lines if line.label in _STYLES]  # without estimates, which nothing has measured
+    for number, line in enumerate(lines):
         colour, marker, dashes = _STYLES[line.label]
         style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
         found = [column for column in table.columns if line.measured[column].values]
         if not found:
             continue
-        values = [line.measured[column].values for column in found]
-        means, spreads = list(map(statistics.mean, values)), [_deviation(each) for each in values]
-        places = [paper.BATCHES.index(column) for column in found]
+        measured = [line.measured[column] for column in found]
+        means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
+        aside = 0.06 * (number - (len(lines) - 1) / 2)  # so that no bar hides another
+        places = [paper.BATCHES.index(column) + aside for column in found]
         axes[0, 0].errorbar(places, means, spreads, capsize=3, label=line.label, **style)
         known = [column for column in table.columns if column in line.paper]
         places = [paper.BATCHES.index(column) for column in known]
@@ -97,12 +98,10 @@ def by_column(table: Table, path: str, unit: str) -> None:
 
 def _draw_line(axis, table: Table, line: Line) -> None:
     found = [column for column in table.columns if line.measured[column].values]
-    values = [line.measured[column].values for column in found]
-    style = {"color": "#2b6ca3", "marker": "D", "markersize": 4, "capsize": 3}
-    means = list(map(statistics.mean, values))
-    axis.errorbar(
-        [float(c) for c in found], means, list(map(_deviation, values)), label="measured, mean ± s.d.", **style
-    )
+    measured = [line.measured[column] for column in found]
+    style = {"color": "#2b6ca3", "marker": "D", "markersize": 4, "capsize": 3, "label": "measured, mean ± s.d."}
+    means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
+    axis.errorbar([float(column) for column in found], means, spreads, **style)
     axis.set_title(line.label, fontsize=10)
     if line.paper:
         other = axis.twinx()
@@ -125,9 +124,9 @@ def gaps(table: Table, path: str, columns: str = "batch size on ImageNet, or its
             found = [column for column in table.columns if line.measured[column].values]
             if not found:
                 continue
-            values = [line.measured[column].values for column in found]
-            places, means = [table.columns.index(c) for c in found], list(map(statistics.mean, values))
-            axis.errorbar(places, means, list(map(_deviation, values)), label=label, **style)
+            measured = [line.measured[column] for column in found]
+            means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
+            axis.errorbar([table.columns.index(column) for column in found], means, spreads, label=label, **style)
         axis.set_title(f"{part}, {'points' if part == 'gap' else 'top-1, %'}", fontsize=10)
         axis.set_xticks(range(len(table.columns)), table.columns)
         axis.set_xlabel(columns)
@@ -166,7 +165,3 @@ def _mean_curve(seeds: Sequence[list[dict]], name: str) -> tuple[list[int], list
     found = [{line["epoch"]: line[name] for line in lines if name in line} for lines in seeds]
     epochs = sorted(set.intersection(*map(set, found)))
     return epochs, [100 * statistics.mean(values[epoch] for values in found) for epoch in epochs]
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0

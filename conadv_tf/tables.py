@@ -36,15 +36,23 @@ class Number:
     failed: bool = False
     of_mean: bool = False
 
+    @property
+    def spread(self) -> float:
+        """What stands behind ±: the sample standard deviation, or the standard error; 0 of a single run."""
+        if len(self.values) < 2:
+            return 0.0
+        return statistics.stdev(self.values) / (math.sqrt(len(self.values)) if self.of_mean else 1)
+
     def text(self, seeds: int) -> str:
-        """Mean ± sample standard deviation, with the number of runs in brackets where some of `seeds` are missing."""
+        """Mean ± spread, with the number of runs in brackets where some of `seeds` are missing."""
         if not self.values:
             return "failed" if self.failed else MISSING
         mean = f"{statistics.mean(self.values):.{self.digits}f}"
         if len(self.values) == 1:
             return mean if seeds == 1 or not self.group else f"{mean} (1)"
-        spread = statistics.stdev(self.values) / (math.sqrt(len(self.values)) if self.of_mean else 1)
-        return f"{mean} ± {spread:.{self.digits}f}" + (f" ({len(self.values)})" if len(self.values) < seeds else "")
+        return f"{mean} ± {self.spread:.{self.digits}f}" + (
+            f" ({len(self.values)})" if len(self.values) < seeds else ""
+        )
 
 
 @dataclasses.dataclass(frozen=True)

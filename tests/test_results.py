@@ -26,7 +26,8 @@ def printed_by(arguments: list[str], capsys, tmp_path, monkeypatch) -> str:
     (tmp_path / "results").mkdir()
     for scale in (ROOT / "results").iterdir():
         (tmp_path / "results" / scale.name).mkdir()
-        (tmp_path / "results" / scale.name / "runs").symlink_to(scale / "runs")
+        for folder in filter(Path.is_dir, scale.iterdir()):
+            (tmp_path / "results" / scale.name / folder.name).symlink_to(folder)
     with pytest.raises(SystemExit) as ended:
         reproduce.main(arguments)
     assert ended.value.code == 0
