@@ -66,14 +66,14 @@ def by_batch(table: Table, path: str, unit: str) -> None:
         colour, marker, dashes = _STYLES[line.label]
         style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
         found = [column for column in table.columns if line.measured[column].values]
-        if not found:
+        known = [column for column in table.columns if column in line.paper]
+        if not (found or known):
             continue
         measured = [line.measured[column] for column in found]
         means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
         aside = 0.06 * (number - (len(lines) - 1) / 2)  # so that no bar hides another
         places = [paper.BATCHES.index(column) + aside for column in found]
         axes[0, 0].errorbar(places, means, spreads, capsize=3, label=line.label, **style)
-        known = [column for column in table.columns if column in line.paper]
         places = [paper.BATCHES.index(column) for column in known]
         axes[0, -1].plot(places, [line.paper[column] for column in known], label=line.label if known else None, **style)
     for axis, title in zip(axes[0], titles, strict=True):
