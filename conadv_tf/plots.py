@@ -19,7 +19,13 @@ _STYLES = {
     ROWS["paired"].label: ("#2b6ca3", "D", "-"),
     ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
 }
+# Two of ConAdv's schedules, as estimates name them.
+_STYLES["+ ConAdv, shadow"] = _STYLES[ROWS["conadv"].label]
+_STYLES["+ ConAdv, phased"] = "#7a7a2b", "X", ":"
 _PANEL = 3.6, 3.1  # inches
+_BATCH_AXIS = "batch size on ImageNet, or its scale model"
+
+Curve = dict[str, tuple[float, float]]  # mean and spread by column
 
 
 def load_pyplot():
@@ -56,32 +62,44 @@ def _save(pyplot, figure, path: str) -> None:
 
 
 def by_batch(table: Table, path: str, unit: str) -> None:
-    """A table of methods by batch size: what was measured, and beside it the paper's numbers where there are some."""
+    """A table of methods by batch size: a panel of what was measured, the paper's numbers, estimates, as there are."""
     of_mean = any(number.of_mean for line in table.lines for number in line.measured.values())
-    titles = [f"measured, mean ± {'s.e.' if of_mean else 's.d.'}"]
-    titles += ["paper: ResNet-50, ImageNet"] if any(line.paper for line in table.lines) else []
-    pyplot, figure, axes = _figure(len(titles))
-    lines = [line for line in table.lines if line.label in _STYLES]  # without estimates, which nothing has measured
-    for number, line in enumerate(lines):
-        colour, marker, dashes = _STYLES[line.label]
-        style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5}
-        found = [column for column in table.columns if line.measured[column].values]
-        known = [column for column in table.columns if column in line.paper]
-        if not (found or known):
-            continue
-        measured = [line.measured[column] for column in found]
-        means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
-        aside = 0.06 * (number - (len(lines) - 1) / 2)  # so that no bar hides another
-        places = [paper.BATCHES.index(column) + aside for column in found]
-        axes[0, 0].errorbar(places, means, spreads, capsize=3, label=line.label, **style)
-        places = [paper.BATCHES.index(column) for column in known]
-        axes[0, -1].plot(places, [line.paper[column] for column in known], label=line.label if known else None, **style)
-    for axis, title in zip(axes[0], titles, strict=True):
+    panels: dict[str, dict[str, Curve]] = {
+        f"measured, mean ± {'s.e.' if of_mean else 's.d.'}": {},
+        "paper: ResNet-50, ImageNet": {},
+        "estimated": {},
+    }
+    measured, said, estimated = panels.values()
+    for line in table.lines:
+        is_estimate = not any(number.group for number in line.measured.values())
+        (estimated if is_estimate else measured)[line.label.removesuffix(", estimate")] = _measured(line)
+        said[line.label] = {column: (value, 0.0) for column, value in line.paper.items()}
+    drawn = {title: curves for title, curves in panels.items() if any(curves.values())}
+    if not drawn:
+        return
+    pyplot, figure, axes = _figure(len(drawn))
+    for axis, (title, curves) in zip(axes[0], drawn.items(), strict=True):
+        _draw_curves(axis, [column for column in paper.BATCHES if column in table.columns], curves)
         axis.set_title(title, fontsize=10)
-        axis.set_xticks([paper.BATCHES.index(column) for column in table.columns], table.columns)
-        axis.set_xlabel("batch size on ImageNet, or its scale model")
+        axis.set_xlabel(_BATCH_AXIS, fontsize=9)
         axis.set_ylabel(unit)
     _save(pyplot, figure, path)
+
+
+def _measured(line: Line) -> Curve:
+    found = {column: number for column, number in line.measured.items() if number.values}
+    return {column: (statistics.mean(number.values), number.spread) for column, number in found.items()}
+
+
+def _draw_curves(axis, columns: Sequence[str], curves: dict[str, Curve]) -> None:
+    curves = {label: curve for label, curve in curves.items() if curve}
+    for number, (label, curve) in enumerate(curves.items()):
+        colour, marker, dashes = _STYLES[label]
+        style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "capsize": 3}
+        aside = 0.06 * (number - (len(curves) - 1) / 2)  # so that no bar hides another
+        places = [columns.index(column) + aside for column in curve]
+        axis.errorbar(places, *zip(*curve.values(), strict=True), label=label, **style)
+    axis.set_xticks(range(len(columns)), columns)
 
 
 def by_column(table: Table, path: str, unit: str) -> None:
@@ -97,11 +115,10 @@ def by_column(table: Table, path: str, unit: str) -> None:
 
 
 def _draw_line(axis, table: Table, line: Line) -> None:
-    found = [column for column in table.columns if line.measured[column].values]
-    measured = [line.measured[column] for column in found]
+    curve = _measured(line)
     style = {"color": "#2b6ca3", "marker": "D", "markersize": 4, "capsize": 3, "label": "measured, mean ± s.d."}
-    means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
-    axis.errorbar([float(column) for column in found], means, spreads, **style)
+    if curve:
+        axis.errorbar([float(column) for column in curve], *zip(*curve.values(), strict=True), **style)
     axis.set_title(line.label, fontsize=10)
     if line.paper:
         other = axis.twinx()
@@ -111,25 +128,14 @@ def _draw_line(axis, table: Table, line: Line) -> None:
         other.grid(False)
 
 
-def gaps(table: Table, path: str, columns: str = "batch size on ImageNet, or its scale model") -> None:
+def gaps(table: Table, path: str, columns: str = _BATCH_AXIS) -> None:
     """A panel for training accuracy, test accuracy and their difference, a line a method, by what `columns` names."""
     pyplot, figure, axes = _figure(3)
     for axis, part in zip(axes[0], ("training", "test", "gap"), strict=True):
-        for line in table.lines:
-            label, _, own = line.label.rpartition(", ")
-            if own != part:
-                continue
-            colour, marker, dashes = _STYLES[label]
-            style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "capsize": 3}
-            found = [column for column in table.columns if line.measured[column].values]
-            if not found:
-                continue
-            measured = [line.measured[column] for column in found]
-            means, spreads = [statistics.mean(each.values) for each in measured], [each.spread for each in measured]
-            axis.errorbar([table.columns.index(column) for column in found], means, spreads, label=label, **style)
+        parts = [(line, *line.label.rpartition(", ")) for line in table.lines]
+        _draw_curves(axis, table.columns, {label: _measured(line) for line, label, _, own in parts if own == part})
         axis.set_title(f"{part}, {'points' if part == 'gap' else 'top-1, %'}", fontsize=10)
-        axis.set_xticks(range(len(table.columns)), table.columns)
-        axis.set_xlabel(columns)
+        axis.set_xlabel(columns, fontsize=9)
     _save(pyplot, figure, path)
 
 
