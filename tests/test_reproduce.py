@@ -148,7 +148,8 @@ def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
 # Takes its stdin for the terminal that it is controlled by, and becomes another program. Not pty.fork: TensorFlow's
 # threads do not survive in a fork, which may wait for one of them for ever.
 IN_A_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
