@@ -7,6 +7,7 @@ choose nothing.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -148,11 +149,6 @@ class Cell:
             params.append(f"conadv.tau={self.tau}")
         return params
 
-    def recipe_epsilon(self) -> float | None:
-        """What its recipe says where `epsilon` is None."""
-        configure.configure(self.gin_files(), [])
-        return configure.setting("attack.epsilon_pixels")
-
     @property
     def cost(self) -> float:
         """In units of `Row.units`; every batch size of a scale sees as many images."""
@@ -234,7 +230,7 @@ class Study:
                 return choosing, None
             cell = best
         # The recipe's own ε stays unnamed, so that what Table 1 has run is not run again for Table 5.
-        usual = own_epsilon if scale.epsilons else cell.recipe_epsilon()
+        usual = own_epsilon if scale.epsilons else _recipe_epsilon(*cell.gin_files())
         epsilon = own_epsilon if group.epsilon in (None, usual) else group.epsilon
         return choosing, dataclasses.replace(cell, epsilon=epsilon, tau=group.tau)
 
@@ -244,3 +240,10 @@ class Study:
             return candidates[len(candidates) // 2] if guess else None
         finished = [(cell, result) for cell in candidates if (result := self._result(cell))]
         return max(finished, key=lambda pair: pair[1]["validation_top1"])[0] if finished else None
+
+
+@functools.cache  # asked for every group each time that progress is shown
+def _recipe_epsilon(*gin_files: str) -> float | None:
+    """ε of a recipe; None where it has no attack."""
+    configure.configure(gin_files, [])
+    return configure.setting("attack.epsilon_pixels")

@@ -50,9 +50,8 @@ class Number:
         mean = f"{statistics.mean(self.values):.{self.digits}f}"
         if len(self.values) == 1:
             return mean if seeds == 1 or not self.group else f"{mean} (1)"
-        return f"{mean} ± {self.spread:.{self.digits}f}" + (
-            f" ({len(self.values)})" if len(self.values) < seeds else ""
-        )
+        missing = f" ({len(self.values)})" if len(self.values) < seeds else ""
+        return f"{mean} ± {self.spread:.{self.digits}f}{missing}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,9 +264,8 @@ def test_a_folder_without_a_finished_run_is_named(runs, tmp_path, capsys):
     (unfinished / "result.json").write_text((runs[0] / "result.json").read_text())
     assert analyze.main([str(runs[0]), str(unfinished), f"--out={tmp_path / 'out'}", *QUICK]) == 1
     printed = capsys.readouterr().err
-    assert re.fullmatch(
-        r"error: RUN=.*/unfinished: its last checkpoint is gone: .*\n", printed
-    )  # and no work before it
+    # One line, with no work before it.
+    assert re.fullmatch(r"error: RUN=.*/unfinished: its last checkpoint is gone: .*\n", printed)
     assert not (tmp_path / "out").exists()
 
 
