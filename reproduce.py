@@ -1,9 +1,9 @@
-"""Reproduces a table or figure of the paper; conadv_tf/reproduce.py has the flags.
+"""Reproduces a table or figure of the paper; conadv_tf/experiments/reproduce.py has the flags.
 
 python reproduce.py --table=1 --scale=digits
 """
 
-from conadv_tf.reproduce import main
+from conadv_tf.experiments.reproduce import main
 
 if __name__ == "__main__":
     main()

@@ -9,8 +9,8 @@ how they are made. `python reproduce.py --figure=4 --scale=imagenet` makes the p
 import argparse
 import os
 
-from conadv_tf import scaling
-from conadv_tf.tpu_generations import GENERATIONS
+from conadv_tf.experiments import figure4, plots
+from conadv_tf.preflight.tpu_generations import GENERATIONS
 
 
 def main() -> None:
@@ -20,10 +20,10 @@ def main() -> None:
     parser.add_argument("--out", default=".")
     arguments = parser.parse_args()
     generation = GENERATIONS[arguments.generation]
-    found = scaling.points(arguments.gin_file, generation)
-    scaling.write(found, generation, arguments.out)
-    print(scaling.text(found, generation))
-    scaling.plot(found, generation, os.path.join(arguments.out, "scaling.png"))
+    found = figure4.points(arguments.gin_file, generation)
+    figure4.write(found, generation, arguments.out)
+    print(figure4.text(found, generation))
+    plots.plot(found, generation, os.path.join(arguments.out, "scaling.png"))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lars as tfm_lars
 
-from conadv_tf import methods, resnet, trainer
-from conadv_tf.attack import Attack
-from conadv_tf.lars import make_lars
-from conadv_tf.losses import SmoothedCrossEntropy
+from conadv_tf import methods
+from conadv_tf.methods.attack import Attack
+from conadv_tf.models import resnet
+from conadv_tf.training import trainer
+from conadv_tf.training.lars import make_lars
+from conadv_tf.training.losses import SmoothedCrossEntropy
 
 PLAIN, VANILLA, PEER = "plain tf_keras fit", "vanilla", "ART AdversarialTrainer, FGSM"
 PAIRED, MOVING = "conadv, paired", "conadv, shadow, attack on moving statistics"

@@ -22,14 +22,15 @@ from official.modeling.optimization import lars as tfm_lars
 from official.vision.modeling import classification_model
 from official.vision.modeling.backbones import resnet as tfm_resnet
 
-from conadv_tf import configure, methods, run
-from conadv_tf.attack import Attack
-from conadv_tf.preflight_passes import carried_bytes
-from conadv_tf.preflight_programs import Programs, lower
-from conadv_tf.preflight_table import Work
-from conadv_tf.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
-from conadv_tf.tpu_compiler import Compiler, Cost
-from conadv_tf.tpu_generations import GENERATIONS, Generation
+from conadv_tf import config, methods
+from conadv_tf.methods.attack import Attack
+from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
+from conadv_tf.preflight.passes import carried_bytes
+from conadv_tf.preflight.programs import Programs, lower
+from conadv_tf.preflight.table import Work
+from conadv_tf.preflight.tpu_compiler import Compiler, Cost
+from conadv_tf.preflight.tpu_generations import GENERATIONS, Generation
+from conadv_tf.run.build import Run, build
 
 TF_MODELS, VANILLA = "tf-models ResNet-50", "vanilla"
 MOVING = "shadow with an attack on moving statistics"
@@ -45,11 +46,11 @@ GOAL_ROWS, GOAL_TEMP = 64, 1.15
 SPARE_ROWS, GOAL_SPARE = 192, 0.30
 
 
-def built_run(recipe: str, rows: int) -> run.Run:
+def built_run(recipe: str, rows: int) -> Run:
     """A recipe with `rows` images on one replica; on synthetic ones of their size where its data are files."""
     settings = [f"train.global_batch_size = {rows}", f"train.microbatch_size = {rows}"]
-    configure.configure_without_files([recipe], settings)
-    return run.build("tpu_cost", tf.distribute.OneDeviceStrategy("CPU:0"), None, 1)
+    config.configure_without_files([recipe], settings)
+    return build("tpu_cost", tf.distribute.OneDeviceStrategy("CPU:0"), None, 1)
 
 
 def tf_models_update(rows: int) -> bytes:

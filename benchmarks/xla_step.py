@@ -1,6 +1,6 @@
 """Times or trains an exported step program on the JAX device at hand; needs jax and numpy, no TensorFlow.
 
-    python -m conadv_tf.step_program --out=DIR --save_data        where TensorFlow is: makes DIR
+    conadv-step-program --out=DIR --save_data        where TensorFlow is: makes DIR
     python benchmarks/xla_step.py --program=DIR                   ms an update and images/s
     python benchmarks/xla_step.py --program=DIR --data=DIR/data.npz [--epochs=90] [--weights=FILE]
 
@@ -92,7 +92,7 @@ def exported_program(text: str, arguments: list, results: list) -> export.Export
 def load(folder: str, weights: str | None) -> tuple[dict, dict[str, Program], dict]:
     """program.json, the programs, and the variables on the device."""
     if not os.path.isfile(os.path.join(folder, "program.json")):
-        sys.exit(f"error: {folder} holds no program.json: make it with python -m conadv_tf.step_program --out={folder}")
+        sys.exit(f"error: {folder} holds no program.json: make it with conadv-step-program --out={folder}")
     with open(os.path.join(folder, "program.json")) as file:
         description = json.load(file)
     if description["format"] != 1:

@@ -5,20 +5,22 @@ import signal
 import sys
 import traceback
 
-# Before TensorFlow is imported: its start-up chatter would bury our one line. Set it yourself to see it.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import tensorflow as tf
 from absl import app, flags, logging
 
-from conadv_tf import configure, describe, distribute, preemption, preflight, records, report, run, terminal
-from conadv_tf.errors import ConfigError, DataError, Preempted, RunError
+from conadv_tf import config, terminal
+from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker
+from conadv_tf.preflight import preflight
+from conadv_tf.run import preemption, report
+from conadv_tf.run.build import build
+from conadv_tf.run.strategy import STRATEGIES, make_strategy, parse_accelerator_type, replicas_of
+from conadv_tf.run.train import train
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A recipe, as given or below gin/; repeatable, later over earlier.")
 flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pixels=4"; repeatable, over all files.')
 flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an accelerator type such as v3-512.")
-flags.DEFINE_string("strategy", "auto", f"One of {', '.join(distribute.STRATEGIES)}.")
+flags.DEFINE_string("strategy", "auto", f"One of {', '.join(STRATEGIES)}.")
 flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
@@ -47,7 +49,7 @@ def _main(_: list[str]) -> None:
     except (ConfigError, DataError, RunError) as error:
         _fail(error)
     except tf.errors.OpError as error:
-        translated = records.data_error(error) or preemption.lost_worker(error)
+        translated = data_error(error) or lost_worker(error)
         if translated is None:
             raise
         _fail(translated)
@@ -67,35 +69,33 @@ def _quiet() -> None:
 
 
 def _train() -> None:
-    gin_files = FLAGS.gin_file or [configure.DEFAULT_RECIPE]
-    recipe = configure.recipe_name(gin_files)
-    configure.configure(gin_files, FLAGS.gin_param)
+    gin_files = FLAGS.gin_file or [config.DEFAULT_RECIPE]
+    recipe = config.recipe_name(gin_files)
+    config.configure(gin_files, FLAGS.gin_param)
     if FLAGS.preflight:
         _preflight(recipe, gin_files)
         return
-    built = run.build(recipe, distribute.make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
+    built = build(recipe, make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
-    terminal.say(describe.arithmetic(built))
-    terminal.say(report.result_text(run.train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
+    terminal.say(report.arithmetic(built))
+    terminal.say(report.result_text(train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
 
 
 def _preflight(recipe: str, gin_files: list[str]) -> None:
     """Prints the arithmetic of the run, without its data where none are here, and what it costs on --tpu=TYPE."""
     if FLAGS.data_dir is None:
-        configure.configure_without_files(gin_files, FLAGS.gin_param)
-    typed = distribute.parse_accelerator_type(FLAGS.tpu or "")
-    strategy = (
-        tf.distribute.OneDeviceStrategy("CPU:0") if typed else distribute.make_strategy(FLAGS.strategy, FLAGS.tpu)
-    )
-    built = run.build(recipe, strategy, FLAGS.data_dir, distribute.replicas_of(FLAGS.tpu, strategy))
+        config.configure_without_files(gin_files, FLAGS.gin_param)
+    typed = parse_accelerator_type(FLAGS.tpu or "")
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0") if typed else make_strategy(FLAGS.strategy, FLAGS.tpu)
+    built = build(recipe, strategy, FLAGS.data_dir, replicas_of(FLAGS.tpu, strategy))
     _check_effect()
-    terminal.say(describe.arithmetic(built))
+    terminal.say(report.arithmetic(built))
     terminal.say(preflight.report(built, FLAGS.tpu, FLAGS.model_dir))
 
 
 def _check_effect() -> None:
     """A flag that changes nothing is a mistake; a recipe may set more than this run needs."""
-    idle = configure.bindings_without_effect()
+    idle = config.bindings_without_effect()
     asked = [name for name in idle if any(binding.startswith(name) for binding in FLAGS.gin_param)]
     if asked:
         raise ConfigError(f"--gin_param sets {asked[0]}, which this run does not use: drop it, or choose what uses it")

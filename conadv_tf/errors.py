@@ -3,6 +3,8 @@
 The command line prints them without a traceback (`cli.py`) and ends with `exit_code`.
 """
 
+import re
+
 
 class ConfigError(ValueError):
     """An impossible or misspelt setting, found before anything is trained. Exit code 2."""
@@ -34,3 +36,35 @@ class Preempted(BaseException):
 def one_line(error: Exception) -> str:
     """The cause that an error tells, for a line of our own."""
     return " ".join(str(error).split())[:200]
+
+
+def data_error(error: BaseException) -> DataError | None:
+    """The DataError, of one line, that an exception from the pipeline is or carries; None if there is none.
+
+    TensorFlow wraps what its threads raise, and gin adds a line to what `data.load` raises.
+    """
+    text = f"DataError: {error}" if isinstance(error, DataError) else str(error)
+    if "Unknown iteration client id" in text:
+        return DataError("data.service: one of its processes was started anew: start the same command again")
+    # An assertion of TensorFlow's puts brackets around its line.
+    found = re.search(r"\[DataError: ([^\n]+)\]|DataError: ([^\n]+)", text)
+    return DataError(found.group(1) or found.group(2)) if found else None
+
+
+def lost_worker(error: Exception) -> RunError | None:
+    """What an error of TensorFlow's says of another worker, on one line; None if it is about something else.
+
+    TensorFlow notices by the broken connection, or some seconds later by the heartbeats that stay out.
+    """
+    found = re.search(
+        r"Collective ops is aborted by: (.*(?:/task:|heartbeat|Connection|Socket|UNAVAILABLE).*)", str(error), re.DOTALL
+    )
+    if found is None or "DataError: " in found.group(1):  # what this worker's own data did
+        return None
+    told = " ".join(found.group(1).split())
+    tasks = re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", told)
+    who = "{} {}".format(*tasks[-1]) if tasks else "another worker"
+    return RunError(
+        f"{who} is gone or cannot be reached ({told[:200]}): see its log, then start the same command on every worker, "
+        "which goes on from the last checkpoint"
+    )

@@ -1,10 +1,13 @@
 """Lines for a person, who may have gone: what cannot be shown costs no run and changes no exit code."""
 
+import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TextIO
+
+from conadv_tf.errors import ConfigError, DataError, RunError, data_error, one_line
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -26,3 +29,41 @@ def may_be_gone() -> Iterator[None]:
                 # What is left in the buffer would fail again when Python ends, which then has a code of its own.
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it. Raises ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the arguments)")
+
+
+def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> int:
+    """Does the work of a tool and says on one line of stderr what went wrong.
+
+    Args:
+      work: returns an exit code; None is 0.
+      interrupted: what Ctrl-C leaves.
+      remedy: for files that cannot be read or written.
+
+    Returns:
+      0, 2 for arguments and settings, 1 for data and files, 130 after Ctrl-C, or what `work` returns.
+    """
+    try:
+        return work() or 0
+    except (ConfigError, DataError, RunError) as error:
+        failure: ConfigError | DataError | RunError = error
+    except _file_errors() as error:
+        failure = data_error(error) or RunError(f"{one_line(error)}: {remedy}")
+    except KeyboardInterrupt:
+        say(f"\ninterrupted: {interrupted}", sys.stderr)
+        return 130
+    # gin appends lines of its own about the call the error came from.
+    say(f"error: {str(failure).splitlines()[0]}", sys.stderr)
+    return failure.exit_code
+
+
+def _file_errors() -> tuple[type[Exception], ...]:
+    """The errors of reading and writing files; TensorFlow's among them only where it has been loaded."""
+    tensorflow = sys.modules.get("tensorflow")
+    return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conadv_tf import attack, lars, methods, resnet, trainer
+from conadv_tf import methods
+from conadv_tf.methods import attack
+from conadv_tf.models import resnet
+from conadv_tf.training import lars, trainer
 
 TORTURE = bool(os.environ.get("CONADV_TORTURE"))
 BRANCHES = ("main", "adversarial")

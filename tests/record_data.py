@@ -12,7 +12,9 @@ import tensorflow as tf
 from PIL import Image
 from sample_data import FOLDER
 
-from conadv_tf import augment, data, pipeline, record_files
+from conadv_tf import data
+from conadv_tf.data import augment, record_files
+from conadv_tf.data.memory import MemoryData
 
 needs_files = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no sample data in {FOLDER}: set CONADV_TEST_DATA to run this test"
@@ -96,7 +98,7 @@ def take(batches: tf.data.Dataset, count: int) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate(parts) for parts in zip(*taken, strict=True))
 
 
-def counting(size: int, augmentation: str = "none", test_size: int = 5) -> pipeline.MemoryData:
+def counting(size: int, augmentation: str = "none", test_size: int = 5) -> MemoryData:
     """Data in memory whose labels are the example numbers."""
 
     def split(count):
@@ -104,7 +106,7 @@ def counting(size: int, augmentation: str = "none", test_size: int = 5) -> pipel
         images = np.random.default_rng(0).integers(1, 256, (count, 8, 8, 1), np.uint8)
         return images, labels
 
-    return pipeline.MemoryData(
+    return MemoryData(
         "counting",
         max(size, test_size),
         {"train": split(size), "test": split(test_size)},

@@ -15,7 +15,9 @@ import tensorflow as tf
 from commands import call_command_line
 from helpers import make_model, random_batches
 
-from conadv_tf import analyze, data, losses, methods, sharpness
+from conadv_tf import data, methods
+from conadv_tf.experiments import analyze, sharpness
+from conadv_tf.training import losses
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--gin_param=train.epochs=3", "--gin_param=learning_rate.warmup_epochs=1"]
@@ -140,7 +142,7 @@ def test_attack_on_a_linear_model_has_the_closed_form(attack, epsilon):
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "conadv_tf.analyze", *map(str, arguments)]
+    line = [sys.executable, "-m", "conadv_tf.experiments.analyze", *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

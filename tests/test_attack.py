@@ -7,9 +7,10 @@ from helpers import assert_identical, fit, make_model, random_batches, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conadv_tf import methods, schedules
-from conadv_tf.attack import Attack, random_wrong_labels
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
+from conadv_tf.methods import schedules
+from conadv_tf.methods.attack import Attack, random_wrong_labels
 
 ATTACKS = st.builds(
     Attack,

@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 from official.vision.ops import augment as tfm
 
-from conadv_tf import augment, autoaugment, data, methods, pipeline, record_files
+from conadv_tf import data, methods
+from conadv_tf.data import augment, autoaugment, pipeline, record_files
+from conadv_tf.data.memory import MemoryData
 from conadv_tf.errors import ConfigError
 
 SIZE = 24
@@ -73,10 +75,10 @@ def test_images_are_those_of_tf_models_as_often_as_the_policy_says(policy):
     assert np.all(np.abs(found / draws - shares) < 5 * deviation + 1e-9)
 
 
-def memory(augmentation: augment.Augmentation, channels: int = 3) -> pipeline.MemoryData:
+def memory(augmentation: augment.Augmentation, channels: int = 3) -> MemoryData:
     images = np.stack([photo(seed).numpy() for seed in range(12)])[..., :channels]
     split = images, np.arange(12, dtype=np.int32)
-    return pipeline.MemoryData("photos", 12, {"train": split, "test": split}, augmentation, record_files.BadRecords(0))
+    return MemoryData("photos", 12, {"train": split, "test": split}, augmentation, record_files.BadRecords(0))
 
 
 def epoch(loaded: pipeline.ImageData, number: int = 0, seed: int = 0, rows: int = 4):

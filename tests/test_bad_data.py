@@ -25,15 +25,15 @@ from record_data import (
     write,
 )
 
-from conadv_tf import data, records
-from conadv_tf.errors import ConfigError, DataError
+from conadv_tf import data
+from conadv_tf.errors import ConfigError, DataError, data_error
 
 
 def raises_data_error(folder: Path, in_memory: bool, **arguments) -> str:
     """Loads and reads two passes; the one line of the DataError that must come of it."""
     with pytest.raises((DataError, tf.errors.OpError)) as caught:
         take((load if in_memory else stream)(folder, **arguments).train_batches(7, 1), 6)
-    found = records.data_error(caught.value)
+    found = data_error(caught.value)
     assert found is not None
     assert "\n" not in str(found)
     return str(found)
@@ -179,7 +179,7 @@ def test_a_label_out_of_range_stops_evaluation(tmp_path):
     with pytest.raises(tf.errors.OpError) as caught:
         stream(tmp_path).examples("test", 1)
     path = tmp_path / "validation-00000-of-00001"
-    assert str(records.data_error(caught.value)).startswith(f"{path}, record 0: label 5000 minus data.label_offset=0")
+    assert str(data_error(caught.value)).startswith(f"{path}, record 0: label 5000 minus data.label_offset=0")
 
 
 def test_a_png_among_jpegs_is_used(tmp_path):
@@ -201,7 +201,7 @@ def test_a_file_without_a_good_record_and_one_that_is_gone(tmp_path):
     path.unlink()
     with pytest.raises(tf.errors.OpError) as caught:
         take(loaded.train_batches(5, 1), 1)
-    assert str(records.data_error(caught.value)) == f"{path}: no good record among 2: fetch the file again"
+    assert str(data_error(caught.value)) == f"{path}: no good record among 2: fetch the file again"
 
 
 def test_a_bad_record_has_no_weight_in_streamed_evaluation(tmp_path):
@@ -313,7 +313,7 @@ import sys
 from pathlib import Path
 import tensorflow as tf
 from record_data import stream, take
-from conadv_tf import records
+from conadv_tf.errors import data_error
 tf.config.experimental_connect_to_host(sys.argv[1], "worker")
 for limit in (2, 0):
     loaded = stream(Path(sys.argv[2]), max_bad_records=limit)
@@ -322,7 +322,7 @@ for limit in (2, 0):
             labels = take(loaded.train_batches(21, 1), 2)[1]
             _, tested, weights = take(loaded.evaluation_batches("test", 5, 1), 1)
         except tf.errors.OpError as error:
-            print(records.data_error(error))
+            print(data_error(error))
             continue
     print(sorted(labels.tolist()), weights.tolist(), loaded.bad_records.count, loaded.bad_records.report())
     print(*loaded.bad_records.reasons.values())

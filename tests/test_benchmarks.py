@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from conadv_tf import methods, reproduce, scaling
-from conadv_tf.preflight_table import Work, calibration
-from conadv_tf.tpu_compiler import Cost
-from conadv_tf.tpu_generations import GENERATIONS, allreduce_seconds
+from conadv_tf import methods
+from conadv_tf.experiments import figure4, reproduce
+from conadv_tf.preflight.table import Work, calibration
+from conadv_tf.preflight.tpu_compiler import Cost
+from conadv_tf.preflight.tpu_generations import GENERATIONS, allreduce_seconds
 
 V3 = GENERATIONS["v3"]
 PASSES = {
@@ -97,8 +98,8 @@ def test_art_trains_the_same_network(benchmark):
 def test_scaling_adds_up_passes_and_the_all_reduce():
     by_compiler, _ = calibration()
     made = {}
-    for method in scaling.compared():
-        made[method.schedule or method.name] = scaling.point("a", method, 4096, PASSES, 100_000_000, V3)
+    for method in figure4.compared():
+        made[method.schedule or method.name] = figure4.point("a", method, 4096, PASSES, 100_000_000, V3)
     seconds = {"vanilla": 0.054, "disadv": 0.134, "shadow": 0.134, "paired": 0.109, "phased": 0.059}
     cores = {"vanilla": 64, "disadv": 64, "shadow": 64, "paired": 64, "phased": 128}
     for name, point in made.items():
@@ -109,24 +110,24 @@ def test_scaling_adds_up_passes_and_the_all_reduce():
 
 def test_scaling_leaves_out_slices_there_are_not():
     phased = methods.conadv(schedule="phased")
-    assert scaling.point("a", phased, 98_304, PASSES, 1, V3) is None
-    assert scaling.point("a", methods.vanilla(), 98_304, PASSES, 1, V3).replicas == 1536
+    assert figure4.point("a", phased, 98_304, PASSES, 1, V3) is None
+    assert figure4.point("a", methods.vanilla(), 98_304, PASSES, 1, V3).replicas == 1536
 
 
 def test_scaling_prints_beside_the_paper_and_plots(tmp_path, capsys):
     found = [
-        scaling.point(panel, method, batch, PASSES, 100_000_000, V3)
-        for panel, (_, batches) in scaling.PANELS.items()
-        for method in scaling.compared()
+        figure4.point(panel, method, batch, PASSES, 100_000_000, V3)
+        for panel, (_, batches) in figure4.PANELS.items()
+        for method in figure4.compared()
         for batch in batches
     ]
     found = [point for point in found if point]
-    row = next(line for line in scaling.markdown("a", found, V3).splitlines() if line.startswith("| 32,768 | 512 |"))
+    row = next(line for line in figure4.markdown("a", found, V3).splitlines() if line.startswith("| 32,768 | 512 |"))
     assert row.endswith("| – | 81.7 | ≈ 123 |")
-    cells = scaling.ratios(found).splitlines()[-1].split(" | ")
+    cells = figure4.ratios(found).splitlines()[-1].split(" | ")
     own = {(p.panel, p.method, p.batch): p.images_per_ms for p in found}
     assert float(cells[5]) == pytest.approx(own["b", "phased", 2048] / own["b", "vanilla", 2048], abs=0.006)
-    scaling.write(found, V3, str(tmp_path / "imagenet"))
+    figure4.write(found, V3, str(tmp_path / "imagenet"))
     with pytest.raises(SystemExit) as end:
         reproduce.main(["--figure=4", "--scale=imagenet", "--jobs=0", f"--results={tmp_path}"])
     assert end.value.code == 0

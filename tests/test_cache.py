@@ -6,7 +6,7 @@ import tensorflow as tf
 from record_data import flip_byte, load, make_folder, stream, take
 
 from conadv_tf import data
-from conadv_tf.cache import Cache
+from conadv_tf.data.cache import Cache
 from conadv_tf.errors import ConfigError
 
 

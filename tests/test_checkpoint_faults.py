@@ -13,8 +13,9 @@ import pytest
 from commands import ROOT, SHORT, call_command_line, command, weights
 from helpers import assert_identical, fit, make_model, random_batches, snapshot, some_of
 
-from conadv_tf import checkpoint, methods
+from conadv_tf import methods
 from conadv_tf.errors import RunError
+from conadv_tf.run import checkpoint
 
 UPDATES = (1, 2, 3)
 

@@ -23,7 +23,8 @@ from record_data import (
     write,
 )
 
-from conadv_tf import augment, data
+from conadv_tf import data
+from conadv_tf.data import augment
 
 
 @pytest.fixture(scope="module")

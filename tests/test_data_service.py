@@ -14,8 +14,9 @@ import pytest
 import tensorflow as tf
 from record_data import flip_byte, load, make_folder, stream, take
 
-from conadv_tf import data, data_service, records
-from conadv_tf.errors import ConfigError, DataError
+from conadv_tf import data
+from conadv_tf.data import service as data_service
+from conadv_tf.errors import ConfigError, DataError, data_error
 
 ROOT = Path(__file__).parents[1]
 AUGMENTED = {"augmentation": "resized_crop_flip", "autoaugment": "imagenet", "autoaugment_mode": "concat3"}
@@ -34,12 +35,12 @@ def free_ports() -> int:
 
 
 class Process:
-    """`python -m conadv_tf.data_service`, serving."""
+    """`conadv-data-service`, serving."""
 
     def __init__(self, folder: Path, port: int | None = None):
         self.port = port or free_ports()
         self.log = folder / f"service-{self.port}"
-        command = [sys.executable, "-m", "conadv_tf.data_service", f"--address=localhost:{self.port}"]
+        command = [sys.executable, "-m", "conadv_tf.data.service", f"--address=localhost:{self.port}"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         while "serving at" not in self.log.read_text():
@@ -86,11 +87,11 @@ def test_a_label_out_of_range_and_too_many_bad_records_are_said(tmp_path, servic
     path = make_folder(tmp_path) / "train-00001-of-00003"
     with pytest.raises(tf.errors.OpError) as caught:
         take(stream(tmp_path, service=services, num_classes=20).train_batches(7, 1), 3)
-    assert "label 20 minus data.label_offset=0 is 20, not in 0..19" in str(records.data_error(caught.value))
+    assert "label 20 minus data.label_offset=0 is 20, not in 0..19" in str(data_error(caught.value))
     flip_byte(path, 2)
     with pytest.raises(tf.errors.OpError) as caught:
         take(stream(tmp_path, service=services, max_bad_records=0).train_batches(7, 1), 3)
-    assert f"{path}, record 2: unreadable (corrupted record" in str(records.data_error(caught.value))
+    assert f"{path}, record 2: unreadable (corrupted record" in str(data_error(caught.value))
 
 
 def test_a_service_that_is_started_anew_ends_the_run_in_one_line(tmp_path):
@@ -102,7 +103,7 @@ def test_a_service_that_is_started_anew_ends_the_run_in_one_line(tmp_path):
     again = Process(tmp_path, process.port)
     with pytest.raises(tf.errors.OpError) as caught:
         list(iterator)
-    assert "data.service: one of its processes was started anew" in str(records.data_error(caught.value))
+    assert "data.service: one of its processes was started anew" in str(data_error(caught.value))
     again.end(signal.SIGTERM)
 
 
@@ -118,7 +119,8 @@ def test_a_service_that_ends_ends_the_run_in_one_line(tmp_path):
     process = Process(tmp_path)
     program = f"""
 import os, signal
-from conadv_tf import data, data_service
+from conadv_tf import data
+from conadv_tf.data import service as data_service
 loaded = data.load("tfrecords", data_dir={str(make_folder(tmp_path))!r}, num_classes=1000, in_memory=False,
     image_size=8, service={process.address!r})
 with data_service.watched(["localhost:{process.port}"], patience_seconds=3):
@@ -140,7 +142,7 @@ with data_service.watched(["localhost:{process.port}"], patience_seconds=3):
     assert outcome.returncode == 1
     errors = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert f"{process.address} does not answer: start it there with python -m conadv_tf.data_service" in errors[0]
+    assert f"{process.address} does not answer: start it there with conadv-data-service" in errors[0]
     assert "Traceback" not in outcome.stderr
 
 
@@ -157,7 +159,7 @@ def test_a_port_in_use_is_said_in_one_line(taken, tmp_path, capsys):
 def test_a_port_of_another_data_service_is_not_shared(services):
     address = services.split(",")[0].removeprefix("grpc://")
     outcome = subprocess.run(
-        [sys.executable, "-m", "conadv_tf.data_service", f"--address={address}"],
+        [sys.executable, "-m", "conadv_tf.data.service", f"--address={address}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

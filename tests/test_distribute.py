@@ -12,15 +12,17 @@ import tensorflow as tf
 from commands import ROOT
 from helpers import mirrored
 
-from conadv_tf import distribute, methods
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.models import split_batchnorm
+from conadv_tf.run.strategy import make_strategy, parse_accelerator_type
 
 
 def test_one_device_without_accelerators(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
-    assert isinstance(distribute.make_strategy(), tf.distribute.OneDeviceStrategy)
+    assert isinstance(make_strategy(), tf.distribute.OneDeviceStrategy)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_what_cannot_be_had_is_refused_in_one_line(arguments, error, named, monk
     for name in ("TF_CONFIG", "TPU_NAME", "TPU_ACCELERATOR_TYPE", "ACCELERATOR_TYPE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(error, match=named) as caught:
-        distribute.make_strategy(**arguments)
+        make_strategy(**arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -56,13 +58,15 @@ def test_what_cannot_be_had_is_refused_in_one_line(arguments, error, named, monk
 def test_a_cluster_that_is_none_is_refused_before_anybody_waits(config, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(ConfigError, match=r"^TF_CONFIG=") as caught:
-        distribute.make_strategy()
+        make_strategy()
     assert "\n" not in str(caught.value)
 
 
 def test_waiting_for_a_tpu_that_does_not_answer_can_be_ended():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        program = f"from conadv_tf import distribute; distribute.make_strategy(tpu='grpc://127.0.0.1:{silent.getsockname()[1]}')"
+        program = (
+            f"from conadv_tf import make_strategy; make_strategy(tpu='grpc://127.0.0.1:{silent.getsockname()[1]}')"
+        )
         process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
         try:
             for _ in range(2):  # who looks whether somebody listens, and TensorFlow
@@ -78,7 +82,7 @@ def test_waiting_for_a_tpu_that_does_not_answer_can_be_ended():
 def test_a_slice_of_another_type_is_refused(monkeypatch):
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v3-32")
     with pytest.raises(RunError, match="v3-32"):
-        distribute.make_strategy(tpu="v3-512")
+        make_strategy(tpu="v3-512")
 
 
 @pytest.mark.parametrize(
@@ -86,13 +90,13 @@ def test_a_slice_of_another_type_is_refused(monkeypatch):
     [("v3-512", ("v3", 512)), ("v5litepod-16", ("v5litepod", 16)), ("v5p-8", ("v5p", 8)), ("my-tpu", None)],
 )
 def test_accelerator_types_are_told_from_names(name, expected):
-    assert distribute.parse_accelerator_type(name) == expected
-    assert distribute.parse_accelerator_type("grpc://10.0.0.2:8470") is None
+    assert parse_accelerator_type(name) == expected
+    assert parse_accelerator_type("grpc://10.0.0.2:8470") is None
 
 
 def test_one_replica_is_its_own_group():
     value = tf.constant([1.0, 2.0])
-    assert np.array_equal(distribute.group_mean(value, 1), value)
+    assert np.array_equal(split_batchnorm.group_mean(value, 1), value)
 
 
 @pytest.mark.parametrize(("group", "expected"), [(1, [0, 1, 2, 3]), (2, [0.5, 0.5, 2.5, 2.5]), (4, [1.5] * 4)])
@@ -101,7 +105,7 @@ def test_group_means_are_over_neighbouring_replicas(group, expected):
 
     def replica():
         place = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)
-        return distribute.group_mean(tf.stack([place, 10.0 * place]), group)
+        return split_batchnorm.group_mean(tf.stack([place, 10.0 * place]), group)
 
     results = strategy.experimental_local_results(tf.function(lambda: strategy.run(replica))())
     np.testing.assert_allclose(np.stack(results), np.outer(expected, [1.0, 10.0]), rtol=1e-6)

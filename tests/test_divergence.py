@@ -12,8 +12,10 @@ from commands import call_command_line, weights
 from helpers import assert_identical, fit, make_model, mirrored, named_variables, random_batches, snapshot
 from test_preemption import checkpoints, lines, signalled, trained
 
-from conadv_tf import callbacks, divergence, lars, losses, methods
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError, Preempted
+from conadv_tf.run import callbacks, divergence
+from conadv_tf.training import lars, losses
 
 LABELS = {"loss": 8, "gradient": 9}  # of an example of which that alone is not finite
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conadv_tf import expansion, resnet, xla
-from conadv_tf.split_batchnorm import deferred_statistics
-from conadv_tf.stem_convolution import StemConvolution
+from conadv_tf.models import expansion, resnet, xla
+from conadv_tf.models.split_batchnorm import deferred_statistics
+from conadv_tf.models.stem_convolution import StemConvolution
 
 
 def random(seed: int, *shape: int, low: float = -1.0, high: float = 1.0) -> tf.Tensor:

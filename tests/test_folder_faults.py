@@ -19,8 +19,11 @@ from commands import ROOT, call_command_line, weights
 from helpers import assert_identical, make_model
 from record_data import make_folder, stream, take
 
-from conadv_tf import callbacks, lock, methods, plan, preemption, records, report
-from conadv_tf.errors import RunError
+from conadv_tf import methods
+from conadv_tf.errors import RunError, data_error, lost_worker
+from conadv_tf.run import callbacks, lock
+from conadv_tf.run.folder import RunFolder
+from conadv_tf.training import plan
 
 SHORT = [
     "--gin_param=train.method='vanilla'",
@@ -196,7 +199,7 @@ def test_a_folder_where_the_lock_should_be(tmp_path):
 )
 def test_a_file_of_the_run_that_is_spoilt_is_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    folder = report.RunFolder(str(tmp_path))
+    folder = RunFolder(str(tmp_path))
     read = {"result.json": folder.read_result, "metrics.jsonl": folder.read_metrics}.get(name, folder.read_divergences)
     with pytest.raises(RunError, match=rf"{tmp_path}/{name} is damaged \(.*\): bring it back, or") as raised:
         read()
@@ -321,7 +324,7 @@ def test_a_shard_that_disappears_during_an_epoch_is_named(tmp_path):
     (tmp_path / "train-00001-of-00003").unlink()
     with pytest.raises(tf.errors.OpError) as caught:
         list(itertools.islice(batches, 60))
-    assert str(records.data_error(caught.value)) == (
+    assert str(data_error(caught.value)) == (
         f"{tmp_path}/train-00001-of-00003: no good record among 30: fetch the file again"
     )
 
@@ -370,11 +373,11 @@ ABORTED = [
 @pytest.mark.parametrize(("text", "name"), ABORTED)
 def test_the_loss_of_another_worker_is_one_line(text, name):
     message = f"{name} is gone or cannot be reached.*same command on every worker"
-    said = str(preemption.lost_worker(tf.errors.UnavailableError(None, None, text)))
+    said = str(lost_worker(tf.errors.UnavailableError(None, None, text)))
     assert re.search(message, said)
     assert "\n" not in said
 
 
 def test_other_errors_of_a_worker_are_its_own():
     damaged = "Collective ops is aborted by: /job:worker/task:0: assertion failed: [DataError: train-0: fetch it again]"
-    assert preemption.lost_worker(tf.errors.UnavailableError(None, None, damaged)) is None
+    assert lost_worker(tf.errors.UnavailableError(None, None, damaged)) is None

@@ -11,10 +11,11 @@ import pytest
 import tensorflow as tf
 from helpers import TORTURE
 
-from conadv_tf import configure, run
+from conadv_tf import config
 from conadv_tf.errors import ConfigError, DataError
+from conadv_tf.run.build import build
 
-GIN = Path(configure.recipe_folder())
+GIN = Path(config.recipe_folder())
 CASES = 320 if TORTURE else 40
 BATCH = 20  # cases a test
 RECIPES = ("digits_conadv.gin", "scale/digits/96k.gin", "method/conadv.gin", "method/disadv.gin", "data/digits.gin")
@@ -91,10 +92,10 @@ def outcome(text: str, as_flag: bool, folder: Path) -> str:
     path.write_text(f'include "digits_conadv.gin"\n{text}\n')
     try:
         if as_flag:
-            configure.configure([configure.DEFAULT_RECIPE], [text])
+            config.configure([config.DEFAULT_RECIPE], [text])
         else:
-            configure.configure([str(path)], [])
-        run.build("mutated", tf.distribute.OneDeviceStrategy("CPU:0"), None)
+            config.configure([str(path)], [])
+        build("mutated", tf.distribute.OneDeviceStrategy("CPU:0"), None)
     except (ConfigError, DataError) as error:
         # What cli.py prints: gin appends lines of its own about the call the error came from.
         return str(error).splitlines()[0]
@@ -103,7 +104,7 @@ def outcome(text: str, as_flag: bool, folder: Path) -> str:
 
 def is_heard(text: str) -> bool:
     """Whether a binding that ran is in the configuration of the run, or named as unused."""
-    known = set(configure._settings(configure.operative_config())) | set(configure.bindings_without_effect())
+    known = set(config._settings(config.operative_config())) | set(config.bindings_without_effect())
     names = [line.split("=", 1)[0].strip() for line in text.splitlines() if "=" in line.split("#")[0]]
     return all(name in known for name in names if "." in name)
 
@@ -150,4 +151,4 @@ def test_the_line_says_what_is_wrong(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mutated.gin").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        configure.configure(["mutated.gin"], [])
+        config.configure(["mutated.gin"], [])

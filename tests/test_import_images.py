@@ -10,7 +10,8 @@ import tensorflow as tf
 from commands import call_command_line
 from PIL import Image
 
-from conadv_tf import data, import_images
+from conadv_tf import data
+from conadv_tf.data import import_images
 
 _COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}
 

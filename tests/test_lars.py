@@ -7,9 +7,9 @@ import tf_keras
 from helpers import mirrored
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.lars import LARS, make_lars, make_sgd
-from conadv_tf.resnet import ResNet
-from conadv_tf.split_batchnorm import SplitBatchNormalization
+from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.split_batchnorm import SplitBatchNormalization
+from conadv_tf.training.lars import LARS, make_lars, make_sgd
 
 
 def apply(optimizer, variable: tf.Variable, gradient) -> np.ndarray:

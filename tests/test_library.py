@@ -6,9 +6,10 @@ import tensorflow as tf
 import tf_keras
 from helpers import assert_close, make_model, mirrored, named_variables, random_batches, snapshot
 
-from conadv_tf import lars, methods
-from conadv_tf.attack import Attack
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
+from conadv_tf.methods.attack import Attack
+from conadv_tf.training import lars
 
 
 def arrays(rows: int):

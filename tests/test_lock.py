@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from conadv_tf import lock
 from conadv_tf.errors import RunError
+from conadv_tf.run import lock
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys, time
-from conadv_tf import lock
+from conadv_tf.run import lock
 with lock.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.losses import SmoothedCrossEntropy
+from conadv_tf.training.losses import SmoothedCrossEntropy
 
 
 def test_hand_worked_numbers():

@@ -13,9 +13,11 @@ from commands import call_command_line
 from helpers import assert_close, assert_identical, make_model, mirrored, random_batches, snapshot
 from test_update import SAFE_MARGIN, state_of
 
-from conadv_tf import lars, methods, monitor
-from conadv_tf.attack import Attack
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
+from conadv_tf.methods.attack import Attack
+from conadv_tf.run import monitor
+from conadv_tf.training import lars
 
 UPDATES, ROWS, RATE, EPSILON = 5, 6, 6.0, 8.0
 MEASURED = {

@@ -8,7 +8,8 @@ import tensorflow as tf
 from PIL import Image
 from sample_data import FOLDER
 
-from conadv_tf import augment, data
+from conadv_tf import data
+from conadv_tf.data import augment
 
 PHOTOS = FOLDER / "imagenet_sample"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"{PHOTOS} is not here; set CONADV_TEST_DATA")

@@ -1,7 +1,7 @@
 import pytest
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.plan import check_batch_norm_groups, make_plan
+from conadv_tf.training.plan import check_batch_norm_groups, make_plan
 
 
 def test_96k_on_v3_512_and_on_one_device():

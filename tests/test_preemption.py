@@ -13,8 +13,12 @@ import tensorflow as tf
 from commands import ROOT, call_command_line, command, weights
 from helpers import assert_identical, some_of
 
-from conadv_tf import callbacks, configure, distribute, preemption, run
+from conadv_tf import config
 from conadv_tf.errors import ConfigError, Preempted
+from conadv_tf.run import callbacks, preemption
+from conadv_tf.run.build import build
+from conadv_tf.run.strategy import make_strategy
+from conadv_tf.run.train import train
 
 SHORT = ["train.epochs=3", "learning_rate.warmup_epochs=1"]  # of 13 updates each
 ITS_OWN = ("seconds", "images_per_second", "input_wait_share")
@@ -22,8 +26,8 @@ ITS_OWN = ("seconds", "images_per_second", "input_wait_share")
 
 def trained(folder: Path, *bindings: str, strategy=None) -> dict:
     """A run of the default recipe, in this process; on one device unless a strategy is given."""
-    configure.configure([configure.DEFAULT_RECIPE], [*SHORT, *bindings])
-    return run.train(run.build("digits", strategy or distribute.make_strategy("one_device"), None), str(folder))
+    config.configure([config.DEFAULT_RECIPE], [*SHORT, *bindings])
+    return train(build("digits", strategy or make_strategy("one_device"), None), str(folder))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -193,7 +197,7 @@ def test_a_signal_while_a_checkpoint_is_read_ends_the_run_and_is_no_damage(tmp_p
 
 WAITING = """
 import time
-from conadv_tf import preemption
+from conadv_tf.run import preemption
 with preemption.noticed(can_save=True) as request:
     print("ready", flush=True)
     while not request:

@@ -8,19 +8,22 @@ import sys
 import pytest
 import tensorflow as tf
 
-from conadv_tf import configure, methods, preflight, preflight_table, run, tpu_compiler
+from conadv_tf import config, methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.preflight_programs import Programs
-from conadv_tf.tpu_compiler import Compiler
-from conadv_tf.tpu_generations import GENERATIONS
+from conadv_tf.preflight import preflight, table, tpu_compiler
+from conadv_tf.preflight.programs import Programs
+from conadv_tf.preflight.tpu_compiler import Compiler
+from conadv_tf.preflight.tpu_generations import GENERATIONS
+from conadv_tf.run.build import Run
+from conadv_tf.run.build import build as build_run
 
 SETTINGS = ["train.global_batch_size = 128", "train.microbatch_size = 8", "model.replicas_per_group = 1"]
 KINDS = {"vanilla", "disadv", *methods.SCHEDULES}
 
 
-def build(replicas: int, *settings: str) -> run.Run:
-    configure.configure(["digits_conadv.gin"], [*SETTINGS, *settings])
-    return run.build("digits_conadv", tf.distribute.OneDeviceStrategy("CPU:0"), None, replicas)
+def build(replicas: int, *settings: str) -> Run:
+    config.configure(["digits_conadv.gin"], [*SETTINGS, *settings])
+    return build_run("digits_conadv", tf.distribute.OneDeviceStrategy("CPU:0"), None, replicas)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def compiler(name: str = "v3") -> Compiler:
     return Compiler(GENERATIONS[name])
 
 
-def row_of(result: preflight.Preflight, kind: str) -> preflight_table.Row:
+def row_of(result: preflight.Preflight, kind: str) -> table.Row:
     (row,) = [row for row in result.methods if kind in row.name.replace(",", "").split()]
     return row
 
@@ -156,15 +159,15 @@ def test_an_unknown_generation_is_refused():
 
 def test_the_estimate_is_calibrated_on_mlperfs_measurement():
     # What the compiler says of vanilla ResNet-50 at 128 images on v3, by either measure, gives the measured 125.7 ms.
-    layout = preflight_table.Layout(32, 4096, 4096)
-    work = preflight_table.Work(3.08e12, 34.54e9, 0.09737, 0.0004, 1.34e8)
+    layout = table.Layout(32, 4096, 4096)
+    work = table.Work(3.08e12, 34.54e9, 0.09737, 0.0004, 1.34e8)
     for error in (0.0004, 1.0):
-        row = preflight_table.make_row(
+        row = table.make_row(
             "vanilla",
             True,
             dataclasses.replace(work, optimal_error=error),
             5e9,
-            preflight_table.RESNET50_BYTES,
+            table.RESNET50_BYTES,
             GENERATIONS["v3"],
             layout,
         )

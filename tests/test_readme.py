@@ -69,7 +69,7 @@ def test_documents_hold_the_commands_the_tests_know():
     assert COMMANDS[:2] == ["make demo", "make test"]
     assert (len(TRAINING), len(PREFLIGHT), len(ON_A_TPU)) == (4, 1, 2)
     assert len(COMMANDS) == 12
-    assert "python -m conadv_tf.import_images photos records --validation=0.1" in COMMANDS
+    assert "conadv-import-images photos records --validation=0.1" in COMMANDS
     assert "@@" not in (ROOT / "README.md").read_text()
     assert commands("CONTRIBUTING.md") == ["make test", "make check"]
 
@@ -97,7 +97,7 @@ def test_training_command_runs_to_its_end(command, checkout):
 # To compile takes minutes (test_preflight.py does it with a small network): without the compiler, the rest is the same.
 WITHOUT_COMPILER = """
 import runpy, sys
-from conadv_tf import tpu_compiler
+from conadv_tf.preflight import tpu_compiler
 tpu_compiler.PACKAGES = ("libtpu-of-no-one",)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -134,7 +134,7 @@ def test_import_of_photos_prints_the_command_that_trains(checkout):
         path = checkout / "photos" / ("cats", "dogs")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
-    outcome = run("python -m conadv_tf.import_images photos records --validation=0.1", checkout)
+    outcome = run("conadv-import-images photos records --validation=0.1", checkout)
     assert outcome.returncode == 0, outcome.stderr
     assert "python train.py" in outcome.stdout
     assert {path.name.split("-")[0] for path in (checkout / "records").glob("*-of-*")} == {"train", "validation"}
@@ -154,7 +154,7 @@ def test_analysis_compares_runs(checkout, monkeypatch):
         # Other tests here run the whole command, perhaps in another process with a copy of its own.
         if not (checkout / "runs" / name / "result.json").exists():
             call_command_line(*shlex.split(command)[2:], *short)
-    outcome = run("python -m conadv_tf.analyze runs/digits_conadv runs/vanilla", checkout)
+    outcome = run("conadv-analyze runs/digits_conadv runs/vanilla", checkout)
     assert outcome.returncode == 0, outcome.stderr
     table = [line for line in outcome.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 4

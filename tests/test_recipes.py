@@ -12,10 +12,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from sample_data import FOLDER as DATA
 
-from conadv_tf import configure, describe, run
+from conadv_tf import config
 from conadv_tf.errors import ConfigError
+from conadv_tf.run import report
+from conadv_tf.run.build import Run
+from conadv_tf.run.build import build as build_run
 
-GIN = Path(configure.recipe_folder())
+GIN = Path(config.recipe_folder())
 FILES = sorted(str(path.relative_to(GIN)) for path in GIN.rglob("*.gin"))
 RECIPES = [name for name in FILES if os.sep not in name]
 FOLDERS = {"imagenet": DATA / "imagenet_sample", "cifar10": DATA / "cifar10"}
@@ -28,23 +31,23 @@ first_batches: dict[str, tf.data.Dataset] = {}
 
 def settings(prefixes: tuple[str, ...]) -> dict[str, str]:
     """The bindings of the parsed configuration that begin so."""
-    text = gin.config_str(max_line_length=configure.ONE_LINE)
+    text = gin.config_str(max_line_length=config.ONE_LINE)
     lines = (line.split(" = ", 1) for line in text.splitlines() if line.startswith(prefixes))
     return {name: value for name, value in lines}
 
 
-def build(recipe: str) -> run.Run:
+def build(recipe: str) -> Run:
     """The recipe at its smallest, on its real images."""
-    configure.configure([recipe], [])
+    config.configure([recipe], [])
     name = gin.query_parameter("data.name")
     folder = FOLDERS.get(name)
     if folder is not None and not folder.is_dir():
         pytest.skip(f"{folder} is not here; set CONADV_TEST_DATA")
-    configure.configure([recipe], SMALL + (SMALL_IMAGENET if name == "imagenet" else []))
-    return run.build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), str(folder) if folder else None)
+    config.configure([recipe], SMALL + (SMALL_IMAGENET if name == "imagenet" else []))
+    return build_run(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), str(folder) if folder else None)
 
 
-def batches_for_two_updates(built: run.Run) -> tf.data.Dataset:
+def batches_for_two_updates(built: Run) -> tf.data.Dataset:
     key = str(sorted(settings(("data.",)).items()))
     if key not in first_batches:
         stream = built.data.train_batches(built.plan.rows, 1)
@@ -71,7 +74,7 @@ def test_recipe_trains_two_steps(recipe):
     changed = [not np.array_equal(old, new) for old, new in zip(before, after, strict=True)]
     assert np.mean(changed) > 0.5  # behind a block's last γ, which starts at 0, nothing has moved yet
     assert all(changed[-2 * len(branches) :])
-    assert recipe in describe.arithmetic(built)
+    assert recipe in report.arithmetic(built)
 
 
 def test_autoaugment_changes_what_it_is_to_change():
@@ -89,15 +92,15 @@ def test_autoaugment_changes_what_it_is_to_change():
 )
 def test_full_size_network_of_each_number_of_branches(recipe, parameters):
     """53,120 γ and β each branch (SPEC section 2 counts the statistics, as many)."""
-    configure.configure([recipe, "data/synthetic.gin"], [])
-    built = run.build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, num_replicas=512)
+    config.configure([recipe, "data/synthetic.gin"], [])
+    built = build_run(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, num_replicas=512)
     assert sum(int(np.prod(v.shape)) for v in built.model.network.trainable_variables) == parameters
     assert built.model.network.image_shape == (224, 224, 3)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_file_parses(file):
-    configure.configure([file], [])
+    config.configure([file], [])
 
 
 @pytest.mark.parametrize("kind", ["data", "method"])
@@ -105,18 +108,18 @@ def test_a_part_replaces_the_whole_of_another(kind):
     """Whatever one file of data/ sets, all of them set: nothing of the replaced one stays. So with AutoAugment."""
     sets = {}
     for file in (name for name in FILES if name.startswith(kind + os.sep)):
-        configure.configure([file], [])
+        config.configure([file], [])
         sets[file] = frozenset(settings(("data.", "model.", "train.")))
     assert len(sets) >= 5
     assert len(set(sets.values())) == 1, sets
 
 
 def test_files_of_the_command_line_compose():
-    configure.configure(
+    config.configure(
         ["batch/8k.gin", "method/conadv.gin", "data/digits.gin"],
         ["train.global_batch_size=110", "train.microbatch_size=110", "attack.epsilon_pixels=4"],
     )
-    built = run.build("composed", tf.distribute.OneDeviceStrategy("CPU:0"), None)
+    built = build_run("composed", tf.distribute.OneDeviceStrategy("CPU:0"), None)
     images, labels = next(iter(built.data.train_batches(built.plan.rows, 1)))
     assert (built.data.name, built.data.num_train, built.data.num_classes) == ("digits", 1437, 10)
     assert built.model.network(images).shape == (110, 10)
@@ -149,8 +152,8 @@ def test_files_for_tfds_read_a_set_that_tfds_prepared(file, tmp_path):
     tfds.disable_progress_bar()
     ConadvPhotos(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     parameters = [*SMALL, "data.tfds_name='conadv_photos'", "data.image_size=32"]
-    configure.configure(["batch/8k.gin", "method/vanilla.gin", file], [*parameters, "model.name='cifar_resnet8'"])
-    built = run.build(file, tf.distribute.OneDeviceStrategy("CPU:0"), str(tmp_path))
+    config.configure(["batch/8k.gin", "method/vanilla.gin", file], [*parameters, "model.name='cifar_resnet8'"])
+    built = build_run(file, tf.distribute.OneDeviceStrategy("CPU:0"), str(tmp_path))
     assert (built.data.num_train, built.data.num_test, built.data.num_classes) == (8, 4, 1000)
     images, labels = next(iter(built.data.train_batches(8, 1)))
     np.testing.assert_array_equal(np.sort(labels), 100 * np.arange(8))  # not shifted by ImageNet's label_offset
@@ -178,14 +181,14 @@ def test_commands_in_comments_parse():
     for file in FILES:
         for command in re.findall(r"python train\.py (.*--gin_file.*)", (GIN / file).read_text()):
             arguments = [part.split("=", 1) for part in shlex.split(command.removesuffix("\\")) if "=" in part]
-            configure.configure(
+            config.configure(
                 [value for name, value in arguments if name == "--gin_file"],
                 [value for name, value in arguments if name == "--gin_param"],
             )
 
 
 def test_later_files_and_parameters_win():
-    configure.configure(["batch/8k.gin", "method/conadv.gin"], ["attack.epsilon_pixels=4"])
+    config.configure(["batch/8k.gin", "method/conadv.gin"], ["attack.epsilon_pixels=4"])
     assert gin.query_parameter("train.global_batch_size") == 8192
     assert gin.query_parameter("train.method") == "conadv"
     assert gin.query_parameter("attack.epsilon_pixels") == 4
@@ -193,16 +196,16 @@ def test_later_files_and_parameters_win():
 
 def test_a_macro_is_fine_where_it_is_used(tmp_path):
     (tmp_path / "macro.gin").write_text("EPS = 4\nattack.epsilon_pixels = %EPS\ntrain.global_batch_size = 8\n")
-    configure.configure([str(tmp_path / "macro.gin")], [])
+    config.configure([str(tmp_path / "macro.gin")], [])
     with pytest.raises(ConfigError, match="UNUSED"):
-        configure.configure([str(tmp_path / "macro.gin")], ["UNUSED=1"])
+        config.configure([str(tmp_path / "macro.gin")], ["UNUSED=1"])
 
 
 def test_difference_ignores_how_a_run_is_executed():
     old = "train.epochs = 3\ntrain.steps_per_execution = 0\n"
-    assert configure.difference(old, "train.epochs = 3\ntrain.steps_per_execution = 5\n") is None
-    assert configure.difference(old, "train.epochs = 4\n") == ("train.epochs", "3", "4")
-    assert configure.difference(old, "train.epochs = 3\nlars.momentum = 0.9\n") == (
+    assert config.difference(old, "train.epochs = 3\ntrain.steps_per_execution = 5\n") is None
+    assert config.difference(old, "train.epochs = 4\n") == ("train.epochs", "3", "4")
+    assert config.difference(old, "train.epochs = 3\nlars.momentum = 0.9\n") == (
         "lars.momentum",
         "unset",
         "0.9",

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from absl import logging
 
-from conadv_tf import record_files
+from conadv_tf.data import record_files
 from conadv_tf.errors import DataError
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from conadv_tf import paper, tables
-from conadv_tf import reproduce as reproduce_module
-from conadv_tf.study import Group
+from conadv_tf.experiments import paper, tables
+from conadv_tf.experiments.reproduce import main
+from conadv_tf.experiments.study import Group
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -78,7 +78,7 @@ def test_the_table_is_kept_as_markdown_csv_and_plot(reproduced):
 def printed_by(capsys, results: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a call that has nothing to train."""
     with pytest.raises(SystemExit) as ended:
-        reproduce_module.main([*COMMAND[2:], *arguments, f"--results={results}"])
+        main([*COMMAND[2:], *arguments, f"--results={results}"])
     return ended.value.code, *capsys.readouterr()
 
 
@@ -206,7 +206,7 @@ def read_terminal(terminal: int) -> str:
 
 ESTIMATE = """
 import sys
-from conadv_tf import jobs, tpu_times
+from conadv_tf.experiments import jobs, tpu_times
 with jobs.ended_by_signals():
     tpu_times.estimate(sys.argv[1], "16k")
 """

@@ -7,7 +7,7 @@ import tf_keras
 from official.vision.modeling import backbones
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.resnet import ARCHITECTURES, ResNet
+from conadv_tf.models.resnet import ARCHITECTURES, ResNet
 
 IMAGENET_PARAMETERS = {
     "resnet18": 11_689_512,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conadv_tf import reproduce
+from conadv_tf.experiments import reproduce
 
 ROOT = Path(__file__).parents[1]
 # A command in backquotes on a line of its own, and the table that follows it.

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.schedule import warmup_poly_decay
+from conadv_tf.training.learning_rate import warmup_poly_decay
 
 
 def curve(schedule, steps) -> np.ndarray:

@@ -21,10 +21,12 @@ from helpers import (
 )
 from reference import Recipe, Rows, State
 
-from conadv_tf import lars, methods, resnet, trainer
-from conadv_tf.attack import Attack
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.methods import AdversarialHalf
+from conadv_tf.methods.attack import Attack
+from conadv_tf.methods.method import AdversarialHalf
+from conadv_tf.models import resnet
+from conadv_tf.training import lars, trainer
 
 ROWS, UPDATES, RUN_SEED = 4, 20, 5
 # Twenty updates that move the weights by a few per cent.

@@ -6,9 +6,10 @@ import tensorflow as tf
 import tf_keras
 from helpers import BRANCHES, assert_close, fit, make_model, mirrored, named_variables, random_batches
 
-from conadv_tf import lars, methods
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.split_batchnorm import SplitBatchNormalization, deferred_statistics
+from conadv_tf.models.split_batchnorm import SplitBatchNormalization, deferred_statistics
+from conadv_tf.training import lars
 
 SHAPE = (4, 3, 3, 5)
 

@@ -17,10 +17,11 @@ from helpers import (
 )
 from test_update import SAFE_MARGIN, state_of
 
-from conadv_tf import lars, methods
-from conadv_tf.attack import Attack
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.split_batchnorm import MAIN
+from conadv_tf.methods.attack import Attack
+from conadv_tf.models.split_batchnorm import MAIN
+from conadv_tf.training import lars
 
 UPDATES, RATE = 5, 6.0
 SEED = 2  # of the data: no pixel's gradient is near 0 (asserted)

@@ -18,8 +18,11 @@ from helpers import (
     some_of,
 )
 
-from conadv_tf import lars, methods, resnet, schedules, trainer
-from conadv_tf.attack import Attack
+from conadv_tf import methods
+from conadv_tf.methods import schedules
+from conadv_tf.methods.attack import Attack
+from conadv_tf.models import resnet
+from conadv_tf.training import lars, trainer
 
 STILL = Attack(random_start_probability=0.0)
 

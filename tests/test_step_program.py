@@ -11,9 +11,12 @@ import pytest
 import tensorflow as tf
 from helpers import assert_close, fit, make_model, named_variables, random_batches, snapshot, some_of
 
-from conadv_tf import lars, methods, schedule, step_program
-from conadv_tf.attack import Attack
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.methods.attack import Attack
+from conadv_tf.preflight import step_program
+from conadv_tf.training import lars
+from conadv_tf.training.learning_rate import warmup_poly_decay
 
 XLA_STEP = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "xla_step.py")
 # Few updates: a gradient that is 0 but for rounding turns a sign sooner or later.
@@ -23,7 +26,7 @@ needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="
 
 def model_of(method: methods.Method, microbatches: int):
     # From the first update on at a rate that moves the weights by half a per cent.
-    rate = schedule.warmup_poly_decay(UPDATES, 2 * UPDATES, peak_learning_rate=1.0, warmup_epochs=0)
+    rate = warmup_poly_decay(UPDATES, 2 * UPDATES, peak_learning_rate=1.0, warmup_epochs=0)
     # Compiled by XLA too, which draws other random starts from a seed than TensorFlow's own kernels.
     return make_model(method, lars.LARS(rate), microbatches=microbatches, seed=5, jit_compile=True)
 

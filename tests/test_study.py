@@ -5,8 +5,9 @@ import itertools
 
 import pytest
 
-from conadv_tf import configure, paper, run  # noqa: F401  (run: registers what recipes configure)
-from conadv_tf.study import ROWS, SCALES, Cell, Group, Study
+from conadv_tf import config
+from conadv_tf.experiments import paper
+from conadv_tf.experiments.study import ROWS, SCALES, Cell, Group, Study
 
 SMALL = [name for name in SCALES if name != "imagenet"]
 
@@ -134,8 +135,8 @@ def test_where_epsilon_is_chosen_the_recipes_is_one_like_others():
     first = epsilon_candidates()
     known = {cell: 40.0 + cell.epsilon for cell in first}
     known |= dict.fromkeys(candidates("conadv", "96k", first[-1].epsilon), 50.0)
-    configure.configure(["method/conadv.gin"], [])
-    own = configure.setting("attack.epsilon_pixels")
+    config.configure(["method/conadv.gin"], [])
+    own = config.setting("attack.epsilon_pixels")
     assert own not in SCALES["cifar10"].epsilons
     assert Records(known).study().final(Group("cifar10", "96k", "conadv", epsilon=own))[0].epsilon == own
 
@@ -155,15 +156,15 @@ def test_every_cell_is_a_recipe_that_parses(scale):
     spec = SCALES[scale]
     for batch, row in itertools.product(spec.batches, spec.rows):
         cell = Cell(scale, batch, row, 1, *(3.0, 2.0 if ROWS[row].is_adversarial else None))
-        configure.configure(cell.gin_files(), cell.gin_params())
-        assert configure.setting("train.seed") == 1
-        assert configure.setting("learning_rate.peak_learning_rate") == 3.0
+        config.configure(cell.gin_files(), cell.gin_params())
+        assert config.setting("train.seed") == 1
+        assert config.setting("learning_rate.peak_learning_rate") == 3.0
 
 
 @pytest.mark.parametrize("scale", SMALL)
 def test_scale_models_make_as_many_updates_as_imagenet(scale):
     for batch in SCALES[scale].batches:
-        configure.configure(Cell(scale, batch, "vanilla").gin_files(), [])
-        images, size = configure.setting("subset.train_images"), configure.setting("train.global_batch_size")
+        config.configure(Cell(scale, batch, "vanilla").gin_files(), [])
+        images, size = config.setting("subset.train_images"), config.setting("train.global_batch_size")
         assert images // size == paper.IMAGENET_TRAIN // (1024 * int(batch.removesuffix("k")))
-        assert size % configure.setting("train.microbatch_size") == 0
+        assert size % config.setting("train.microbatch_size") == 0

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from conadv_tf import configure, data, run  # noqa: F401  (run: registers what recipes configure)
+from conadv_tf import config, data
+from conadv_tf.data.subset import Subset
 from conadv_tf.errors import ConfigError
-from conadv_tf.subset import Subset
 
 
 def numbered(count: int, side: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +72,7 @@ def test_too_many_images_and_odd_sides_are_refused():
 
 
 def test_data_sets_are_loaded_in_part():
-    configure.configure(["data/digits.gin"], ["subset.train_images = 100", "subset.validation_images = 200"])
+    config.configure(["data/digits.gin"], ["subset.train_images = 100", "subset.validation_images = 200"])
     loaded = data.load()
     assert loaded.sizes == {"train": 100, "validation": 200, "test": 360}
     [(images, _, weights)] = loaded.evaluation_batches("validation", 200, 1)
@@ -82,13 +82,13 @@ def test_data_sets_are_loaded_in_part():
 
 def test_synthetic_data_stand_in_for_a_part():
     params = ["subset.train_images = 5000", "subset.validation_images = 5000", "subset.downscale = 2"]
-    configure.configure_without_files(["data/cifar10.gin"], params)
+    config.configure_without_files(["data/cifar10.gin"], params)
     loaded = data.load()
     assert loaded.sizes == {"train": 5000, "validation": 5000, "test": 50_000}
     assert loaded.image_shape == (16, 16, 3)
 
 
 def test_streamed_files_are_not_taken_in_part(tmp_path):
-    configure.configure(["data/imagenet.gin"], ["subset.downscale = 2"])
+    config.configure(["data/imagenet.gin"], ["subset.downscale = 2"])
     with pytest.raises(ConfigError, match=r"downscale=2.*data.in_memory=True"):
         data.load(data_dir=str(tmp_path))

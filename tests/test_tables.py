@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conadv_tf import configure, run
+from conadv_tf import config
+from conadv_tf.run.build import Run, build
 
-GIN = Path(configure.recipe_folder())
+GIN = Path(config.recipe_folder())
 NUM_TRAIN = 1_281_167
 V3_512 = 512
 SMALL = [
@@ -93,10 +94,10 @@ PAPER = [(size, place, variant) for place, size in enumerate(TABLE_6) for varian
 
 
 @functools.cache
-def built(recipe: str) -> run.Run:
+def built(recipe: str) -> Run:
     """The recipe at its full scale for a v3-512, with a small network on noise."""
-    configure.configure([f"{recipe}.gin"], SMALL)
-    return run.build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, V3_512)
+    config.configure([f"{recipe}.gin"], SMALL)
+    return build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, V3_512)
 
 
 def test_every_imagenet_recipe_has_its_row():

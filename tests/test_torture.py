@@ -168,7 +168,11 @@ def test_a_worker_ends_when_the_other_is_killed_and_both_go_on(lost, tmp_path):
 # A run through the library; its last line says how often its steps were traced.
 SOAK = """
 import collections, json, sys
-from conadv_tf import configure, distribute, run, trainer
+from conadv_tf import config
+from conadv_tf.run.build import build
+from conadv_tf.run.strategy import make_strategy
+from conadv_tf.run.train import train
+from conadv_tf.training import trainer
 traced = collections.Counter()
 def counted(name):
     step = getattr(trainer.ConAdvModel, name)
@@ -177,9 +181,9 @@ def counted(name):
         return step(self, *arguments)
     setattr(trainer.ConAdvModel, name, count)
 counted("train_step"), counted("test_step")
-configure.configure([configure.DEFAULT_RECIPE], sys.argv[2:])
-built = run.build("soak", distribute.make_strategy("one_device"), None)
-print(json.dumps({"steps": run.train(built, sys.argv[1])["steps"], **traced}))
+config.configure([config.DEFAULT_RECIPE], sys.argv[2:])
+built = build("soak", make_strategy("one_device"), None)
+print(json.dumps({"steps": train(built, sys.argv[1])["steps"], **traced}))
 """
 SOAK_BINDINGS = [
     "train.global_batch_size=22",

@@ -4,10 +4,10 @@ import sys
 import pytest
 import tensorflow as tf
 
-from conadv_tf import hlo_text, tpu_compiler, tpu_generations
 from conadv_tf.errors import ConfigError, RunError
-from conadv_tf.tpu_compiler import Compiler
-from conadv_tf.tpu_generations import GENERATIONS, GIB
+from conadv_tf.preflight import hlo_text, tpu_compiler, tpu_generations
+from conadv_tf.preflight.tpu_compiler import Compiler
+from conadv_tf.preflight.tpu_generations import GENERATIONS, GIB
 
 ROWS, INNER, COLUMNS = 512, 256, 1024
 

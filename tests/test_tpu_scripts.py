@@ -343,9 +343,11 @@ def test_data_service_makes_vms_and_says_how_to_use_them(cloud):
 
 def test_data_service_starts_the_process_on_its_vm(cloud):
     python = """#!/usr/bin/env bash
-if [[ $1$2 == -mvenv ]]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit; fi
+if [[ $1$2 == -mvenv ]]; then
+  mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/conadv-data-service; exit
+fi
 echo "$*" >> python_calls
-[[ $* != *conadv_tf.data_service* ]] || echo "serving at ${*: -1}"
+[[ $0 != *conadv-data-service ]] || echo "serving at ${*: -1}"
 """
     cloud.program("python3", python)
     (cloud.folder / "home").mkdir()
@@ -354,7 +356,7 @@ echo "$*" >> python_calls
     assert "serving at --address=pod-data-1:5050" in outcome.stdout
     install, serve = (cloud.folder / "home" / "conadv_tf" / "python_calls").read_text().splitlines()
     assert install.startswith("-m pip install --quiet tensorflow-cpu==2.20")
-    assert serve == "-u -m conadv_tf.data_service --address=pod-data-1:5050"
+    assert serve == "--address=pod-data-1:5050"
 
 
 def test_data_service_deletes_its_vms_after_asking(cloud):

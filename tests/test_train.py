@@ -16,7 +16,7 @@ from commands import ROOT, SHORT, call_command_line, command, train, weights
 from helpers import assert_identical, some_of
 from sample_data import FOLDER
 
-from conadv_tf import tpu_compiler
+from conadv_tf.preflight import tpu_compiler
 
 RESULT_FIELDS = {
     "recipe",
@@ -124,9 +124,9 @@ def test_exported_network_predicts_without_conadv_tf(finished, tmp_path):
         "assert abs(outputs['probabilities'].numpy().sum(1) - 1).max() < 1e-5\n"
         "print('top1', 100 * (outputs['logits'].numpy().argmax(1) == data['labels']).mean())\n"
     )
-    from conadv_tf import data as data_module
+    from conadv_tf import data
 
-    images, labels = data_module.load().examples("test", 360)
+    images, labels = data.load().examples("test", 360)
     np.savez(tmp_path / "test.npz", images=images, labels=labels)
     outcome = subprocess.run(
         [sys.executable, "-I", str(script), str(finished / "export"), str(tmp_path / "test.npz")],

@@ -7,8 +7,10 @@ import tensorflow as tf
 from helpers import assert_close, draws, fit, make_model, microbatch_seed, named_variables, random_batches
 from reference import Recipe, Rows, State
 
-from conadv_tf import lars, losses, methods, schedules
-from conadv_tf.attack import Attack
+from conadv_tf import methods
+from conadv_tf.methods import schedules
+from conadv_tf.methods.attack import Attack
+from conadv_tf.training import lars, losses
 
 RATE, RUN_SEED = 2.0, 5
 # A pixel whose input gradient is this close to 0 (relative to the largest of its batch) could get another

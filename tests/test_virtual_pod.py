@@ -7,9 +7,10 @@ import pytest
 import tensorflow as tf
 from helpers import assert_close, fit, make_model, mirrored, named_variables, random_batches, snapshot, some_of
 
-from conadv_tf import lars, methods
-from conadv_tf.attack import Attack
+from conadv_tf import methods
 from conadv_tf.errors import ConfigError
+from conadv_tf.methods.attack import Attack
+from conadv_tf.training import lars
 
 UPDATES, PARTS, ROWS, RATE = 3, 8, 4, 6.0
 # A large ε and PGD would magnify rounding; a random start of every micro-batch must be its own.

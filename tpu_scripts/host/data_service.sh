@@ -20,7 +20,7 @@ fi
 version=$(sed -n 's/^tensorflow-tpu==//p' tpu_scripts/host/requirements.txt)
 .venv/bin/python -m pip install --quiet "tensorflow-cpu==$version"
 
-setsid nohup .venv/bin/python -u -m conadv_tf.data_service --address="$address" > data_service.log 2>&1 < /dev/null &
+setsid nohup .venv/bin/conadv-data-service --address="$address" > data_service.log 2>&1 < /dev/null &
 for ((second = 0; second < patience; second++)); do
   if grep -q "^serving at" data_service.log; then
     echo "$(hostname): $(tail -n 1 data_service.log)"

@@ -1,0 +1,312 @@
+"""Strict gin: every name, parameter, type and macro in the recipes must mean something (SPEC section 6).
+
+A recipe says values and nothing else: what gin can do beyond that, import modules, call functions, bind in scopes, is
+refused, so that a recipe from a stranger runs no code of its own.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import os
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+from conadv_tf.errors import ConfigError
+
+# The modules whose configurables recipes set. gin knows those that have been imported.
+CONFIGURED_MODULES = (
+    "data.datasets",
+    "data.subset",
+    "methods.attack",
+    "methods.method",
+    "run.build",
+    "run.divergence",
+    "run.monitor",
+    "run.strategy",
+    "training.lars",
+    "training.learning_rate",
+    "training.losses",
+)
+# Width at which gin writes every binding on one line.
+ONE_LINE = 100_000
+
+DEFAULT_RECIPE = "digits_conadv.gin"
+
+# What may change when a run is resumed: how it is executed and reported, not what it computes.
+EXECUTION_SETTINGS = (
+    "data.cache",
+    "data.max_bad_records",
+    "data.service",
+    "divergence.peak_factor",
+    "divergence.retries",
+    "mirrored.logical_cpus",
+    "monitor.every_epochs",
+    "monitor.images",
+    "train.checkpoint_every_epochs",
+    "train.checkpoint_every_steps",
+    "train.evaluate_every_epochs",
+    "train.steps_per_execution",
+)
+
+
+def recipe_folder() -> str:
+    """Where the recipes lie: gin/ beside the package in a checkout, inside it when installed."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside, beside = os.path.join(package, "gin"), os.path.join(os.path.dirname(package), "gin")
+    return inside if os.path.isdir(inside) else beside
+
+
+def register() -> None:
+    """Makes every configurable known to gin."""
+    for module in CONFIGURED_MODULES:
+        importlib.import_module(f"conadv_tf.{module}")
+
+
+def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
+    """Parses recipes and bindings, later ones over earlier ones, and locks the configuration.
+
+    Args:
+      gin_files: paths, as given or below gin/.
+      gin_params: bindings such as "attack.epsilon_pixels=4".
+
+    Raises:
+      ConfigError: for a missing file, an unknown name, a misspelt parameter, a value of the wrong type, an unused
+        macro, or a statement that is no value.
+    """
+    register()
+    gin.clear_config()
+    # Files only: gin would also look for Python packages, and take a folder `data` here for one.
+    gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin_config._LOCATION_PREFIXES[:] = ["", recipe_folder()]
+    for path in gin_files:
+        _check_file(path, ())
+        _parse(functools.partial(gin.parse_config_file, path, skip_unknown=False), path)
+    for binding in gin_params:
+        source = f"--gin_param={binding!r}"
+        _check_statements(binding, source, ())
+        _parse(functools.partial(gin.parse_config, binding, skip_unknown=False), source)
+    _check_macros()
+    _parse(gin.finalize, "the configuration")
+    for name, function, parameter, value in _bindings():
+        _check_type(f"{name}.{parameter}", function, parameter, value)
+
+
+def recipe_name(gin_files: Sequence[str]) -> str:
+    """The name of a run: "96k_conadv" for ["gin/96k_conadv.gin"]; several are joined by "+"."""
+    return "+".join(os.path.splitext(os.path.basename(path))[0] for path in gin_files)
+
+
+def setting(name: str):
+    """The value a recipe or flag gives to "data.source" and the like; None where none does."""
+    try:
+        return gin.query_parameter(name)
+    except ValueError:
+        return None
+
+
+def operative_config() -> str:
+    """Every setting that had an effect so far, defaults included, as gin text with one binding a line."""
+    lines = gin.operative_config_str(max_line_length=ONE_LINE).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#")).strip() + "\n"
+
+
+def configure_without_files(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
+    """As `configure`, on synthetic images in the place of data that are files, for looking at a run without them.
+
+    Raises:
+      ConfigError: see `configure`; also for files whose images are not counted by the recipe.
+    """
+    configure(gin_files, gin_params)
+    if setting("data.source") in ("tfrecords", "tfds"):
+        if setting("data.num_train") is None:
+            raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
+        configure(gin_files, [*gin_params, "data.source = 'synthetic'", "data.augmentation = 'none'"])
+
+
+def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:
+    """The first setting in which two operative configurations differ, but for how they are executed and those named.
+
+    Returns:
+      (name, saved value, current value), "unset" for a missing one; None if they compute the same.
+    """
+    old, new = _settings(saved), _settings(current)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and name not in (*EXECUTION_SETTINGS, *but):
+            return name, old.get(name, "unset"), new.get(name, "unset")
+    return None
+
+
+def contradiction(saved: str) -> tuple[str, str, str] | None:
+    """The first setting of the parsed recipe, unlike `difference` none of the defaults, that a saved run had otherwise.
+
+    Returns:
+      (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
+    """
+    old, new = _settings(saved), _settings(gin.config_str(max_line_length=ONE_LINE))
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name] and name not in EXECUTION_SETTINGS:
+            return name, old[name], new[name]
+    return None
+
+
+def bindings_without_effect() -> list[str]:
+    """Names bound by recipes or flags that nothing in this run has read."""
+    read = _settings(operative_config())
+    names = [f"{name}.{parameter}" for name, _, parameter, _ in _bindings()]
+    return [name for name in names if name not in read]
+
+
+def _check_file(path: str, including: tuple[str, ...]) -> None:
+    """`_check_statements` of a file, found as given or below gin/, and of what it includes."""
+    found = next((p for p in (path, os.path.join(recipe_folder(), path)) if os.path.isfile(p)), None)
+    if not found:
+        raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}")
+    if found in including:
+        raise ConfigError(f"{path} includes itself, through {including[-1]}: drop one of the includes")
+    try:
+        with open(found) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text ({str(error).splitlines()[0]}): name a recipe") from error
+    _check_statements(text, path, (*including, found))
+
+
+def _check_statements(text: str, source: str, including: tuple[str, ...]) -> None:
+    """Raises ConfigError unless every statement includes a recipe, or binds a value to a name."""
+    delegate = gin_config.ParserDelegate(skip_unknown=False)
+    statements = _parse(lambda: list(config_parser.ConfigParser(text, delegate)), source)
+    for statement in statements:
+        if isinstance(statement, config_parser.IncludeStatement):
+            _check_file(statement.filename, including)
+        elif isinstance(statement, config_parser.ImportStatement):
+            raise ConfigError(f"{source}: import {statement.module}: recipes hold values and import nothing: drop it")
+        elif statement.scope:
+            scoped = f"{statement.scope}/{statement.selector}"
+            raise ConfigError(f"{source}: {scoped}: scopes mean nothing here: write {statement.selector}")
+        elif statement.selector.startswith("gin."):
+            raise ConfigError(f"{source}: {statement.selector} is gin's own, not a setting: drop it")
+        elif isinstance(statement, config_parser.BindingStatement):
+            name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
+            _check_value(name, statement.value, source)
+
+
+def _check_value(name: str, value, source: str) -> None:
+    """Raises ConfigError for a call of a function, and for numbers that are none."""
+    for part in _parts(value):
+        if isinstance(part, gin_config.ConfigurableReference) and part.selector != "gin.macro":
+            raise ConfigError(f"{source}: {name} = {part}: recipes hold values and call nothing: write the value")
+        if isinstance(part, complex) or (isinstance(part, float) and not math.isfinite(part)):
+            raise ConfigError(f"{source}: {name} = {part} is not a finite number: write one")
+
+
+def _parts(value) -> Iterator:
+    """A value, or what it is put together of."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def _parse(parse: Callable[[], Any], source: str) -> Any:
+    try:
+        return parse()
+    except Exception as error:  # gin raises ValueError, TypeError, SyntaxError, RuntimeError and its own
+        raise ConfigError(f"{source}: {_explanation(error)}") from error
+
+
+def _explanation(error: Exception) -> str:
+    """Gin's message on one line, with the nearest right name where a wrong one is the cause."""
+    text = str(error)
+    cause = text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
+    place = re.search(r"In (?:file|bindings string) (.*)$", text, re.MULTILINE)
+    where = f" ({place.group(0).strip()})" if place and "bindings" not in place.group(0) else ""
+    unknown = re.search(r"No configurable matching '([^']+)'", text)
+    misspelt = re.search(r"[Cc]onfigurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
+    if unknown:
+        return f"{cause}{where}: {_suggestion(unknown.group(1), _configurables())}"
+    if misspelt:
+        return f"{cause}{where}: {_suggestion(misspelt.group(2), _parameters(misspelt.group(1)))}"
+    undefined = re.search(r"No bindings specified for '([^']+)/gin.macro'", text)
+    if undefined:
+        return (
+            f"the macro %{undefined.group(1)} is not defined: write {undefined.group(1)} = value, or the value itself"
+        )
+    if isinstance(error, SyntaxError) or "malformed node" in cause:
+        cause = "a value is no number, text in quotes, list, True or None" if "malformed node" in cause else cause
+        return f"{cause}{where}: write name.parameter = value, with quotes around text"
+    return cause + where
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(known))}"
+
+
+def _recipes() -> list[str]:
+    folder = recipe_folder()
+    return [
+        os.path.relpath(os.path.join(parent, file), folder)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if file.endswith(".gin")
+    ]
+
+
+def _configurables() -> list[str]:
+    """Names of our own configurables, the parts of a recipe."""
+    return [c.name for _, c in gin_config._REGISTRY.items() if c.wrapped.__module__.startswith("conadv_tf")]
+
+
+def _parameters(name: str) -> list[str]:
+    function = gin.get_configurable(name.split(".")[-1])
+    return [p for p in inspect.signature(function).parameters if p != "self"]
+
+
+def _bindings() -> Iterator[tuple[str, typing.Callable, str, typing.Any]]:
+    """(name, function or class, parameter, value) of each binding but macros. gin has no public list of them."""
+    for (_, selector), parameters in gin_config._CONFIG.items():
+        configurable = gin_config._REGISTRY[selector]
+        if selector not in ("gin.macro", "gin.constant"):
+            for parameter, value in parameters.items():
+                yield configurable.name, configurable.wrapped, parameter, value
+
+
+def _check_macros() -> None:
+    text = gin.config_str(max_line_length=ONE_LINE)
+    defined = re.findall(r"^([A-Za-z_]\w*) = ", text, re.MULTILINE)
+    for name in defined:
+        if not re.search(rf"%{name}\b", text):
+            raise ConfigError(
+                f"the macro {name} is defined but nothing uses it: write %{name} where it is meant, or drop it"
+            )
+
+
+def _check_type(name: str, function: typing.Callable, parameter: str, value) -> None:
+    target = function.__init__ if inspect.isclass(function) else function
+    expected = typing.get_type_hints(target).get(parameter)
+    choices = typing.get_args(expected) or (expected,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in choices)
+    if isinstance(value, gin_config.ConfigurableReference):  # a macro
+        value = gin.query_parameter(f"{value.scoped_selector}.value")
+    if expected is None or not all(map(inspect.isclass, kinds)):
+        return
+    accepted = kinds + ((int,) if float in kinds else ())
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
+
+
+def _settings(operative: str) -> dict[str, str]:
+    lines = (line.split(" = ", 1) for line in operative.splitlines() if " = " in line and not line.startswith("#"))
+    return {name: value for name, value in lines}

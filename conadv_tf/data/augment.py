@@ -1,0 +1,198 @@
+"""Crops and flips of training images, SPEC section 8, drawn statelessly.
+
+Every draw is a function of (seed, epoch, index within the epoch), so an image position gets the same crop
+whatever the number of replicas, hosts or micro-batches, and a resumed run repeats it. Two kinds: whole
+batches of small decoded images (`batch`), and one JPEG at a time (`jpeg`).
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from conadv_tf.data import autoaugment
+from conadv_tf.errors import ConfigError
+
+# Streams of randomness under one seed: the order of the images must not be tied to their crops.
+ORDER, AUGMENTATION, AUTOAUGMENT = 0, 1, 2
+
+# Padding of what images in memory offer: none, and CIFAR's 4 pixels.
+_PADDING = {"flip": 0, "crop_flip": 4}
+IN_MEMORY, STREAMED = ("none", *_PADDING), ("none", "flip", "resized_crop_flip")
+
+AREA_RANGE = (0.08, 1.0)
+ASPECT_RANGE = (3 / 4, 4 / 3)
+CENTRAL_FRACTION = 224 / 256  # evaluation crop over the shorter side, whatever the image size
+_DRAWS = 2**31
+
+# Four rounds, TensorFlow's default, leave the permutations of neighbouring epochs correlated (1.7 times as
+# many equal crops as chance); eight do not.
+_ROUNDS = 8
+
+
+MODES = ("replace", "concat3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images.
+
+    Attributes:
+      crop: one of IN_MEMORY or STREAMED.
+      policy: of AutoAugment, after crop and flip: "none", or one of autoaugment.POLICIES.
+      mode: "replace" puts the image of AutoAugment in the clean one's place; "concat3" hands out both, for a network
+        with three BN branches.
+    """
+
+    crop: str = "none"
+    policy: str = "none"
+    mode: str = "replace"
+
+    def __post_init__(self):
+        policies = ("none", *autoaugment.POLICIES)
+        for setting, value, choices in (("autoaugment", self.policy, policies), ("autoaugment_mode", self.mode, MODES)):
+            if value not in choices:
+                raise ConfigError(f"data.{setting}={value!r} is not known: choose one of {', '.join(choices)}")
+        if self.policy == "none" and self.mode != "replace":
+            raise ConfigError(f"data.autoaugment_mode={self.mode!r} without a policy: set data.autoaugment")
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether the clean image and that of AutoAugment are both handed out."""
+        return self.mode == "concat3"
+
+    def check(self, streamed: bool) -> None:
+        """Raises ConfigError where images in memory, or streamed ones, do not offer this crop."""
+        if self.crop not in (STREAMED if streamed else IN_MEMORY):
+            raise ConfigError(
+                f"data.augmentation={self.crop!r} is not offered here: images in memory take "
+                f"{', '.join(IN_MEMORY)}; data.in_memory=False takes {', '.join(STREAMED)}"
+            )
+
+    def after_crop(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """AutoAugment of an image uint8 [H, W, 3] by a seed int64 [2]; [2, H, W, 3] if it concatenates."""
+        if self.policy == "none":
+            return image
+        distorted = autoaugment.distort(image, self.policy, seed)
+        return tf.stack([image, distorted]) if self.concatenates else distorted
+
+
+def permute(index: tf.Tensor, size: int, seed: int, stream: int, epoch: tf.Tensor) -> tf.Tensor:
+    """Looks up `index` in the permutation of 0..size-1 that belongs to (seed, stream, epoch).
+
+    Args:
+      index: int64 [n], in 0..size-1.
+      size: length of the permutation.
+      seed: any int64.
+      stream: ORDER or AUGMENTATION.
+      epoch: int64 [n], the epoch of each index.
+
+    Returns:
+      int64 [n], in 0..size-1, each in O(1): nothing is shuffled in memory.
+    """
+    fixed = tf.broadcast_to(tf.constant([seed, stream], tf.int64), [tf.size(index), 2])
+    seeds = tf.concat([fixed, epoch[:, None]], axis=1)
+    return tf.raw_ops.RandomIndexShuffle(
+        index=index, seed=seeds, max_index=tf.constant(size - 1, tf.int64), rounds=_ROUNDS
+    )
+
+
+def batch(images: tf.Tensor, augmentation: Augmentation, index: tf.Tensor, seed: int, epoch: tf.Tensor) -> tf.Tensor:
+    """Augments a batch of images from memory.
+
+    Args:
+      images: uint8 [n, H, W, C], 0..255.
+      augmentation: with a crop of IN_MEMORY.
+      index: int64 [n], the image positions within their epoch.
+      seed: seed of the run.
+      epoch: int64 [n].
+
+    Returns:
+      uint8 [n, H, W, C], or [n, 2, H, W, C] if it concatenates.
+    """
+    if augmentation.crop != "none":
+        draw = permute(index, _DRAWS, seed, AUGMENTATION, epoch)
+        images = _crop_flip(images, draw, _PADDING[augmentation.crop])
+    if augmentation.policy == "none":
+        return images
+    seeds = tf.stack([permute(index, _DRAWS, seed, AUTOAUGMENT, epoch), epoch], axis=1)
+    return tf.map_fn(lambda one: augmentation.after_crop(*one), (images, seeds), fn_output_signature=tf.uint8)
+
+
+def _crop_flip(images: tf.Tensor, draw: tf.Tensor, padding: int) -> tf.Tensor:
+    """Pads with black, crops back to size and mirrors, as the int64 [n] draws say."""
+    _, height, width, _ = images.shape
+    offsets = 2 * padding + 1
+    top, left, mirrored = draw % offsets, draw // offsets % offsets, draw // offsets**2 % 2
+    padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
+    column = tf.range(width, dtype=tf.int64)[None]
+    columns = left[:, None] + tf.where(mirrored[:, None] == 1, width - 1 - column, column)
+    rows = top[:, None] + tf.range(height, dtype=tf.int64)[None]
+    return tf.gather(tf.gather(padded, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+
+
+def epoch_seed(seed: int, host: int, epoch: tf.Tensor) -> tf.Tensor:
+    """Key int64 scalar of one host's epoch; [key, index within the epoch] is the seed of one image position."""
+    fold = tf.random.experimental.stateless_fold_in
+    # A fold hashes what was there and appends the new number, so the second one hashes the epoch.
+    return fold(fold(tf.constant([seed, host], tf.int64), epoch), tf.constant(0, tf.int64))[0]
+
+
+def _resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
+    resized = tf.image.resize(image, [image_size, image_size], method="bicubic", antialias=False)
+    return tf.saturate_cast(tf.round(tf.ensure_shape(resized, [image_size, image_size, 3])), tf.uint8)
+
+
+def _random_crop(encoded: tf.Tensor, image_size: int, seed: tf.Tensor) -> tf.Tensor:
+    # The "object" is the whole image: a positive min_object_covered would raise the smallest area.
+    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.io.extract_jpeg_shape(encoded),
+        tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=ASPECT_RANGE,
+        area_range=AREA_RANGE,
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([begin[:2], size[:2]], axis=0)
+    return _resize(tf.image.decode_and_crop_jpeg(encoded, window, channels=3), image_size)
+
+
+def central_crop(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Decodes the central square of a JPEG, CENTRAL_FRACTION of the shorter side, and resizes it.
+
+    Args:
+      encoded: string scalar, a JPEG; grey pictures become three equal channels.
+      image_size: height and width of the result.
+
+    Returns:
+      uint8 [image_size, image_size, 3]; an InvalidArgumentError at run time where the JPEG is damaged.
+    """
+    sides = tf.io.extract_jpeg_shape(encoded)[:2]
+    square = tf.cast(tf.round(CENTRAL_FRACTION * tf.cast(tf.reduce_min(sides), tf.float32)), tf.int32)
+    window = tf.concat([(sides - square + 1) // 2, [square, square]], axis=0)
+    return _resize(tf.image.decode_and_crop_jpeg(encoded, window, channels=3), image_size)
+
+
+def jpeg(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, seed: tf.Tensor) -> tf.Tensor:
+    """Decodes, augments and resizes a training image.
+
+    Args:
+      encoded: string scalar, a JPEG.
+      augmentation: with a crop of STREAMED; "none" and "flip" crop the centre, "resized_crop_flip" a random part.
+      image_size: height and width of the result.
+      seed: int64 [2], see `epoch_seed`.
+
+    Returns:
+      uint8 [image_size, image_size, 3], or [2, image_size, image_size, 3] if it concatenates; an
+      InvalidArgumentError at run time where the JPEG is damaged.
+    """
+    # Kept apart by hand: splitting a seed costs a tenth of a decode.
+    crop_seed, flip_seed, distortion_seed = (seed * [1, 4] + [0, place] for place in range(3))
+    if augmentation.crop == "resized_crop_flip":
+        image = _random_crop(encoded, image_size, crop_seed)
+    else:
+        image = central_crop(encoded, image_size)
+    if augmentation.crop != "none":
+        image = tf.image.stateless_random_flip_left_right(image, flip_seed)
+    return augmentation.after_crop(image, distortion_seed)

@@ -1,0 +1,189 @@
+"""Decoding and augmentation on other machines, through tf.data's service; the same batches in the same order.
+
+    conadv-data-service --address=HOST:PORT        on each of those machines, until Ctrl-C or SIGTERM
+    python train.py … --gin_param="data.service='grpc://HOST:PORT,grpc://HOST2:PORT'"
+
+Each process is a dispatcher with one worker of its own, on PORT and PORT + 1. A dispatcher with many workers would hand
+out their batches as they come, start a worker that comes back from its first batch, and have every worker read every
+host's files. Here input host h of H takes the processes h, h + H, ...; the i-th of its W makes the batches i, i + W,
+... of the host's stream, and the host takes one from each in turn. Each process reads the whole share of its host, and
+decodes its part. A process that ends, and one that is started anew, end the run; the same command resumes it.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import tensorflow as tf
+
+from conadv_tf.errors import ConfigError, DataError
+
+CONNECT_SECONDS = 10
+PATIENCE_SECONDS = 60  # a service that does not answer for so long ends the run
+_SCHEME = "grpc://"
+
+
+def check(service: str) -> list[str]:
+    """The addresses "HOST:PORT" in "grpc://HOST:PORT,grpc://HOST:PORT,...", each of which answers.
+
+    Raises:
+      ConfigError: an address of another form.
+      DataError: nobody listens there.
+    """
+    addresses = [address.strip().removeprefix(_SCHEME) for address in service.split(",")]
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65535 or "/" in host:
+            raise ConfigError(
+                f"data.service={service!r}: {address!r} is no address: write grpc://HOST:PORT, commas between several"
+            )
+    for address in addresses:
+        try:
+            _connect(address)
+        except (OSError, UnicodeError) as error:  # of a name that cannot be one
+            raise DataError(f"data.service={service!r}: {_not_there(address)} ({error})") from error
+    return addresses
+
+
+def _connect(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
+def _not_there(address: str) -> str:
+    return (
+        f"{_SCHEME}{address} does not answer: start it there with conadv-data-service "
+        f"--address={address}, or do without data.service"
+    )
+
+
+def of_host(services: Sequence[str], num_hosts: int, host: int) -> Sequence[str]:
+    """Those of the services that work for one of the input hosts.
+
+    Raises:
+      ConfigError: they do not divide over the hosts, nor the hosts over them.
+    """
+    if not services or len(services) % num_hosts == 0:
+        return services[host::num_hosts]
+    if num_hosts % len(services):
+        raise ConfigError(
+            f"data.service has {len(services)} addresses for {num_hosts} input hosts: give a multiple or a divisor of "
+            f"{num_hosts}, so that no host waits for the others"
+        )
+    return [services[host % len(services)]]
+
+
+def spread(make: Callable[[int, int], tf.data.Dataset], services: Sequence[str]) -> tf.data.Dataset:
+    """A stream whose batches the services make.
+
+    Args:
+      make: from (parts, part) to the batches part, part + parts, part + 2 parts, ... of an endless stream.
+      services: addresses; none: the batches are made here.
+
+    Returns:
+      Dataset of all batches, in order.
+    """
+    if not services:
+        return make(1, 0)
+    parts = [_made_at(address, make(len(services), part)) for part, address in enumerate(services)]
+    return tf.data.Dataset.choose_from_datasets(parts, tf.data.Dataset.range(len(parts)).repeat())
+
+
+def _made_at(address: str, batches: tf.data.Dataset) -> tf.data.Dataset:
+    everything = tf.data.experimental.service.ShardingPolicy.OFF
+    # Photos do not shrink, and unpacking them would cost the host what it is to be spared.
+    sent = batches.enumerate().apply(
+        tf.data.experimental.service.distribute(everything, _SCHEME + address, compression=None)
+    )
+
+    def in_turn(expected: tf.Tensor, numbered: tuple) -> tuple:
+        number, batch = numbered
+        line = f"DataError: the data service {address} sent another batch than was due: start the same command again"
+        with tf.control_dependencies([tf.debugging.Assert(tf.equal(number, expected), [line])]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    return tf.data.Dataset.zip(tf.data.Dataset.range(tf.int64.max), sent).map(in_turn)
+
+
+@contextlib.contextmanager
+def watched(services: Sequence[str], patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Ends the process with one line and exit code 1 when a service has not answered for `patience_seconds`.
+
+    TensorFlow would wait for it for ever, in a call that nothing in Python can interrupt. What was trained since the
+    last checkpoint is lost, as after a preemption.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        heard = dict.fromkeys(services, time.monotonic())
+        while not left.wait(min(5.0, patience_seconds / 3)):
+            for address in services:
+                with contextlib.suppress(OSError):
+                    _connect(address)
+                    heard[address] = time.monotonic()
+                if time.monotonic() - heard[address] > patience_seconds and not left.is_set():
+                    print(
+                        f"error: {_not_there(address)}; then start the same command again", file=sys.stderr, flush=True
+                    )
+                    os._exit(DataError.exit_code)
+
+    if services:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def serve(address: str) -> tuple:
+    """Starts a dispatcher at "HOST:PORT" and its worker on the next port; they run while what it returns lives."""
+    service = tf.data.experimental.service
+    host, _, port = address.rpartition(":")
+    dispatcher = service.DispatchServer(service.DispatcherConfig(port=int(port)))
+    own, next_port = f"localhost:{port}", int(port) + 1
+    worker = service.WorkerServer(service.WorkerConfig(own, worker_address=f"{host}:{next_port}", port=next_port))
+    return worker, dispatcher
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT, which end the process; returns an exit code where it cannot serve."""
+    parser = argparse.ArgumentParser(prog="conadv-data-service", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--address",
+        required=True,
+        help="HOST:PORT, HOST as the training hosts reach this machine; PORT + 1 is used too",
+    )
+    address = parser.parse_args(arguments).address.removeprefix(_SCHEME)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        parser.error(
+            f"--address={address} is no address: write HOST:PORT, such as --address={socket.gethostname()}:5050"
+        )
+    try:
+        for each in (int(port), int(port) + 1):
+            socket.create_server(("", each)).close()  # TensorFlow would share a port with another data service
+        servers = serve(address)  # they live as long as this name
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
+        print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
+        return DataError.exit_code
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    print(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker", flush=True)
+    # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here, and
+    # Python handles it in this one when this one runs.
+    while not stopped:
+        time.sleep(0.5)
+    print("stopped", flush=True)
+    # Shutting the servers down would wait for clients, which may never let go.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Data streamed from files, decoded on the way."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from conadv_tf.data import augment, decode, record_files, records
+from conadv_tf.data import service as data_service
+from conadv_tf.data.cache import Cache
+from conadv_tf.data.examiner import Examiner, count_bad
+from conadv_tf.data.pipeline import SPLITS, ImageData, Layout
+from conadv_tf.errors import ConfigError
+
+
+class StreamData(ImageData):
+    """Files read in sequence and decoded on the way; see `ImageData`.
+
+    In each epoch a host visits its files in an order drawn from (seed, epoch), through a shuffle buffer
+    seeded by them. Hosts own files h, h + H, ... or, where the files do not divide, records h, h + H, ...
+
+    Args beyond those of ImageData:
+      files, schema: indexed files by split, and how a record becomes an example.
+      image_size: height and width of every image after cropping and resizing, pixels.
+      augmentation: of training images; without a random crop they are the central one.
+      shuffle_buffer: records in the shuffle buffer.
+      cached: whether a host keeps, once it has read them, the encoded records of its share of the training split and
+        the decoded images of its share of the test split. What is handed out is the same.
+      services: addresses of processes that decode the training split, see data_service.py; empty: the hosts do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: dict[str, list[record_files.RecordFile]],
+        schema: records.Schema,
+        image_size: int,
+        augmentation: augment.Augmentation,
+        shuffle_buffer: int,
+        bad_records: record_files.BadRecords,
+        cached: bool = False,
+        services: Sequence[str] = (),
+    ):
+        sizes = {split: sum(file.num_records for file in files[split]) for split in SPLITS}
+        shape = image_size, image_size, 3
+        super().__init__(name, schema.num_classes or 0, shape, sizes, bad_records, augmentation)
+        self._files, self._schema = files, schema
+        self._shuffle_buffer, self._cached, self.services = shuffle_buffer, cached, services
+        self._examiners = {split: Examiner(files[split], schema, bad_records) for split in SPLITS}
+        self._caches: dict[tuple[object, ...], Cache] = {}
+        if cached:
+            shown = (name, *(size / 1e9 for size in self.cache_bytes))
+            logging.info("%s: data.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *shown)
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        encoded = sum(file.payload_bytes for file in self._files["train"])
+        image = int(np.prod(self.image_shape)) + 8  # its label and weight
+        return (encoded, self.num_test * image) if self._cached else (0, 0)
+
+    def _cache(self, *key: object, specs: tuple[tf.TensorSpec, ...]) -> Cache:
+        if key not in self._caches:
+            self._caches[key] = Cache(specs)
+        return self._caches[key]
+
+    def _share(self, split: str, num_hosts: int, host: int) -> int:
+        """Records that one host owns."""
+        if len(self._files[split]) % num_hosts == 0:
+            return sum(file.num_records for file in self._files[split][host::num_hosts])
+        return len(range(host, self.sizes[split], num_hosts))
+
+    def _largest_share(self, split: str, num_hosts: int) -> int:
+        return max(self._share(split, num_hosts, host) for host in range(num_hosts))
+
+    def _records(
+        self, split: str, layout: Layout, kept: Cache | None, reorder: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+    ) -> tf.data.Dataset:
+        """The host's records (payload, file, record), files in the order that `reorder` gives them."""
+        files, hosts, host = self._files[split], layout.num_hosts, layout.host
+        if len(files) % hosts == 0:
+            return records.raw_records(files, reorder(tf.range(host, len(files), hosts, dtype=tf.int64)), kept=kept)
+        return records.raw_records(files, reorder(tf.range(len(files), dtype=tf.int64)), hosts, host, kept)
+
+    def _kept_records(self, layout: Layout) -> Cache | None:
+        """Where the host keeps what it reads of the training split."""
+        if not self._cached:
+            return None
+        return self._cache("train", layout.num_hosts, layout.host, specs=records.RECORD_SPECS)
+
+    def _shuffled(self, layout: Layout, seed: int, epoch: tf.Tensor, kept: Cache | None) -> tf.data.Dataset:
+        # Of this function graph alone: the order must not depend on the program's global seed.
+        tf.random.set_seed(1)
+        order_seed = tf.stack([augment.epoch_seed(seed, layout.host, epoch), -1])  # no image's
+        in_file_order = self._records(
+            "train", layout, kept, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
+        )
+        return in_file_order.shuffle(self._shuffle_buffer, order_seed[0], reshuffle_each_iteration=False)
+
+    def _train(self, layout: Layout, start_position: int, seed: int) -> tf.data.Dataset:
+        share = self._share("train", layout.num_hosts, layout.host)
+        if start_position % layout.num_hosts or not share:
+            raise ConfigError(
+                f"start_position={start_position} and {self.num_train} records do not divide over num_hosts="
+                f"{layout.num_hosts}: start at a multiple of the global batch, use fewer hosts than records"
+            )
+        first_epoch, skipped = divmod(start_position // layout.num_hosts, share)
+        kept = self._kept_records(layout)
+
+        def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
+            key = tf.data.Dataset.from_tensors(augment.epoch_seed(seed, layout.host, epoch)).repeat()
+            index = tf.data.Dataset.range(tf.int64.max)
+            seeded = tf.data.Dataset.zip(self._shuffled(layout, seed, epoch, kept), key, index)
+            return seeded.skip(tf.cast(epoch == first_epoch, tf.int64) * skipped)
+
+        stream = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records)
+
+        def image(encoded: tf.Tensor, image_seed: tf.Tensor) -> tf.Tensor:
+            return augment.jpeg(encoded, self.augmentation, self.image_shape[0], image_seed)
+
+        decoder = decode.Decoder(self._files["train"], self._schema, image, self.train_shape, replaces=True)
+        services = data_service.of_host(self.services, layout.num_hosts, layout.host)
+        batches = data_service.spread(
+            lambda parts, part: decoder.batches(stream, layout.rows_per_replica, parts, part), services
+        )
+        counted = count_bad(batches, self._examiners["train"])
+        return counted.map(lambda images, labels, weights: (images, labels))
+
+    def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
+        kept = self._kept_records(layout) if keeps and split == "train" else None
+        none = tf.constant(decode.NO_PLACE, tf.int64)
+        padding = tf.data.Dataset.from_tensors((tf.constant(""), none, none)).repeat()
+        zero = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64)).repeat()  # nothing is drawn
+
+        def fresh() -> tf.data.Dataset:
+            padded = self._records(split, layout, kept).concatenate(padding).take(steps * layout.rows_per_host)
+            batches = decoder.batches(tf.data.Dataset.zip(padded, zero, zero), layout.rows_per_replica)
+            return count_bad(batches, self._examiners[split])
+
+        decoder = decode.Decoder(
+            self._files[split],
+            self._schema,
+            lambda encoded, _: augment.central_crop(encoded, self.image_shape[0]),
+            self.image_shape,
+            replaces=False,
+        )
+        batches = fresh()
+        if not (self._cached and keeps and split == "test"):
+            return batches
+        cache = self._cache(split, layout, specs=batches.element_spec)
+        count = tf.constant(steps * layout.replicas_per_host, tf.int64)
+        once = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64))
+        return once.flat_map(lambda group: cache.through(batches, group, tf.data.Dataset.range(count), count))

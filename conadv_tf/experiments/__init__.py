@@ -1,0 +1,1 @@
+"""The paper's tables and figures, studies, and the analysis of finished runs."""

@@ -1,0 +1,269 @@
+"""The paper's tables and figures by one command each: runs what is missing, then prints and draws.
+
+    python reproduce.py --table=1 --scale=digits
+    python reproduce.py --table=1 --table=2 --figure=2 --scale=cifar10 --data_dir=DIR --jobs=2
+    python reproduce.py --table=1 --scale=imagenet --batches=96k --data_dir=gs://bucket/imagenet --tpu=local
+
+Every run is a recipe of gin/ in a process of its own, kept below --results; what has finished is never run again, what
+was interrupted goes on. --jobs=0 runs nothing and prints what is there. A table is written as Markdown, CSV and, with
+matplotlib, a plot. Learning rates and epsilon of the scale models are chosen on validation images, see study.py.
+"""
+
+import argparse
+import dataclasses
+import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from conadv_tf import data, terminal
+from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.experiments import figure4, jobs, paper, plots, tpu_times
+from conadv_tf.experiments.study import ROWS, SCALES, Cell, Group, Study
+from conadv_tf.experiments.tables import Table, Tables
+from conadv_tf.preflight.tpu_generations import GENERATIONS
+
+Curves = Callable[[Group], list[list[dict]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A table or figure: how it is made, and how it is drawn.
+
+    Attributes:
+      table: of what is there; what it asks for is what must be run.
+      plot: of (table, path, training curves of a group: an entry a seed, a dict an epoch).
+    """
+
+    table: Callable[[Tables], Table]
+    plot: Callable[[Table, str, Curves], None]
+
+
+def _accuracy(name: str, caption: str, said: dict, *rows: str) -> Experiment:
+    def table(tables: Tables) -> Table:
+        value = operator.itemgetter("test_top1")
+        return tables.by_batch(name, f"{caption}. Test top-1, %.", tables.rows(*rows), value, said)
+
+    return Experiment(table, lambda table, path, _: plots.by_batch(table, path, "test top-1, %"))
+
+
+_ALONE = "vanilla", "aa", "disadv", "conadv", "paired"
+EXPERIMENTS = {
+    "table1": _accuracy("table1", "Table 1", paper.TOP1, *_ALONE),
+    "table2": _accuracy("table2", "Table 2", paper.TOP1, "vanilla", "aa", "conadv_aa"),
+    "table3": Experiment(Tables.times, lambda table, path, _: plots.by_batch(table, path, "seconds of training")),
+    "table4": Experiment(
+        lambda tables: tables.gaps(tables.rows("vanilla", "conadv", "conadv_aa")),
+        lambda table, path, _: plots.gaps(table, path),
+    ),
+    "table5": Experiment(Tables.by_epsilon, lambda table, path, _: plots.by_column(table, path, "test top-1, %")),
+    "staleness": Experiment(Tables.staleness, lambda table, path, _: plots.by_column(table, path, "%")),
+    "rates": Experiment(Tables.by_rate, lambda table, path, _: plots.gaps(table, path, table.corner)),
+    "figure2": _accuracy("figure2", "Figure 2", paper.FIGURE2, "vanilla", "aa"),
+    "gain": Experiment(
+        lambda tables: tables.gains(tables.rows("aa", "disadv", "conadv", "paired", "conadv_aa")),
+        lambda table, path, _: plots.by_batch(table, path, "points over ResNet"),
+    ),
+    "curves": dataclasses.replace(
+        _accuracy("curves", "Training curves, at their end", {}, *ROWS), plot=plots.training_curves
+    ),
+}
+
+
+TABLES = [name for name in EXPERIMENTS if name.startswith("table")]
+FIGURES = [*(name for name in EXPERIMENTS if name not in TABLES), "figure4"]
+
+
+def _figure_name(given: str) -> str:
+    return f"figure{given}" if given.isdigit() else given
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = terminal.Parser(
+        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    several: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
+    names = "2, 4, gain, rates, staleness or curves"
+    parser.add_argument("--figure", **several, type=_figure_name, choices=FIGURES, metavar="NAME", help=names)
+    parser.add_argument("--scale", default="digits", choices=list(SCALES))
+    parser.add_argument("--batches", help="of the paper, such as 32k,96k; default: all that the scale has")
+    parser.add_argument("--rows", help=f"methods, of {','.join(ROWS)}; default: all of the table")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each number")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: run nothing, print what is there")
+    parser.add_argument("--results", default="results", help="where tables, plots and logs go")
+    parser.add_argument("--runs", help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs")
+    parser.add_argument("--gin_param", **several, help="a setting of every run; repeatable")
+    for flag in ("data_dir", "tpu", "strategy"):
+        parser.add_argument(f"--{flag}", help="as of train.py")
+    parsed = parser.parse_args(given)
+    if parsed.seeds < 1 or parsed.jobs < 0:
+        parser.error(f"--seeds={parsed.seeds} must be at least 1 and --jobs={parsed.jobs} at least 0")
+    if not parsed.table and not parsed.figure:
+        parser.error("nothing to reproduce: pass --table=1 or --figure=2")
+    return parsed
+
+
+def _chosen(given: str | None, known: Sequence[str], flag: str) -> tuple[str, ...]:
+    chosen = tuple(given.split(",")) if given else tuple(known)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ConfigError(f"{flag}={given}: {unknown[0]!r} is not of this scale: choose from {', '.join(known)}")
+    return chosen
+
+
+class Reproduction:
+    """What one call does.
+
+    Args:
+      arguments: of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments, self._scale = arguments, arguments.scale
+        scale = SCALES[self._scale]
+        self._folder = os.path.join(arguments.results, self._scale)
+        local = os.path.join(self._folder, "runs")
+        self._folders = jobs.Folders(local, arguments.runs or local, arguments.gin_param)
+        self._failed: dict[Cell, str] = {}
+        self._not_compiled: list[str] = []
+        self._study = Study(arguments.seeds, self._folders.result, self._is_settled)
+        batches = _chosen(arguments.batches, scale.batches, "--batches")
+        rows = _chosen(arguments.rows, scale.rows, "--rows")
+        self._tables = Tables(self._scale, batches, rows, self._study, arguments.seeds, self._folder, self._has_failed)
+        asked = arguments.table + arguments.figure
+        self._experiments = [EXPERIMENTS[name] for name in asked if name in EXPERIMENTS]
+        self._has_figure4 = "figure4" in asked  # of compiled programs, not of runs
+        if self._has_figure4 and self._scale != "imagenet":
+            raise ConfigError(f"--figure=4 is about TPUs, --scale={self._scale} is not: pass --scale=imagenet")
+        self._has_estimates = self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments
+        for table in self._made():
+            if not table.lines or not table.columns:
+                shown = f"--rows={','.join(rows)} --scale={self._scale}"
+                raise ConfigError(f"{table.name} has nothing to show of {shown}: drop it, or choose others")
+
+    def run(self) -> None:
+        """Makes what is missing, if anything may run."""
+        if not self._arguments.jobs:
+            return
+        # Once and now, rather than as the end of every run: what fits neither settings nor data.
+        sources = {self._folders.setting(cell, "data.source") for cell in self._unsettled(guess=False)}
+        self._compile()
+        try:
+            for source in sources:
+                data.check_source(source, self._arguments.data_dir)
+        except ConfigError as error:
+            if not (self._has_estimates or self._has_figure4):
+                raise
+            print(f"nothing is trained: {error}")
+            return
+        flags = {flag: getattr(self._arguments, flag) for flag in ("data_dir", "tpu", "strategy")}
+        given = [f"--{flag}={value}" for flag, value in flags.items() if value]
+        runner = jobs.Runner(self._folders, self._arguments.jobs, given, self._cost_left)
+        self._failed = runner.failed
+        runner.run(lambda: self._unsettled(guess=False))
+
+    def _compile(self) -> None:
+        """Makes what is of compiled programs, which takes no data; what cannot be made keeps nothing else from it."""
+        try:
+            if self._has_estimates:
+                self._estimate_times()
+            if self._has_figure4 and not os.path.isfile(self._scaling):
+                generation = GENERATIONS[tpu_times.GENERATION]
+                figure4.write(figure4.points("96k_conadv.gin", generation), generation, self._folder)
+        except (ConfigError, RunError) as error:
+            self._not_compiled.append(str(error))
+
+    @property
+    def _scaling(self) -> str:
+        return os.path.join(self._folder, "scaling.json")
+
+    def _estimate_times(self) -> None:
+        for batch in self._tables.batches:
+            if batch in tpu_times.BATCHES and not tpu_times.seconds(self._folder, batch):
+                tpu_times.estimate(self._folder, batch)
+
+    def show(self) -> None:
+        """Prints every table, then draws their plots; writes both."""
+        os.makedirs(self._folder, exist_ok=True)
+        made = self._made()
+        for table in made:
+            print(table.markdown())
+            for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
+                with open(self._file(table, suffix), "w") as file:
+                    file.write(text)
+        for experiment, table in zip(self._experiments, made, strict=True):
+            _draw(experiment.plot, table, self._file(table, "png"), self._curves)
+        if self._has_figure4:
+            self._show_figure4()
+
+    def failures(self) -> list[str]:
+        """A line for all that failed, in this call or, as far as it was not tried again, in earlier ones."""
+        cells = self._study.needed(self._groups())
+        failed = {cell: self._folders.failure(cell) for cell in cells if not self._folders.result(cell)}
+        return self._not_compiled + [f"{cell.name}, {reason}" for cell, reason in failed.items() if reason]
+
+    def _show_figure4(self) -> None:
+        if not os.path.isfile(self._scaling):
+            print("Figure 4 has not been made: run this without --jobs=0, minutes of compiling")
+            return
+        found, generation = figure4.read(self._folder)
+        print(figure4.text(found, generation))
+        _draw(plots.plot, found, generation, os.path.join(self._folder, "scaling.png"))
+
+    def _curves(self, group: Group) -> list[list[dict]]:
+        return [self._folders.metrics(cell) for cell in self._study.final(group) if self._folders.result(cell)]
+
+    def _file(self, table: Table, suffix: str) -> str:
+        return os.path.join(self._folder, f"{table.name}.{suffix}")
+
+    def _made(self) -> list[Table]:
+        return [experiment.table(self._tables) for experiment in self._experiments]
+
+    def _groups(self) -> list[Group]:
+        return list(dict.fromkeys(group for table in self._made() for group in table.groups))
+
+    def _unsettled(self, guess: bool) -> list[Cell]:
+        return [cell for cell in self._study.needed(self._groups(), guess) if not self._is_settled(cell)]
+
+    def _cost_left(self) -> float:
+        return sum(cell.cost for cell in self._unsettled(guess=True))
+
+    def _is_settled(self, cell: Cell) -> bool:
+        """A run that failed in an earlier call is tried again, unless this one runs nothing."""
+        failed = cell in self._failed or (not self._arguments.jobs and self._folders.failure(cell) is not None)
+        return failed or self._folders.result(cell) is not None
+
+    def _has_failed(self, group: Group) -> bool:
+        return any(self._folders.failure(cell) for cell in self._study.needed([group]))
+
+
+def _draw(plot: Callable[..., None], *arguments: Any) -> None:
+    """Draws a plot, or says what it takes to."""
+    try:
+        plot(*arguments)
+    except ConfigError as error:
+        print(error)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Entry point of `python reproduce.py` and `conadv-reproduce`."""
+    remedy = "check space and permissions of --results and --runs"
+    goes_on = "the same command goes on where it stopped"
+    sys.exit(terminal.exit_code(lambda: _reproduce(_arguments(given)), goes_on, f"{remedy}; {goes_on}"))
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    reproduction = Reproduction(arguments)
+    with jobs.ended_by_signals():
+        reproduction.run()
+    reproduction.show()
+    failures = reproduction.failures()
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    main()

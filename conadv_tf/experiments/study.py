@@ -1,0 +1,250 @@
+"""The paper's experiments as runs of ordinary recipes: which runs a number of a table is made of.
+
+A scale is a model of ImageNet's runs with as many updates on less data (SPEC section 5). A `Group` is one number: a
+method at a batch size, the mean over seeds. Where a scale offers several learning rates or ε, they are chosen by the
+accuracy of the first seed on validation images that no run trains on, every method from the same rates; test images
+choose nothing.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from conadv_tf import config
+from conadv_tf.experiments import paper
+
+Results = Callable[["Cell"], dict | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method as a row of a table.
+
+    Attributes:
+      label: what tables call it.
+      method: its file in gin/method.
+      params: gin parameters over it.
+      units: cost of an update beside others', for the time that is left.
+    """
+
+    label: str
+    method: str
+    params: tuple[str, ...] = ()
+    units: float = 3.0
+
+    @property
+    def is_adversarial(self) -> bool:
+        return self.method not in ("vanilla", "aa")
+
+    @property
+    def is_augmented(self) -> bool:
+        return self.method.endswith("aa")
+
+
+ROWS = {
+    "vanilla": Row("ResNet", "vanilla"),
+    "aa": Row("+ AA", "aa", units=4.5),
+    "disadv": Row("+ DisAdv", "disadv", units=8),
+    "conadv": Row("+ ConAdv", "conadv", units=8),
+    "paired": Row("+ ConAdv, paired", "conadv", ("conadv.schedule='paired'",), units=6),
+    "conadv_aa": Row("+ ConAdv + AA", "conadv_aa", units=9.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A model of the paper's runs.
+
+    Attributes:
+      name: its folder in gin/scale; "imagenet" is the paper's own size and has the recipes of gin/.
+      batches: the paper's batch sizes that it has.
+      rows: the methods that it has.
+      rates: peak learning rates to choose from for every method and batch; empty: the recipe's.
+      epsilons: ε to choose from once, by `paired` at 96k and `epsilon_rate`; empty: the recipe's.
+      epsilon_rate: peak learning rate, one of `rates`.
+      table5: epsilons of Table 5.
+      policy: of AutoAugment.
+      cores: CPU cores of a run; None: all there are. One makes a run's numbers independent of how many run at once.
+    """
+
+    name: str
+    batches: tuple[str, ...]
+    rows: tuple[str, ...] = tuple(ROWS)
+    rates: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()
+    epsilon_rate: float | None = None
+    table5: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0)
+    policy: str = "cifar10"
+    cores: int | None = 1
+
+    def gin_files(self, batch: str, row: Row) -> list[str]:
+        if self.name != "imagenet":
+            return [f"scale/{self.name}/{batch}.gin", f"method/{row.method}.gin"]
+        whole = f"{batch}_{row.method}.gin"
+        if os.path.isfile(os.path.join(config.recipe_folder(), whole)):
+            return [whole]
+        return [f"batch/{batch}.gin", f"method/{row.method}.gin"]
+
+
+_LARGE = ("16k", "32k", "64k", "96k", "128k", "256k")
+_CIFAR10: dict[str, Any] = {"rates": (10.0, 16.0, 24.0), "epsilons": (1.0, 2.0, 4.0), "epsilon_rate": 16.0}
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "digits",
+            _LARGE[1:],
+            ("vanilla", "disadv", "conadv", "paired"),  # grey: no AutoAugment
+            rates=(5.0, 10.0, 20.0),
+            epsilons=(4.0, 8.0, 16.0),
+            epsilon_rate=10.0,
+        ),
+        Scale("cifar10", _LARGE, **_CIFAR10),
+        Scale("cifar10_crop_flip", _LARGE, **_CIFAR10),
+        # The largest rate was added when plain training, on validation images, was best at the largest of those before.
+        Scale(
+            "cifar10_sgd",
+            _LARGE[1:],
+            rates=(0.2, 0.4, 0.8, 1.6, 3.2, 6.4),
+            epsilons=(2.0, 4.0),
+            epsilon_rate=0.8,
+        ),
+        Scale("imagenet", paper.BATCHES, table5=tuple(map(float, paper.EPSILONS)), policy="imagenet", cores=None),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a recipe with its settings. Its name is the folder it is kept in."""
+
+    scale: str
+    batch: str
+    row: str
+    seed: int = 0
+    rate: float | None = None
+    epsilon: float | None = None
+    tau: int = 1
+
+    @property
+    def name(self) -> str:
+        settings = {"lr": self.rate, "e": self.epsilon, "tau": None if self.tau == 1 else self.tau, "s": self.seed}
+        text = "_".join(f"{key}{value:g}" for key, value in settings.items() if value is not None)
+        return f"{self.batch}/{self.row}_{text}"
+
+    def gin_files(self) -> list[str]:
+        return SCALES[self.scale].gin_files(self.batch, ROWS[self.row])
+
+    def gin_params(self) -> list[str]:
+        row, scale = ROWS[self.row], SCALES[self.scale]
+        params = [*row.params, f"train.seed={self.seed}"]
+        if row.is_augmented:
+            params.append(f"data.autoaugment='{scale.policy}'")
+        if self.rate is not None:
+            params.append(f"learning_rate.peak_learning_rate={self.rate}")
+        if self.epsilon is not None:
+            params.append(f"attack.epsilon_pixels={self.epsilon}")
+        if self.tau != 1:
+            params.append(f"conadv.tau={self.tau}")
+        return params
+
+    @property
+    def cost(self) -> float:
+        """In units of `Row.units`; every batch size of a scale sees as many images."""
+        return ROWS[self.row].units
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One number of a table: the mean over seeds of a method at a batch size.
+
+    Attributes:
+      epsilon: None: the one chosen, or the recipe's.
+      rate: peak learning rate; None: the one chosen, or the recipe's.
+      tau: delay of the attacked weights, 1 unless delay is what the table is about.
+    """
+
+    scale: str
+    batch: str
+    row: str
+    epsilon: float | None = None
+    rate: float | None = None
+    tau: int = 1
+
+
+class Study:
+    """Which runs groups are made of, as far as it is known from the results there are.
+
+    Args:
+      seeds: runs of a group.
+      result: (cell) → its result.json, None where it has not finished.
+      settled: (cell) → whether it will not be run any more: finished, or failed.
+    """
+
+    def __init__(self, seeds: int, result: Results, settled: Callable[[Cell], bool]):
+        self._seeds, self._result, self._settled = seeds, result, settled
+
+    def runs(self, group: Group) -> list[dict]:
+        """Results of the group's seeds, those there are; none before its settings are chosen."""
+        return [result for result in map(self._result, self.final(group)) if result]
+
+    def final(self, group: Group) -> list[Cell]:
+        """The runs whose mean the group is; none before its settings are chosen."""
+        _, chosen = self._chosen(group, guess=False)
+        return self._with_seeds(chosen) if chosen else []
+
+    def needed(self, groups: Iterable[Group], guess: bool = False) -> list[Cell]:
+        """Every run of the groups that can be named now, without repetition.
+
+        `guess`: also those that follow from choices yet to be made, as if they fell on the middle: as many as there
+        will be, for an estimate of the time.
+        """
+        cells: dict[Cell, None] = {}
+        for group in groups:
+            candidates, chosen = self._chosen(group, guess)
+            cells.update(dict.fromkeys(candidates + (self._with_seeds(chosen) if chosen else [])))
+        return list(cells)
+
+    def _with_seeds(self, cell: Cell) -> list[Cell]:
+        return [dataclasses.replace(cell, seed=seed) for seed in range(self._seeds)]
+
+    def _chosen(self, group: Group, guess: bool) -> tuple[list[Cell], Cell | None]:
+        """Runs that choose the group's settings, and its first seed's run once they are chosen."""
+        scale, row = SCALES[group.scale], ROWS[group.row]
+        choosing: list[Cell] = []
+        own_epsilon = None  # what the learning rate is chosen at
+        if row.is_adversarial and scale.epsilons:
+            first = Cell(scale.name, "96k", "paired", 0, scale.epsilon_rate)
+            choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
+            best = self._best(choosing, guess)
+            if not best:
+                return choosing, None
+            own_epsilon = best.epsilon
+        cell = Cell(scale.name, group.batch, group.row, 0, group.rate, own_epsilon)
+        if scale.rates and group.rate is None:
+            candidates = [dataclasses.replace(cell, rate=rate) for rate in scale.rates]
+            choosing = choosing + candidates
+            best = self._best(candidates, guess)
+            if not best:
+                return choosing, None
+            cell = best
+        # The recipe's own ε stays unnamed, so that what Table 1 has run is not run again for Table 5.
+        usual = own_epsilon if scale.epsilons else _recipe_epsilon(*cell.gin_files())
+        epsilon = own_epsilon if group.epsilon in (None, usual) else group.epsilon
+        return choosing, dataclasses.replace(cell, epsilon=epsilon, tau=group.tau)
+
+    def _best(self, candidates: Sequence[Cell], guess: bool) -> Cell | None:
+        """The one that does best on the validation images, the first of equals; None before all are settled."""
+        if not all(map(self._settled, candidates)):
+            return candidates[len(candidates) // 2] if guess else None
+        finished = [(cell, result) for cell in candidates if (result := self._result(cell))]
+        return max(finished, key=lambda pair: pair[1]["validation_top1"])[0] if finished else None
+
+
+@functools.cache  # asked for every group each time that progress is shown
+def _recipe_epsilon(*gin_files: str) -> float | None:
+    """ε of a recipe; None where it has no attack."""
+    config.configure(gin_files, [])
+    return config.setting("attack.epsilon_pixels")

@@ -1,0 +1,182 @@
+"""The attack: a one-step or PGD perturbation of a batch of images, in true pixel units (SPEC section 1)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import gin
+import tensorflow as tf
+
+from conadv_tf.errors import ConfigError
+from conadv_tf.models import xla
+from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
+
+NORMS = ("linf", "l2")
+GOALS = ("untargeted", "random_target")
+LABELS = (None, "hard", "smoothed")
+UNITS = ("pixels", "release_units")
+BATCH_NORMS = ("main", "aux", "moving")
+COMPUTE_DTYPES = (None, "bfloat16")
+
+# Logits float32 [rows, classes] of images float32 [rows, H, W, C] in [0, 255].
+LogitsFunction = Callable[[tf.Tensor], tf.Tensor]
+
+
+@gin.configurable("attack")
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """How adversarial examples are made; the defaults are the paper's.
+
+        x̂ = Π_ε( x + δ_0 + α · sign ∇_x L(θ; x + δ_0, y) ), clipped to [0, 255]
+
+    Attributes:
+      epsilon_pixels: ε ≥ 0, bound of the perturbation in pixel levels of the 0..255 scale ("P" in Table 5).
+      step_size_pixels: α > 0 of each step; None means ε. 1.25 ε is fast FGSM.
+      steps: gradient steps, ≥ 1; 1 is the paper's. Each ends projected to the ε-ball and clipped to [0, 255].
+      norm: "linf" (sign of the gradient, |δ| ≤ ε) or "l2" (gradient by its per-image RMS, RMS(δ) ≤ ε).
+      goal: "untargeted" ascends the loss of the true label; "random_target" descends that of a uniformly
+        random wrong one.
+      label: "hard" or "smoothed" (the training loss) cross-entropy; None: as the schedule has it, "hard" where it
+        leaves the choice.
+      random_start_probability: of δ_0 ~ U(−ε, ε) rather than 0, drawn per batch, in [0, 1]; None: as the schedule
+        has it, 1 where it leaves the choice.
+      batch_norm: what the attack looks through, never updating it: "main" or "aux" (that branch with
+        batch statistics), or "moving" (main with moving statistics, about 25 % cheaper).
+      units: "pixels", or "release_units": ε and α times 2/255 on images normalised by ImageNet's mean and
+        deviation and clipped to [−1, 1] there, as in the TF1 release (P is about 0.45 P pixel levels).
+      compute_dtype: of the attacked network's activations: "bfloat16", or None for that of training. Where training is
+        in float32 a bfloat16 attack saves time, and changes a few signs in a hundred, fewer than a delay of one update.
+    """
+
+    epsilon_pixels: float = 3.0
+    step_size_pixels: float | None = None
+    steps: int = 1
+    norm: str = "linf"
+    goal: str = "untargeted"
+    label: str | None = None
+    random_start_probability: float | None = None
+    batch_norm: str = "main"
+    units: str = "pixels"
+    compute_dtype: str | None = None
+
+    def __post_init__(self):
+        for name, choices in (
+            ("norm", NORMS),
+            ("goal", GOALS),
+            ("label", LABELS),
+            ("units", UNITS),
+            ("batch_norm", BATCH_NORMS),
+            ("compute_dtype", COMPUTE_DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"attack.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
+        if not 0 <= self.epsilon_pixels <= 255:
+            raise ConfigError(f"attack.epsilon_pixels={self.epsilon_pixels} is outside [0, 255] pixel levels")
+        if self.step_size_pixels is not None and not self.step_size_pixels > 0:
+            raise ConfigError(f"attack.step_size_pixels={self.step_size_pixels} must be above 0; None means epsilon")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ConfigError(f"attack.steps={self.steps!r} must be a whole number of at least 1")
+        if not 0 <= (self.random_start_probability or 0) <= 1:
+            raise ConfigError(
+                f"attack.random_start_probability={self.random_start_probability} is no probability: use [0, 1]"
+            )
+
+    def adversarial_examples(
+        self,
+        logits: LogitsFunction,
+        num_classes: int,
+        loss,
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        seed: tf.Tensor,
+    ) -> tf.Tensor:
+        """x̂ for a batch; pure, local to the replica, every shape static where those of the inputs are.
+
+        Args:
+          logits: the network at the weights to attack.
+          num_classes: width of the logits.
+          loss: the training loss, (labels, logits) → float32 [rows]; used where `label` is "smoothed".
+          images: float32 [rows, H, W, C] in [0, 255].
+          labels: int32 [rows].
+          seed: int32 [2]; the same seed gives the same random start and targets.
+
+        Returns:
+          float32 [rows, H, W, C], in [0, 255] and within ε of `images` (see `units` for the exception).
+        """
+        start_seed, coin_seed, target_seed = tf.unstack(tf.random.split(seed, 3))
+        if self.goal == "random_target":
+            labels = random_wrong_labels(labels, num_classes, target_seed)
+        epsilon, _, _ = self._bounds(images.shape[-1])
+        probability = 1.0 if self.random_start_probability is None else self.random_start_probability
+        coin = tf.random.stateless_uniform((), coin_seed)
+        start = xla.random_uniform(tf.shape(images), start_seed, -1.0, 1.0)
+        delta = start * tf.cast(coin < probability, tf.float32)
+        adversarial = images + epsilon * delta
+        for _ in range(self.steps):
+            adversarial = self._moved(images, delta, self._gradient(logits, loss, adversarial, labels))
+            delta = tf.math.divide_no_nan(adversarial - images, epsilon)
+        return tf.stop_gradient(adversarial)
+
+    def one_step(self, images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+        """x̂ of one step from δ_0 = 0 along `gradient`, ∇_x of the loss to ascend, both float32 [rows, H, W, C].
+
+        The result is that of `adversarial_examples`; the scale of the gradient does not matter.
+        """
+        return tf.stop_gradient(self._moved(images, tf.zeros_like(images), gradient))
+
+    def keeps_whole_pixels(self) -> bool:
+        """Whether it takes images of whole pixel levels to images of whole pixel levels."""
+        step = self.epsilon_pixels * min(1.0, self._relative_step())
+        whole = float(step).is_integer() and self.steps == 1 and self.random_start_probability == 0
+        return whole and self.norm == "linf" and self.units == "pixels"
+
+    def _bounds(self, channels: int):
+        """ε and the range of the result in pixel levels: scalars, or float32 [channels]."""
+        if self.units == "pixels":
+            return self.epsilon_pixels, 0.0, 255.0
+        if channels != len(IMAGENET_MEAN):
+            raise ConfigError(
+                f"attack.units='release_units' normalises ImageNet's three channels, the images have {channels}: "
+                "use attack.units='pixels'"
+            )
+        mean, stddev = 255.0 * tf.constant(IMAGENET_MEAN), 255.0 * tf.constant(IMAGENET_STDDEV)
+        return self.epsilon_pixels * 2.0 / 255.0 * stddev, mean - stddev, mean + stddev
+
+    def _relative_step(self) -> float:
+        """α / ε."""
+        if self.step_size_pixels is None or self.epsilon_pixels == 0:
+            return 1.0
+        return self.step_size_pixels / self.epsilon_pixels
+
+    def _gradient(self, logits, loss, images, labels):
+        """The input gradient of what the attack ascends."""
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(images)
+            if self.label == "smoothed":
+                losses = loss(labels, logits(images))
+            else:
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits(images))
+            objective = tf.reduce_sum(losses if self.goal == "untargeted" else -losses)
+        return tape.gradient(objective, images)
+
+    def _moved(self, images, delta, gradient):
+        """x̂ after a step from `delta`, which is in units of ε: its ball is the unit ball, whatever ε's units are."""
+        epsilon, lower, upper = self._bounds(images.shape[-1])
+        return tf.clip_by_value(images + epsilon * self._stepped(delta, gradient), lower, upper)
+
+    def _stepped(self, delta, gradient):
+        """δ after a step along the gradient's sign, or its RMS-normalised value, projected onto the unit ball."""
+        if self.norm == "linf":
+            return tf.clip_by_value(delta + self._relative_step() * tf.sign(gradient), -1.0, 1.0)
+        delta += self._relative_step() * tf.math.divide_no_nan(gradient, _rms(gradient))
+        return delta / tf.maximum(1.0, _rms(delta))
+
+
+def random_wrong_labels(labels: tf.Tensor, num_classes: int, seed: tf.Tensor) -> tf.Tensor:
+    """Uniform over the other classes; int32 [rows] like `labels`."""
+    shift = tf.random.stateless_uniform(tf.shape(labels), seed, minval=1, maxval=num_classes, dtype=tf.int32)
+    return tf.math.floormod(labels + shift, num_classes)
+
+
+def _rms(values: tf.Tensor) -> tf.Tensor:
+    """Root mean square of each image, [rows, 1, 1, 1]."""
+    return tf.sqrt(tf.reduce_mean(tf.square(values), axis=[1, 2, 3], keepdims=True))

@@ -1,0 +1,1 @@
+"""Networks and split batch normalisation; nothing here knows of files, folders or flags."""

@@ -1,0 +1,241 @@
+"""Split batch normalisation: one layer, one set of γ, β and moving statistics per named branch.
+
+Clean images pass through the branch "main", adversarial ones through "adversarial" (AdvProp; SPEC
+section 1). Every call says which branch it uses, whether it normalises with the statistics of the batch
+or with the moving ones, and whether the moving ones learn from it, so that an attack can look through a
+branch without leaving a trace in it.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf.errors import ConfigError
+from conadv_tf.models import expansion
+
+MAIN = "main"
+ADVERSARIAL = "adversarial"
+AUGMENTED = "augmented"
+MODES = ("batch", "moving")
+
+
+class Turn(NamedTuple):
+    """The branch of a replica that takes turns: "main" where `clean`, else "adversarial".
+
+    `clean` is a bool scalar, true on half of the replicas (and micro-batches) of an update. Only within
+    `deferred_statistics`: over all of them, what it defers is the mean over those that took the branch.
+    """
+
+    clean: tf.Tensor
+
+
+# A moving statistic and what a batch measured for it.
+Statistic = tuple[tf.Variable, tf.Tensor]
+
+_deferred: contextvars.ContextVar[list[Statistic] | None] = contextvars.ContextVar("deferred", default=None)
+
+
+@contextlib.contextmanager
+def deferred_statistics() -> Iterator[list[Statistic]]:
+    """Collects the batch statistics of the calls inside it instead of assigning them.
+
+    The trainer averages them over replicas and micro-batches in the same all-reduce as the gradients and
+    assigns once per update; a layer on its own would need one all-reduce per layer, and could not know
+    about micro-batches. Yields a list that receives (moving variable, batch value float32 [channels]).
+    """
+    statistics: list[Statistic] = []
+    token = _deferred.set(statistics)
+    try:
+        yield statistics
+    finally:
+        _deferred.reset(token)
+
+
+def moving_average(moving, statistic, momentum: float):
+    """m ← momentum · m + (1 − momentum) · s; all float32 [channels]."""
+    return moving * momentum + statistic * (1.0 - momentum)
+
+
+class SplitBatchNormalization(tf_keras.layers.Layer):
+    """Batch normalisation of [rows, height, width, channels] with any number of branches.
+
+    γ, β and the statistics are float32 under every policy; the output has the dtype of the input. The
+    moving variance is that of tf_keras' fused layer: Bessel-corrected, momentum on the old value.
+
+    Args:
+      branches: names of the branches, e.g. ("main", "adversarial", "augmented").
+      momentum: weight of the old value in the moving averages, 0 ≤ momentum < 1.
+      epsilon: added to the variance.
+      gamma_initializer: "ones", or "zeros" for the last layer of a residual block.
+      replicas_per_group: replicas that share batch statistics ("distributed BN"); 1 keeps them local.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[str] = (MAIN,),
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        gamma_initializer: str = "ones",
+        replicas_per_group: int = 1,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.branches = tuple(branches)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.gamma_initializer = gamma_initializer
+        self.replicas_per_group = replicas_per_group
+        self.gammas: dict[str, tf.Variable] = {}
+        self.betas: dict[str, tf.Variable] = {}
+        self.moving_means: dict[str, tf.Variable] = {}
+        self.moving_variances: dict[str, tf.Variable] = {}
+
+    def build(self, input_shape) -> None:
+        channels = (input_shape[-1],)
+        for branch in self.branches:
+            trained = {"dtype": tf.float32, "experimental_autocast": False}
+            averaged = {**trained, "trainable": False, "aggregation": tf.VariableAggregation.MEAN}
+            self.gammas[branch] = self.add_weight(
+                f"{branch}/gamma", channels, initializer=self.gamma_initializer, **trained
+            )
+            self.betas[branch] = self.add_weight(f"{branch}/beta", channels, initializer="zeros", **trained)
+            self.moving_means[branch] = self.add_weight(
+                f"{branch}/moving_mean", channels, initializer="zeros", **averaged
+            )
+            self.moving_variances[branch] = self.add_weight(
+                f"{branch}/moving_variance", channels, initializer="ones", **averaged
+            )
+        super().build(input_shape)
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        branch: str | Turn = MAIN,
+        mode: str = "batch",
+        update_statistics: bool | tf.Tensor = False,
+        synchronize: bool = True,
+        kernel: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Normalises `inputs`.
+
+        Args:
+          inputs: float tensor [rows, height, width, channels].
+          branch: which γ, β and moving statistics to use.
+          mode: "batch" normalises with this batch's statistics, "moving" with the moving averages.
+          update_statistics: whether the moving averages learn this batch's statistics ("batch" only); a bool tensor
+            decides it when the program runs. A Turn's "main" always learns.
+          synchronize: False keeps the statistics local whatever `replicas_per_group` says: the attack
+            never talks to another replica (SPEC section 1).
+          kernel: of a widening 1×1 convolution to do first, [1, 1, C, channels] for inputs of C channels, where
+            `is_local` (expansion.py).
+
+        Raises:
+          ConfigError: for a branch or mode there is not.
+        """
+        self._check(branch, mode)
+        if mode == "moving":
+            scale, shift = self.moving_affine(branch)
+            return tf.cast(tf.cast(inputs, tf.float32) * scale + shift, inputs.dtype)
+        gamma, beta = _chosen(self.gammas, branch), _chosen(self.betas, branch)
+        if kernel is not None:
+            outputs, mean, variance = expansion.expand_and_normalize(inputs, kernel, gamma, beta, self.epsilon)
+        elif self.replicas_per_group > 1 and synchronize:
+            outputs, mean, variance = self._group_batch(inputs, gamma, beta)
+        else:
+            outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=inputs,
+                scale=gamma,
+                offset=beta,
+                mean=[],
+                variance=[],
+                epsilon=self.epsilon,
+                is_training=True,
+            )
+        if update_statistics is not False:
+            self._learn(self.moving_means, mean, branch, update_statistics)
+            self._learn(self.moving_variances, variance, branch, update_statistics)
+        return outputs
+
+    def moving_affine(self, branch: str | Turn) -> tuple[tf.Tensor, tf.Tensor]:
+        """What mode "moving" does to each channel: (scale, shift), float32 [channels].
+
+        Raises:
+          ConfigError: for a branch there is not.
+        """
+        self._check(branch, "moving")
+        names = (self.gammas, self.betas, self.moving_means, self.moving_variances)
+        gamma, beta, mean, variance = (_chosen(variables, branch) for variables in names)
+        scale = gamma * tf.math.rsqrt(variance + self.epsilon)
+        return scale, beta - mean * scale
+
+    def is_local(self, call: dict) -> bool:
+        """Whether a call with these arguments normalises with the statistics of its own batch alone."""
+        return call["mode"] == "batch" and not (self.replicas_per_group > 1 and call["synchronize"])
+
+    def _check(self, branch: str | Turn, mode: str) -> None:
+        names = {MAIN, ADVERSARIAL} if isinstance(branch, Turn) else {branch}
+        if not names.issubset(self.branches):
+            raise ConfigError(f"branch={branch!r}: this layer has the branches {self.branches}; build it with that one")
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}: batch normalisation knows {MODES}; choose one of them")
+
+    def _group_batch(self, inputs, gamma, beta):
+        """Statistics over the group of replicas; same definitions as the fused local kernel."""
+        values = tf.cast(inputs, tf.float32)
+        # Two exchanges: E[x²] − E[x]² in one would cancel where the mean is large, even below −epsilon.
+        mean = group_mean(tf.reduce_mean(values, [0, 1, 2]), self.replicas_per_group)
+        centered = values - mean
+        variance = group_mean(tf.reduce_mean(tf.square(centered), [0, 1, 2]), self.replicas_per_group)
+        outputs = centered * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
+        count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]) * self.replicas_per_group, tf.float32)
+        return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
+
+    def _learn(self, moving: dict[str, tf.Variable], statistic: tf.Tensor, branch: str | Turn, learns) -> None:
+        if isinstance(branch, Turn):
+            other = moving[ADVERSARIAL]
+            self._record(moving[MAIN], tf.where(branch.clean, 2.0 * statistic, 0.0))
+            self._record(other, tf.where(branch.clean, 0.0, 2.0 * tf.where(learns, statistic, other)))
+        else:
+            own = moving[branch]
+            self._record(own, statistic if learns is True else tf.where(learns, statistic, own))
+
+    def _record(self, moving: tf.Variable, statistic: tf.Tensor) -> None:
+        statistics = _deferred.get()
+        statistic = tf.stop_gradient(statistic)
+        if statistics is None:
+            moving.assign(moving_average(moving, statistic, self.momentum))
+        else:
+            statistics.append((moving, statistic))
+
+    def get_config(self) -> dict:
+        names = ("branches", "momentum", "epsilon", "gamma_initializer", "replicas_per_group")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def _chosen(variables: dict[str, tf.Variable], branch: str | Turn) -> tf.Variable | tf.Tensor:
+    if isinstance(branch, Turn):
+        return tf.where(branch.clean, variables[MAIN], variables[ADVERSARIAL])
+    return variables[branch]
+
+
+def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:
+    """The mean of `value` (float32, any static shape) over groups of neighbouring replicas; differentiable.
+
+    Replicas [0, g) form the first group, [g, 2g) the second, and so on; g must divide their number
+    (`plan.py` checks). On a TPU this is one grouped all-reduce; elsewhere tf.distribute reduces over all
+    replicas only, so every group fills its own row of a matrix and reads that row back.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return value
+    replicas = context.num_replicas_in_sync
+    if isinstance(context.strategy, tf.distribute.TPUStrategy):
+        groups = [list(range(i, i + replicas_per_group)) for i in range(0, replicas, replicas_per_group)]
+        return tf.raw_ops.CrossReplicaSum(input=value, group_assignment=groups) / replicas_per_group
+    own = tf.one_hot(context.replica_id_in_sync_group // replicas_per_group, replicas // replicas_per_group)
+    rows = tf.tensordot(own, value, axes=0)
+    return tf.tensordot(own, context.all_reduce(tf.distribute.ReduceOp.SUM, rows), axes=1) / replicas_per_group

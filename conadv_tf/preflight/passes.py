@@ -1,0 +1,187 @@
+"""How an update of any method is put together from compiled programs: work, memory, and so a row of the table.
+
+The run's own update and that of `vanilla` are compiled whole. The others are put together from passes, which cost in a
+program what they cost alone:
+
+    end      the end of an update: moving averages, optimizer, metrics      compiled
+    train    a training pass                                                vanilla − end
+    attack   the pass that makes x̂                                          own − end − its other passes, or compiled
+    both     a training pass that makes x̂ too, as in `paired`               likewise
+
+An update of M micro-batches is M times its passes, M additions to the sums, and one end.
+"""
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+from conadv_tf import methods
+from conadv_tf.models.split_batchnorm import AUGMENTED, MAIN
+from conadv_tf.preflight.table import Layout, Row, Work, make_row
+from conadv_tf.preflight.tpu_compiler import Cost
+from conadv_tf.preflight.tpu_generations import Generation
+from conadv_tf.run.build import Run
+
+# Names of compiled programs, beside that of the run's own method.
+VANILLA, END, ATTACK, BOTH = "vanilla", "end of an update", "attack pass", "clean pass of paired"
+
+
+def kind(method: methods.Method) -> str:
+    """What distinguishes it from others: "vanilla", "disadv", or the schedule of conadv."""
+    return method.schedule or method.name
+
+
+def ingredients(method: methods.Method) -> dict[str, float]:
+    """Passes of one micro-batch of a method, by how many; the module's docstring names them.
+
+    Raises:
+      KeyError: for a schedule that is not in SPEC section 2.
+    """
+    extra = {"train": 1.0} if AUGMENTED in method.branches else {}
+    fraction = methods.AdversarialHalf().fraction
+    three = {"train": 1.0 + extra.get("train", 0.0) + fraction, "attack": fraction}
+    return {
+        "vanilla": {"train": 1.0},
+        "disadv": three,
+        "shadow": three,
+        "lookahead": three,
+        "paired": {"both": 1.0, "train": extra.get("train", 0.0) + fraction},
+        "phased": {"both": 1.0},
+    }[kind(method)]
+
+
+class Passes:
+    """Puts updates together from compiled programs.
+
+    Args:
+      built: the run.
+      rows: images of a micro-batch.
+      compared: the methods, the run's own first.
+      costs: by the kind of the run's own method and the names above; it and VANILLA fit.
+    """
+
+    def __init__(self, built: Run, rows: int, compared: list[methods.Method], costs: dict[str, Cost]):
+        self._built, self._rows, self._costs = built, rows, costs
+        self._end = Work.of(costs[END])
+        train = Work.of(costs[VANILLA]) - self._end
+        self._passes = {"train": train}
+        for name, key, share_of_train in (("attack", ATTACK, 2 / 3), ("both", BOTH, 1.0)):
+            if key in costs:
+                # A pass that exceeds HBM has no cost: its row says that it does not fit, beside the time of its units.
+                self._passes[name] = train * share_of_train if costs[key].over_bytes else Work.of(costs[key])
+        own = compared[0]
+        parts = ingredients(own)
+        for name in parts.keys() - self._passes.keys():
+            known = sum((self._passes[part] * count for part, count in parts.items() if part != name), Work())
+            self._passes[name] = (Work.of(costs[kind(own)]) - self._end - known) * (1 / parts[name])
+
+    def row(self, method: methods.Method, generation: Generation) -> Row:
+        """The row of one method."""
+        plan = self._built.plan
+        return make_row(
+            _label(method),
+            kind(method) in self._costs and microbatches(self._built, method, self._rows) % 1 == 0,
+            self.work(method),
+            self.used_bytes(method),
+            reduced_bytes(self._built, method),
+            generation,
+            Layout(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
+        )
+
+    def work(self, method: methods.Method) -> Work:
+        """Of one update of the run on one replica."""
+        if kind(method) in self._costs:
+            microbatch = Work.of(self._costs[kind(method)]) - self._end
+        else:
+            microbatch = sum((self._passes[name] * n for name, n in ingredients(method).items()), Work())
+        count = microbatches(self._built, method, self._rows)
+        if count <= 1:
+            return microbatch * count + self._end
+        # Sums are read and written, the micro-batch's share is read.
+        contributed = contributed_bytes(self._built, method)
+        adding = Work(flop=contributed / 4, hbm_bytes=3.0 * contributed)
+        return (microbatch + adding) * count + self._end
+
+    def used_bytes(self, method: methods.Method) -> float:
+        """HBM of a replica."""
+        if kind(method) in self._costs:
+            return used_bytes(self._built, self._rows, method, self._costs[kind(method)])
+        # One pass after the other, each beside the gradients of those before it.
+        parts = ingredients(method)
+        compiled = [self._costs[name] for name in (VANILLA, ATTACK, BOTH) if name in self._costs]
+        temporary = max(cost.temp_bytes for cost in compiled)
+        if sum(parts.values()) > 1:
+            own = self._built.model.method
+            whole = self._costs[kind(own)].temp_bytes if sum(ingredients(own).values()) > 1 else 0
+            temporary = max(temporary + contributed_bytes(self._built, method), whole)
+        network = self._built.model.network
+        branch = 12 * floats(network.moving_statistics([MAIN]))  # γ, β, their momentum, the moving statistics
+        weights = 4 * floats(network.variables)
+        cost = dataclasses.replace(
+            self._costs[VANILLA],
+            temp_bytes=temporary,
+            argument_bytes=self._costs[VANILLA].argument_bytes
+            + branch * (len(method.branches) - 1)
+            + weights * method.tau
+            + carried_bytes(self._built, self._rows, method) * method.updates_per_batch,
+        )
+        return used_bytes(self._built, self._rows, method, cost)
+
+
+def contributed_bytes(built: Run, method: methods.Method) -> int:
+    """Gradients and BN statistics of a replica that trains by `method`, float32."""
+    network = built.model.network
+    branch = floats(network.moving_statistics([MAIN]))  # γ and β have as many numbers
+    shared = floats(network.trainable_variables) - branch * len(network.branches)
+    return 4 * (shared + 2 * branch * len(method.branches))
+
+
+def reduced_bytes(built: Run, method: methods.Method) -> int:
+    """What each replica adds to the all-reduce: gradients in their dtype on the way, BN statistics."""
+    statistics = 4 * len(method.branches) * floats(built.model.network.moving_statistics([MAIN]))
+    gradients = contributed_bytes(built, method) - statistics
+    return gradients * built.model.all_reduce_dtype.size // 4 + statistics
+
+
+def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> float:
+    """HBM of a replica, from its program for one micro-batch; infinite where the compiler refused that."""
+    if cost.over_bytes:
+        return math.inf
+    count = microbatches(built, method, rows)
+    sums = contributed_bytes(built, method) if count > 1 else 0
+    # Its program holds the carry of one micro-batch, or of as many as a batch lasts for.
+    further = max(0.0, count - method.updates_per_batch)
+    return cost.resident_bytes + cost.temp_bytes + sums + further * carried_bytes(built, rows, method)
+
+
+def carried_bytes(built: Run, rows: int, method: methods.Method) -> int:
+    """What a micro-batch carries to the next update."""
+    if not method.carried:
+        return 0
+    specs = method.carried(tf.TensorSpec((rows, *built.data.train_shape), tf.uint8)).values()
+    return sum(math.prod(spec.shape) * spec.dtype.size for spec in specs)
+
+
+def floats(variables) -> int:
+    """How many numbers the variables hold."""
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def share(built: Run) -> int:
+    """Images of a replica in an update of the run."""
+    return built.plan.rows * built.plan.microbatches
+
+
+def microbatches(built: Run, method: methods.Method, rows: int) -> float:
+    """Passes over `rows` images in an update of `method` with the run's global batch, on each replica.
+
+    A method whose batches last two updates has twice the images on a replica. Where that is the run's own, another
+    one has half a micro-batch perhaps: its row is half of one.
+    """
+    return share(built) / rows * method.updates_per_batch / built.model.method.updates_per_batch
+
+
+def _label(method: methods.Method) -> str:
+    delay = f", τ {method.tau}" if method.schedule == "shadow" else ""
+    return f"{method.name}, {method.schedule}{delay}" if method.schedule else method.name

@@ -1,0 +1,111 @@
+"""The programs that a preflight compiles: a method's whole update, and the passes it is made of, lowered to XLA.
+
+All are of one replica and one micro-batch, and lowered from the very functions that train.
+"""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+from tensorflow.compiler.xla.service import hlo_pb2
+
+from conadv_tf import methods
+from conadv_tf.methods import schedules
+from conadv_tf.methods.attack import Attack
+from conadv_tf.models import xla
+from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.split_batchnorm import MAIN, deferred_statistics
+from conadv_tf.run.build import Run
+from conadv_tf.training.trainer import ConAdvModel
+
+
+class Programs:
+    """Lowers the programs of a run for micro-batches of `rows` images; each method returns a serialized HloModule."""
+
+    def __init__(self, built: Run, rows: int):
+        self._built = built
+        self._rows = rows
+        self._models: dict[tuple, ConAdvModel] = {}
+
+    def update(self, method: methods.Method) -> bytes:
+        """One update from one micro-batch: `train_step`, optimizer and metrics included."""
+        model = self._model(method)
+        images, labels = self._data(method)
+        if method.carried:
+            model.create_carry(images)
+        return lower(lambda x, y: model.train_step((x, y)), images, labels)
+
+    def end_of_update(self) -> bytes:
+        """What an update of `vanilla` does once its micro-batches are summed: moving averages, optimizer, metrics."""
+        method = methods.vanilla()
+        model = self._model(method)
+        sums = [tf.TensorSpec(shape) for shape in model._contribution_shapes(method)]
+        return lower(lambda *values: model._apply(method, list(values)), *sums)
+
+    def attack(self, attack: Attack) -> bytes:
+        """The pass that makes x̂ from a micro-batch, through the main branch."""
+        model = self._model(methods.vanilla())
+
+        def attacked(images, labels):
+            batch = schedules.Batch(tf.cast(images, tf.float32), labels, tf.constant([0, 1]))
+            return schedules.attack_images(attack, model.network, model._example_losses, batch)
+
+        return lower(attacked, *self._data(methods.vanilla()))
+
+    def training_pass_with_attack(self, attack: Attack) -> bytes:
+        """The clean pass of `paired`: the gradients by the weights, and x̂ from that by the images."""
+        model = self._model(methods.vanilla())
+
+        def both(images, labels):
+            images = tf.cast(images, tf.float32)
+            with deferred_statistics() as statistics:
+                gradients, by_image, value, top1 = schedules.training_pass(
+                    model.network, MAIN, model._example_losses, images, labels
+                )
+            return gradients, [new for _, new in statistics], value, top1, attack.one_step(images, by_image)
+
+        return lower(both, *self._data(methods.vanilla()))
+
+    def _model(self, method: methods.Method) -> ConAdvModel:
+        """A model like the run's, for one micro-batch, of another method perhaps; outside of any strategy."""
+        key = (method.name, method.schedule)
+        if key not in self._models:
+            like = self._built.model
+            # Alone, the replica has no neighbours to share batch statistics with.
+            config = {**like.network.get_config(), "branches": method.branches, "replicas_per_group": 1}
+            # Taking turns needs two places; the program is that of either.
+            model = ConAdvModel(
+                ResNet.from_config(config),
+                method,
+                method.updates_per_batch,
+                all_reduce_dtype=like.all_reduce_dtype.name,
+            )
+            optimizer = {**like.optimizer.get_config(), "learning_rate": like.optimizer.learning_rate}
+            model.compile(type(like.optimizer).from_config(optimizer), like.loss)
+            model.create_optimizer_variables()
+            self._models = {key: model}  # one at a time: each holds the weights several times
+        return self._models[key]
+
+    def _data(self, method: methods.Method) -> tuple[tf.TensorSpec, tf.TensorSpec]:
+        """A micro-batch as the pipeline hands it out; for `vanilla` without an augmented image beside the clean one."""
+        shape = self._built.data.image_shape if method.name == "vanilla" else self._built.data.train_shape
+        return tf.TensorSpec((self._rows, *shape), tf.uint8), tf.TensorSpec((self._rows,), tf.int32)
+
+
+def lower(function: Callable, *specs: tf.TensorSpec) -> bytes:
+    """The XLA program of a TensorFlow function of tensors, as a serialized HloModule; the same for the same program.
+
+    What TensorFlow adds of the process that made it is left out: it numbers functions, and notes lines of source.
+    """
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+    with xla.compiling_for_tpu():
+        serialized = compiled.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
+    module = hlo_pb2.HloModuleProto.FromString(serialized)
+    module.name = module.entry_computation_name = "program"
+    for computation in module.computations:
+        entry = computation.id == module.entry_computation_id
+        computation.name = "program" if entry else f"computation.{computation.id}"
+        for instruction in computation.instructions:
+            instruction.ClearField("metadata")
+    module.ClearField("id")
+    module.ClearField("stack_frame_index")
+    return module.SerializeToString(deterministic=True)

@@ -1,0 +1,220 @@
+"""From compiled cost to a row of the preflight's table: time, images a second, hours."""
+
+import dataclasses
+
+from conadv_tf.preflight.tpu_compiler import Cost
+from conadv_tf.preflight.tpu_generations import GENERATIONS, GIB, Generation, allreduce_seconds
+
+# The calibration. MLPerf Training v0.7, TensorFlow 2 on v3-32 (training_results_v0.7, tpu-v3-32-TF2.0, result_0):
+# ResNet-50, bf16, LARS, 128 images a core, 157.3 s for 4 epochs of 4,096 images an update.
+MEASURED_SECONDS = 0.1257
+MEASURED_ROWS, MEASURED_REPLICAS = 128, 32
+# What libtpu 0.0.51 says of a plain ResNet-50 update at that size on v3, and the roofline of its traffic. That is what
+# MLPerf ran; `vanilla` here does without some of its traffic (expansion.py).
+COMPILED_SECONDS, ROOFLINE_SECONDS = 0.09737, 0.07675
+RESNET50_BYTES = 4 * (25_557_032 + 53_120)
+# Of the compiler's estimate; above it the roofline serves.
+TOLERATED_ERROR = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program, or a part of one, does on one replica; see Cost. Parts add up."""
+
+    flop: float = 0.0
+    hbm_bytes: float = 0.0
+    optimal_seconds: float = 0.0
+    optimal_error: float = 0.0
+    cycles: float = 0.0
+
+    @classmethod
+    def of(cls, cost: Cost) -> "Work":
+        return cls(cost.flop, cost.hbm_bytes, cost.optimal_seconds, cost.optimal_error, cost.cycles)
+
+    def __add__(self, other: "Work") -> "Work":
+        return self._with(other, 1.0)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return self._with(other, -1.0)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work()._with(self, times)
+
+    def _with(self, other: "Work", times: float) -> "Work":
+        # Errors add up whichever way their values go.
+        return Work(
+            self.flop + times * other.flop,
+            self.hbm_bytes + times * other.hbm_bytes,
+            self.optimal_seconds + times * other.optimal_seconds,
+            self.optimal_error + abs(times) * other.optimal_error,
+            self.cycles + times * other.cycles,
+        )
+
+    def roofline_seconds(self, generation: Generation) -> float:
+        """The least time at the peaks of a replica."""
+        return max(self.flop / generation.peak_flops, self.hbm_bytes / generation.hbm_bandwidth)
+
+    def compiler_seconds(self) -> float | None:
+        """The compiler's lower bound; None where rounding may have moved it by more than TOLERATED_ERROR."""
+        usable = self.optimal_error <= TOLERATED_ERROR * self.optimal_seconds
+        return self.optimal_seconds if usable and self.optimal_seconds > 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Of the updates that rows are about: replicas, clean images of a global batch, images the whole run sees."""
+
+    replicas: int
+    global_batch_size: int
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method of the table. Per replica and update where nothing else is said; a replica is a core or a chip.
+
+    Attributes:
+      name: of the method.
+      compiled: whether its update was compiled whole; otherwise its passes were, and add up.
+      flop, hbm_bytes, cycles: see Cost.
+      used_bytes, available_bytes: HBM.
+      compiler_seconds: lower bound; None where it cannot be used.
+      roofline_seconds: of FLOP and traffic at the peaks.
+      allreduce_seconds: of gradients and BN statistics.
+      update_seconds: calibrated estimate of an update, its all-reduce included.
+      images_per_second: clean images of the whole slice.
+      hours, replica_hours: of the whole recipe, without evaluation and start-up.
+    """
+
+    name: str
+    compiled: bool
+    flop: float
+    hbm_bytes: float
+    cycles: float
+    used_bytes: float
+    available_bytes: float
+    compiler_seconds: float | None
+    roofline_seconds: float
+    allreduce_seconds: float
+    update_seconds: float
+    images_per_second: float
+    hours: float
+    replica_hours: float
+
+    @property
+    def fits(self) -> bool:
+        return self.used_bytes <= self.available_bytes
+
+
+def calibration() -> tuple[float, float]:
+    """Measured time of an update without its all-reduce over the compiler's estimate, and over the roofline."""
+    moving = allreduce_seconds(GENERATIONS["v3"], MEASURED_REPLICAS, RESNET50_BYTES)
+    computing = MEASURED_SECONDS - moving
+    return computing / COMPILED_SECONDS, computing / ROOFLINE_SECONDS
+
+
+def estimated_seconds(work: Work, generation: Generation) -> float:
+    """Calibrated time of some work on one replica: from the compiler's estimate, or else from the roofline."""
+    by_compiler, by_roofline = calibration()
+    seconds = work.compiler_seconds()
+    return by_roofline * work.roofline_seconds(generation) if seconds is None else by_compiler * seconds
+
+
+def make_row(
+    name: str,
+    compiled: bool,
+    work: Work,
+    used_bytes: float,
+    reduced_bytes: int,
+    generation: Generation,
+    layout: Layout,
+) -> Row:
+    """The row of a method.
+
+    Args:
+      name: of the method.
+      compiled: see Row.
+      work: of one update on one replica.
+      used_bytes: HBM of a replica.
+      reduced_bytes: what each replica adds to the all-reduce.
+      generation: of the slice.
+      layout: of the run.
+    """
+    moving = allreduce_seconds(generation, layout.replicas, reduced_bytes)
+    update = estimated_seconds(work, generation) + moving
+    images_per_second = layout.global_batch_size / update
+    hours = layout.images / images_per_second / 3600
+    return Row(
+        name,
+        compiled,
+        work.flop,
+        work.hbm_bytes,
+        work.cycles,
+        used_bytes,
+        generation.hbm_bytes,
+        work.compiler_seconds(),
+        work.roofline_seconds(generation),
+        moving,
+        update,
+        images_per_second,
+        hours,
+        hours * layout.replicas,
+    )
+
+
+def table(rows: list[Row], generation: Generation) -> str:
+    """The rows for a person, with what they mean below."""
+    unit = generation.unit
+    head = ["method", "TFLOP", "GB moved", "HBM", "compiler", "roofline", "all-reduce"]
+    head += ["ms/update", "images/s", "hours", f"{unit}-hours"]
+    lines = [head, *([_name(row), *_numbers(row)] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = []
+    for name, *cells in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join(["", name.ljust(widths[0]), *right]))
+    return "\n".join([*text, *_legend(rows, generation)])
+
+
+def _name(row: Row) -> str:
+    return row.name if row.compiled else f"≈ {row.name}"
+
+
+def _numbers(row: Row) -> list[str]:
+    spare = 100 * (1 - row.used_bytes / row.available_bytes)
+    memory = f"{row.used_bytes / GIB:.2f} GiB, " + (f"{spare:.0f} % spare" if row.fits else "does NOT fit")
+    milliseconds = [row.compiler_seconds, row.roofline_seconds, row.allreduce_seconds, row.update_seconds]
+    return [
+        _figure(row.flop / 1e12),
+        _figure(row.hbm_bytes / 1e9),
+        memory,
+        *("–" if seconds is None else _figure(1000 * seconds) for seconds in milliseconds),
+        f"{row.images_per_second:,.0f}",
+        _figure(row.hours),
+        _figure(row.replica_hours),
+    ]
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, and no exponent where people read."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _legend(rows: list[Row], generation: Generation) -> list[str]:
+    by_compiler, by_roofline = calibration()
+    unit = generation.unit
+    legend = [
+        f"TFLOP, GB, HBM and ms are of one {unit} and one update; of its HBM a program can use "
+        f"{generation.hbm_bytes / GIB:.2f} GiB.",
+        f"compiler: the TPU compiler's own lower bound; roofline: FLOP at {generation.peak_flops / 1e12:g} TFLOP/s or "
+        f"traffic at {generation.hbm_bandwidth / 1e9:g} GB/s, the longer.",
+        f"ms/update: {by_compiler:.2f} × compiler (or {by_roofline:.2f} × roofline) + all-reduce. These factors make "
+        f"a plain ResNet-50 take the {1000 * MEASURED_SECONDS:g} ms that MLPerf v0.7 measured",
+        f"(TF2, v3-{MEASURED_REPLICAS}, {MEASURED_ROWS} images a core); nothing was measured for this table. Input, "
+        "collectives of distributed BN, evaluation and start-up are not in it.",
+    ]
+    if not all(row.compiled for row in rows):
+        legend.append("≈: put together from passes compiled one by one; the other rows were compiled whole.")
+    if any(row.compiler_seconds is None for row in rows):
+        legend.append("–: the compiler's sum is rounded too coarsely for this program; its row is from the roofline.")
+    return [f"  {line}" for line in legend]

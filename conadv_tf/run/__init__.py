@@ -1,0 +1,1 @@
+"""A run from recipe to result: build, train, folder, checkpoints, callbacks, faults."""

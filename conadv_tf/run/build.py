@@ -1,0 +1,185 @@
+"""A run built from the gin configuration: data, plan, network, model, optimizer."""
+
+import dataclasses
+
+import gin
+import tensorflow as tf
+
+from conadv_tf import config, methods
+from conadv_tf.data import pipeline
+from conadv_tf.data.datasets import load
+from conadv_tf.errors import ConfigError
+from conadv_tf.models.resnet import ResNet
+from conadv_tf.run import divergence, monitor
+from conadv_tf.training.lars import OPTIMIZERS
+from conadv_tf.training.learning_rate import warmup_poly_decay
+from conadv_tf.training.plan import Plan, check_batch_norm_groups, make_plan
+from conadv_tf.training.trainer import ConAdvModel
+
+PRECISIONS = ("float32", "mixed_bfloat16")
+ALL_REDUCE_DTYPES = ("float32", "bfloat16")
+
+
+@gin.configurable("train")
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a recipe says about training.
+
+    Attributes:
+      method: "vanilla", "disadv" or "conadv".
+      optimizer: "lars" or "sgd".
+      global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
+      microbatch_size: images one replica holds at a time; BN statistics are over these (SPEC section 5).
+      epochs: passes over the training set.
+      seed: of the initial weights, the order of the images, augmentation and attack.
+      precision: "float32", or "mixed_bfloat16" (float32 variables and losses).
+      all_reduce_dtype: of gradients on their way between replicas, "float32" or "bfloat16" (half the traffic).
+      jit_compile: XLA off a TPU as well; a TPU always compiles.
+      steps_per_execution: updates made without returning to Python; 0: an epoch's on a TPU, one elsewhere.
+      evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
+      checkpoint_every_steps: updates between checkpoints within an epoch, for long ones; 0: none. Where
+        steps_per_execution updates are one call, after the call.
+    """
+
+    global_batch_size: int = 0
+    method: str = "conadv"
+    optimizer: str = "lars"
+    microbatch_size: int = 64
+    epochs: int = 90
+    seed: int = 0
+    precision: str = "float32"
+    all_reduce_dtype: str = "float32"
+    jit_compile: bool = False
+    steps_per_execution: int = 0
+    evaluate_every_epochs: int = 1
+    checkpoint_every_epochs: int = 1
+    checkpoint_every_steps: int = 0
+
+    def __post_init__(self):
+        for name, choices in (
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("precision", PRECISIONS),
+            ("all_reduce_dtype", ALL_REDUCE_DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"train.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
+        for name, least in (
+            ("steps_per_execution", 0),
+            ("evaluate_every_epochs", 1),
+            ("checkpoint_every_epochs", 1),
+            ("checkpoint_every_steps", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.seed < 2**20:
+            raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
+
+    def evaluation_is_due(self, epoch: int) -> bool:
+        """Whether the test images are evaluated after an epoch (from 0)."""
+        return self._is_due(epoch, self.evaluate_every_epochs)
+
+    def checkpoint_is_due(self, epoch: int) -> bool:
+        """Whether an epoch (from 0) ends with a checkpoint."""
+        return self._is_due(epoch, self.checkpoint_every_epochs)
+
+    def _is_due(self, epoch: int, every: int) -> bool:
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run is made of, built and not yet trained."""
+
+    recipe: str
+    settings: Settings
+    strategy: tf.distribute.Strategy
+    data: pipeline.ImageData
+    plan: Plan
+    model: ConAdvModel
+    monitor: monitor.Settings
+    divergence: divergence.Settings
+
+
+@gin.configurable("model", denylist=["data", "method", "plan", "seed", "dtype"])
+def make_network(
+    data: pipeline.ImageData,
+    method: methods.Method,
+    plan: Plan,
+    seed: int,
+    dtype: str,
+    name: str = "digits_resnet",
+    batch_norm_momentum: float = 0.9,
+    batch_norm_epsilon: float = 1e-5,
+    replicas_per_group: int = 1,
+) -> ResNet:
+    """The network of a recipe: `name` from resnet.ARCHITECTURES, with the branches the method trains.
+
+    `replicas_per_group` replicas share batch statistics; 0: as few as have 64 images together (SPEC section 3).
+    """
+    if not 0 <= batch_norm_momentum < 1 or not batch_norm_epsilon > 0:
+        raise ConfigError(
+            f"model.batch_norm_momentum={batch_norm_momentum} must lie in [0, 1) and "
+            f"model.batch_norm_epsilon={batch_norm_epsilon} above 0: the paper's are 0.9 and 1e-5"
+        )
+    return ResNet(
+        name,
+        data.num_classes,
+        data.image_shape,
+        method.branches,
+        batch_norm_momentum,
+        batch_norm_epsilon,
+        replicas_per_group or plan.replicas_for_batch_norm(),
+        seed,
+        dtype,
+        name="network",
+    )
+
+
+def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, num_replicas: int | None = None) -> Run:
+    """Builds what the gin configuration describes.
+
+    Args:
+      recipe: its name.
+      strategy: where the variables live.
+      data_dir: of the data; None for data without files.
+      num_replicas: to plan for; None takes the strategy's, any other number is for looking at the plan alone.
+
+    Raises:
+      ConfigError: for settings that do not fit together.
+      DataError: for missing or damaged data.
+    """
+    settings = Settings()
+    if settings.checkpoint_every_steps and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError(
+            f"train.checkpoint_every_steps={settings.checkpoint_every_steps} is for one process, and here are several "
+            "workers: leave it at 0, and train.checkpoint_every_epochs at 1"
+        )
+    # Before the data, which may take minutes to look through.
+    method = methods.make_method(settings.method, config.setting("data.autoaugment_mode") == "concat3")
+    loaded = load(data_dir=data_dir)
+    replicas = num_replicas or strategy.num_replicas_in_sync
+    plan = make_plan(
+        settings.global_batch_size,
+        settings.microbatch_size,
+        replicas,
+        loaded.num_train,
+        settings.epochs,
+        method.updates_per_batch,
+    )
+    if method.start_epoch >= plan.epochs:
+        raise ConfigError(
+            f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
+            "start earlier, or use train.method='vanilla'"
+        )
+    with strategy.scope():
+        network = make_network(loaded, method, plan, settings.seed, settings.precision)
+        on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+        check_batch_norm_groups(network.replicas_per_group, replicas, settings.jit_compile, on_tpu)
+        model = ConAdvModel(network, method, plan.microbatches, settings.seed, settings.all_reduce_dtype)
+        schedule = warmup_poly_decay(plan.steps_per_epoch, plan.total_steps)
+        model.compile(
+            OPTIMIZERS[settings.optimizer](schedule),
+            jit_compile=settings.jit_compile,
+            steps_per_execution=settings.steps_per_execution or (plan.steps_per_epoch if on_tpu else 1),
+        )
+    return Run(recipe, settings, strategy, loaded, plan, model, monitor.Settings(), divergence.Settings())

@@ -1,0 +1,172 @@
+"""What a run leaves on disk: checkpoints to resume from, and the network to take away."""
+
+import os
+import re
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from conadv_tf.errors import RunError, one_line
+from conadv_tf.training.trainer import ConAdvModel
+
+KEEP = 3
+_PREFIX = "ckpt-"
+_FILE = re.compile(r"(ckpt-(\d+))\.(?:index|data-\d{5}-of-\d{5})")
+_LISTED = re.compile(rb'"(?:[^"]*/)?ckpt-(\d+)"')
+
+
+class EpochSoFar(NamedTuple):
+    """What an epoch's line in metrics.jsonl will need of the updates before a checkpoint within the epoch.
+
+    means: values of the variables of the model's training metric, in their order; seconds: of training.
+    """
+
+    means: list[np.ndarray]
+    seconds: float
+
+
+class Checkpoints:
+    """Checkpoints of the network, its shadow copies and the optimizer in `directory`; the newest KEEP stay.
+
+    Each is named after the number of updates made, `ckpt-N`. Which there are is read from the folder, not from the
+    list that TensorFlow keeps beside them, which a crash can leave behind them. One within an epoch also holds an
+    EpochSoFar, `epoch_so_far` once it is restored and None after any other.
+    """
+
+    def __init__(self, model: ConAdvModel, directory: str):
+        model.create_optimizer_variables()
+        self._model = model
+        self._directory = directory
+        self.epoch_so_far: EpochSoFar | None = None
+        self.last: str | None = None  # saved or restored
+        parts = {"network": model.network, "shadows": list(model.shadows), "optimizer": model.optimizer}
+        self._means, self._seconds = model.metrics[0], tf.Variable(0.0, trainable=False, dtype=tf.float64)
+        epoch = tf.train.Checkpoint(means=self._means, seconds=self._seconds)
+        self._checkpoint, self._within_epoch = tf.train.Checkpoint(**parts), tf.train.Checkpoint(**parts, epoch=epoch)
+        # write() does not count. It is made for the checkpoints that hold one: what a checkpoint holds must be here.
+        self._counter = self._checkpoint.save_counter
+
+    def restore(self) -> int:
+        """Restores the newest whole checkpoint, if there is one; returns the number of updates made so far.
+
+        One that cannot be read to its end is passed over, with a warning that names it.
+
+        Raises:
+          RunError: for a checkpoint of another model or method, or where there are some and none can be read.
+        """
+        bad: list[tuple[str, str]] = []
+        for number in numbers(self._directory):
+            path = self._path(number)
+            cause = _damage(path)
+            if cause is None:
+                for torn, why in bad:
+                    logging.warning("checkpoint %s is not whole (%s): going on from %s", torn, why, path)
+                self._restore_fitting(path)
+                self.last = path
+                break
+            bad.append((path, cause))
+        else:
+            if bad:
+                raise RunError(
+                    f"{self._directory}: none of its {len(bad)} checkpoints is whole (the newest: {bad[0][1]}): bring "
+                    "back their files, or remove the folder to train from the start"
+                )
+        return self._model.updates_made()
+
+    def _restore_fitting(self, path: str) -> None:
+        within = any(name.startswith("epoch/") for name, _ in tf.train.list_variables(path))
+        try:
+            status = (self._within_epoch if within else self._checkpoint).read(path)
+            try:
+                status.assert_existing_objects_matched()
+                status.assert_consumed()
+            finally:
+                status.expect_partial()  # the error says it; a warning a variable would bury it
+        except (ValueError, AssertionError, tf.errors.OpError) as error:
+            raise RunError(
+                f"checkpoint {path} does not fit this model, method or optimizer ({one_line(error)}): use the recipe "
+                "that wrote it, or another --model_dir"
+            ) from error
+        means = [variable.numpy() for variable in self._means.variables]
+        self.epoch_so_far = EpochSoFar(means, float(self._seconds.numpy())) if within else None
+
+    def save(self, seconds: float | None = None) -> str:
+        """Saves under the number of updates made; returns the path.
+
+        Args:
+          seconds: of the training of an epoch so far, within one; None after its last update.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
+        number = self._model.updates_made()
+        path = self._path(number)
+        try:
+            self._seconds.assign(seconds or 0.0)
+            (self._checkpoint if seconds is None else self._within_epoch).write(path)
+            self._sweep(number)
+        except (tf.errors.OpError, OSError) as error:
+            raise RunError(
+                f"cannot write a checkpoint to {self._directory} ({one_line(error)}{free_space(self._directory)}): "
+                "make room, or change --model_dir"
+            ) from error
+        self.last = path
+        return path
+
+    def _sweep(self, newest: int) -> None:
+        """Lists `newest` and those before it for TensorFlow's readers, and removes what is not kept.
+
+        A higher number is one that was passed over when the run went on from an earlier one.
+        """
+        kept = sorted(number for number in numbers(self._directory) if number <= newest)[-KEEP:]
+        names = [f"{_PREFIX}{number}" for number in kept]
+        lines = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
+        listed = os.path.join(self._directory, "checkpoint")
+        with tf.io.gfile.GFile(listed + ".partial", "w") as file:
+            file.write("\n".join(lines) + "\n")
+        tf.io.gfile.rename(listed + ".partial", listed, overwrite=True)
+        for entry in tf.io.gfile.listdir(self._directory):
+            name = entry.rstrip("/")
+            whole = _FILE.fullmatch(name)
+            if name.startswith(_PREFIX) and not (whole and whole.group(1) in names):
+                path = os.path.join(self._directory, name)
+                (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
+
+    def _path(self, number: int) -> str:
+        return os.path.join(self._directory, f"{_PREFIX}{number}")
+
+
+def numbers(directory: str) -> list[int]:
+    """Updates of the checkpoints that are in the folder or listed there, the newest first; none where there is none."""
+    if not tf.io.gfile.exists(directory):
+        return []
+    if not tf.io.gfile.isdir(directory):
+        raise RunError(f"{directory} is a file where checkpoints should go: move it, or change --model_dir")
+    found = [match.group(2) for match in map(_FILE.fullmatch, tf.io.gfile.listdir(directory)) if match]
+    listed = os.path.join(directory, "checkpoint")
+    if tf.io.gfile.exists(listed):
+        with tf.io.gfile.GFile(listed, "rb") as file:
+            found += [number.decode() for number in _LISTED.findall(file.read())]
+    return sorted({int(number) for number in found}, reverse=True)
+
+
+def free_space(directory: str) -> str:
+    """How full the disk of a local directory is, of which TensorFlow's writer does not speak."""
+    try:
+        return f"; {shutil.disk_usage(directory).free / 1e6:,.1f} MB free there"
+    except OSError:  # it is gone, or remote
+        return ""
+
+
+def _damage(path: str) -> str | None:
+    """Why a checkpoint cannot be read to its end, on one line; None for a whole one, whatever it is of."""
+    try:
+        reader = tf.train.load_checkpoint(path)
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)  # which verifies its checksum
+    except Exception as error:  # TensorFlow's reader raises errors of many kinds, IndexError among them
+        return one_line(error)
+    return None

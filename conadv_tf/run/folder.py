@@ -1,0 +1,118 @@
+"""The folder of a run: config.gin, metrics.jsonl, result.json and what else people and programs read."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from conadv_tf.errors import RunError, one_line
+
+
+class RunFolder:
+    """`model_dir`: local or gs://. Every text file is replaced whole, never half written.
+
+    Reading raises RunError for a file that is damaged.
+
+    Args:
+      path: of the folder.
+      writes: False for a worker beside the chief: it reads, and its writes are dropped.
+    """
+
+    def __init__(self, path: str, writes: bool = True):
+        self.path, self.writes = path, writes
+
+    def make(self) -> None:
+        """Makes the folder, where there is none.
+
+        Raises:
+          RunError: if it cannot be made or written.
+        """
+        if not self.writes:
+            return
+        with contextlib.suppress(tf.errors.OpError, OSError):
+            tf.io.gfile.makedirs(self.path)  # what goes wrong here, writing says
+        self._write(".writable", "yes\n")  # something, of which a full disk has no place
+        tf.io.gfile.remove(self.file(".writable"))
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def read_config(self) -> str | None:
+        """The operative configuration of the run in the folder; None if there is none yet."""
+        return self._read("config.gin")
+
+    def write_config(self, text: str) -> None:
+        self._write("config.gin", text)
+
+    def read_result(self) -> dict | None:
+        """The result of a finished run; None if it has not finished."""
+        return self._parsed("result.json", json.loads)
+
+    def write_result(self, result: dict) -> None:
+        self._write("result.json", json.dumps(result, indent=2) + "\n")
+
+    def read_divergences(self) -> list[dict]:
+        """The updates that were not finite and were gone back from, in their order; see `run.train`."""
+        return self._parsed("divergences.json", json.loads) or []
+
+    def write_divergences(self, divergences: list[dict]) -> None:
+        self._write("divergences.json", json.dumps(divergences, indent=2) + "\n")
+
+    def read_layout(self) -> dict | None:
+        """How the run was laid out when it was last started; see `run.train`."""
+        return self._parsed("layout.json", json.loads)
+
+    def write_layout(self, layout: dict) -> None:
+        self._write("layout.json", json.dumps(layout) + "\n")
+
+    def write_preflight(self, content: dict) -> None:
+        self._write("preflight.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict]:
+        """One dict an epoch; see `Recorder`."""
+        return self._parsed("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
+
+    def write_metrics(self, epochs: list[dict]) -> None:
+        self._write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """What a file holds; None where there is none, or an empty one."""
+        text = self._read(name)
+        try:
+            return parse(text) if text else None
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+
+    def _read(self, name: str) -> str | None:
+        if not tf.io.gfile.exists(self.file(name)):
+            return None
+        try:
+            with tf.io.gfile.GFile(self.file(name)) as file:
+                return file.read()
+        except (UnicodeDecodeError, tf.errors.OpError) as error:
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> RunError:
+        return RunError(f"{self.file(name)} is damaged ({one_line(error)}): bring it back, or pass another --model_dir")
+
+    def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
+        partial = self.file(name + ".partial")
+        try:
+            with tf.io.gfile.GFile(partial, "w") as file:
+                file.write(text)
+            tf.io.gfile.rename(partial, self.file(name), overwrite=True)
+        except (tf.errors.OpError, OSError) as error:
+            raise RunError(
+                f"--model_dir={self.path} cannot be written ({one_line(error)}): make room, or choose a folder you may "
+                "write"
+            ) from error
+
+
+def recorded(value: float) -> float:
+    """A value as metrics.jsonl keeps it: six significant digits."""
+    return float(f"{float(value):.6g}")

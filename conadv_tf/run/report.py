@@ -1,0 +1,145 @@
+"""What a run will be, in words: for the person who starts it."""
+
+import statistics
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf import __version__, methods
+from conadv_tf.run.build import Run
+from conadv_tf.training.learning_rate import peak_of
+from conadv_tf.training.plan import Plan
+from conadv_tf.training.shadows import leaf_variables
+
+
+def facts(run: Run) -> dict:
+    """What result.json says of a run that is known before it is trained."""
+    plan, method = run.plan, run.model.method
+    return {
+        "recipe": run.recipe,
+        "method": method.name,
+        "schedule": method.schedule,
+        "tau": method.tau,
+        "epsilon": method.attack.epsilon_pixels if method.attack else None,
+        "dataset": run.data.name,
+        "model": run.model.network.architecture,
+        "seed": run.settings.seed,
+        "global_batch_size": plan.global_batch_size,
+        "num_replicas": plan.num_replicas,
+        "microbatches": plan.microbatches,
+        "epochs": plan.epochs,
+        "steps": plan.total_steps,
+    }
+
+
+def arithmetic(run: Run) -> str:
+    """The arithmetic of the run, one fact a line, for the person who starts it."""
+    plan, method, network = run.plan, run.model.method, run.model.network
+    warmup, peak = peak_of(run.model.optimizer.learning_rate)
+    facts = [
+        ("recipe", run.recipe),
+        ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
+        ("network", f"{network.architecture}, {_count(network.trainable_variables):,} parameters"),
+        ("method", _method_text(method)),
+        ("global batch", f"{plan.global_batch_size:,} clean images"),
+        ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{_turns_text(plan)}"),
+        ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),
+        ("batch statistics", f"over {plan.rows * network.replicas_per_group} images"),
+        ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
+        ("warm-up", f"{warmup:,} updates to a peak learning rate of {peak:.4g}"),
+        ("cost", f"{method.forward_units:g} forward passes over the images of a replica an update (vanilla: 3)"),
+        ("carried memory", _carried_text(run)),
+    ]
+    encoded, decoded = run.data.cache_bytes
+    if encoded:
+        cached = f"{encoded / 1e9:.3g} GB of records and {decoded / 1e9:.3g} GB of test images, over all hosts"
+        facts.append(("cache", cached))
+    note = plan.remainder_note()
+    facts += [("remainder", note)] if note else []
+    return "\n".join(f"  {name:<18}{text}" for name, text in facts)
+
+
+def _method_text(method: methods.Method) -> str:
+    if method.attack is None:
+        return method.name
+    schedule = f", schedule {method.schedule}, tau {method.tau}" if method.schedule else ""
+    return f"{method.name}{schedule}, epsilon {method.attack.epsilon_pixels:g} {method.attack.units}"
+
+
+def _turns_text(plan: Plan) -> str:
+    return f", which last for {plan.updates_per_batch} updates" if plan.updates_per_batch > 1 else ""
+
+
+def _carried_text(run: Run) -> str:
+    """What one update leaves to the next on each replica, beside weights and optimizer."""
+    model, plan = run.model, run.plan
+    text = f"{sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows):.3g} MB of old weights"
+    if model.method.carried:
+        specs = model.method.carried(tf.TensorSpec((plan.rows, *run.data.train_shape), tf.uint8)).values()
+        carried = plan.microbatches * sum(spec.dtype.size * int(np.prod(spec.shape)) for spec in specs)
+        text += f" and {1e-6 * carried:.3g} MB of images"
+    return f"{text} on each replica"
+
+
+def _count(variables: list[tf.Variable]) -> int:
+    return sum(int(np.prod(variable.shape)) for variable in variables)
+
+
+def evaluation_result(splits: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Accuracies in percent over exactly every image of each split, and the gap of train and test in points."""
+    top1 = {f"{split}_top1": _percent(means["top1"]) for split, means in splits.items()}
+    gap = round(top1["train_top1"] - top1["test_top1"], 4)
+    return {**top1, "test_top5": _percent(splits["test"]["top5"]), "generalization_gap": gap}
+
+
+def speed_result(epochs: list[dict]) -> dict[str, float]:
+    """Median clean training images/s of the epochs, and the seconds of training in all of them."""
+    rates = [epoch["images_per_second"] for epoch in epochs if epoch["images_per_second"]]
+    return {
+        "images_per_second": round(statistics.median(rates), 2) if rates else 0.0,
+        "wall_seconds": round(sum(epoch["seconds"] for epoch in epochs), 2),
+    }
+
+
+def theory_result(epochs: list[dict]) -> dict[str, float]:
+    """Each value of monitor.py by its name without "theory_": its mean over the epochs that it was measured in.
+
+    Of mean_squared_gradient_norm, which is an average over the run already, the last.
+    """
+    names = sorted({name for epoch in epochs for name in epoch if name.startswith("theory_")})
+    measured = {name: [epoch[name] for epoch in epochs if name in epoch] for name in names}
+    means = {name.removeprefix("theory_"): statistics.mean(values) for name, values in measured.items()}
+    if "mean_squared_gradient_norm" in means:
+        means["mean_squared_gradient_norm"] = measured["theory_mean_squared_gradient_norm"][-1]
+    return {name: float(f"{value:.6g}") for name, value in means.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of what the weights depend on."""
+    return {
+        "conadv_tf": __version__,
+        "tensorflow": tf.__version__,
+        "tf_keras": tf_keras.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def result_text(result: dict) -> str:
+    """The result for a person."""
+    setting = f"{result['method']}"
+    if result["schedule"]:
+        setting += f" ({result['schedule']}, tau {result['tau']})"
+    if result["epsilon"] is not None:
+        setting += f", epsilon {result['epsilon']:g}"
+    return (
+        f"{result['recipe']}: {setting}; batch {result['global_batch_size']:,}, {result['epochs']} epochs, "
+        f"{result['steps']:,} updates\n"
+        f"  test top-1 {result['test_top1']:.2f} %   top-5 {result['test_top5']:.2f} %   "
+        f"train top-1 {result['train_top1']:.2f} %   gap {result['generalization_gap']:.2f} points\n"
+        f"  {result['images_per_second']:,.0f} images/s, {result['wall_seconds']:,.0f} s"
+    )
+
+
+def _percent(share: float) -> float:
+    return round(100.0 * float(share), 4)

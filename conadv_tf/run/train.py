@@ -1,0 +1,231 @@
+"""A run from recipe to result: data → plan → model → fit → result.json and an exported network."""
+
+import contextlib
+from collections.abc import Sequence
+
+import tensorflow as tf
+import tf_keras
+from absl import logging
+
+from conadv_tf import config, terminal
+from conadv_tf.data import service as data_service
+from conadv_tf.run import callbacks, checkpoint, divergence, lock, monitor, preemption, report, resuming
+from conadv_tf.run.build import Run
+from conadv_tf.run.export import export
+from conadv_tf.run.folder import RunFolder, recorded
+from conadv_tf.run.report import facts
+from conadv_tf.run.strategy import is_chief
+from conadv_tf.run.tensorboard import TensorBoard
+from conadv_tf.training.learning_rate import peak_of, warmup_poly_decay
+
+PANEL_IMAGES = 6
+
+
+def train(run: Run, model_dir: str) -> dict:
+    """Trains a run to its end in `model_dir`, resuming what is there; returns the result.
+
+    Raises:
+      ConfigError: if the folder holds another run.
+      RunError: if the folder cannot be used or is in use, or an update is not finite (divergence.py).
+      Preempted, KeyboardInterrupt: after SIGTERM, SIGINT; the run is kept up to the update they came in.
+      DataError: if the data turn out damaged beyond the limit.
+    """
+    folder = RunFolder(model_dir, writes=is_chief(run.strategy))
+    layout = resuming.layout(run.plan, run.model.network)
+    resuming.check(folder, layout)
+    finished = folder.read_result()
+    if finished:
+        terminal.say(f"{folder.path} holds this run, finished; nothing to train")
+        return finished
+    folder.make()
+    with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
+        return _train_in(run, folder, layout)
+
+
+def _train_in(run: Run, folder: RunFolder, layout: resuming.Layout) -> dict:
+    checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
+    update = checkpoints.restore()
+    folder.write_config(config.operative_config())
+    if update:
+        terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, layout))
+    elif run.divergence.retries and folder.writes:
+        checkpoints.save()  # what to go back to from the first epoch
+    folder.write_layout(layout)
+    _fit_to_the_end(run, folder, checkpoints, update)
+    result = _result(run, folder)
+    if folder.writes:
+        export(run.model.network, folder.file("export"))
+    folder.write_result(result)
+    if run.data.bad_records.count:
+        terminal.say(run.data.bad_records.report())
+    return result
+
+
+def _fit_to_the_end(run: Run, folder: RunFolder, checkpoints: checkpoint.Checkpoints, update: int) -> None:
+    """`_fit`, and where it diverges again from the last checkpoint with a lower peak, as often as divergence.retries.
+
+    What it has gone back from is kept in the folder, and counts when the run is started again.
+    """
+    divergences = folder.read_divergences()
+    if divergences:
+        peak = divergences[-1]["peak_learning_rate"]
+        terminal.say(f"going on with a peak learning rate of {peak:.4g}, as the run has diverged before")
+        _lower_peak(run, peak)
+    # Held across retries: a request that comes while the run diverges is still there when it has gone back.
+    with preemption.noticed(can_save=_is_alone(run)) as request:
+        while True:
+            try:
+                _fit(run, folder, checkpoints, update, request)
+                return request.end_if_told(checkpoints.last)  # it may have come after the last update
+            except divergence.Diverged as error:
+                if len(divergences) >= run.divergence.retries:
+                    raise error.after(len(divergences)) from None
+                diverged = error
+            update = checkpoints.restore()
+            divergences.append(_gone_back(run, diverged, update))
+            folder.write_divergences(divergences)
+
+
+def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
+    """Lowers the peak of a run whose weights are those at `update` again; returns what is to be kept of that."""
+    _, last_peak = peak_of(run.model.optimizer.learning_rate)
+    peak = float(f"{run.divergence.peak_factor * last_peak:.6g}")
+    logging.warning("%s: going back to update %d with a peak learning rate of %.4g", diverged.text, update, peak)
+    _lower_peak(run, peak)
+    return {**diverged.facts, "went_back_to": update, "peak_learning_rate": peak}
+
+
+def _lower_peak(run: Run, peak: float) -> None:
+    run.model.optimizer.learning_rate = warmup_poly_decay(run.plan.steps_per_epoch, run.plan.total_steps, peak)
+    run.model.restart()
+
+
+def _is_alone(run: Run) -> bool:
+    """One of several workers cannot end, or save sums over replicas, without the others."""
+    return not isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def _fit(
+    run: Run, folder: RunFolder, checkpoints: checkpoint.Checkpoints, update: int, request: preemption.Request
+) -> None:
+    """Trains from `update` on, saved also when the process is told to end; the weights are those at `update`."""
+    with data_service.watched(run.data.services):
+        if _is_alone(run):
+            _evaluate_last(run, folder, update, request)
+        request.end_if_told(checkpoints.last)
+        called = _callbacks(run, folder, checkpoints, update, request)
+        try:
+            run.model.fit(
+                _train_batches(run, update),
+                epochs=run.plan.epochs,
+                initial_epoch=update // run.plan.steps_per_epoch,
+                steps_per_epoch=run.plan.steps_per_epoch,
+                verbose=0,
+                callbacks=called,
+            )
+        finally:
+            for bar in called:
+                if isinstance(bar, callbacks.ProgressBar):
+                    bar.close()
+
+
+def _callbacks(
+    run: Run,
+    folder: RunFolder,
+    checkpoints: checkpoint.Checkpoints,
+    update: int,
+    request: preemption.Request,
+) -> list:
+    plan, settings = run.plan, run.settings
+    epoch, within = divmod(update, plan.steps_per_epoch)
+    so_far = checkpoints.epoch_so_far
+    throughput = callbacks.Throughput(plan, so_far.seconds if so_far else 0.0)
+    watchers: list = []
+    if folder.writes:
+        panel = run.data.examples("train", PANEL_IMAGES)
+        watchers = [
+            callbacks.ProgressBar(plan, run.recipe, throughput, update),
+            TensorBoard(folder, plan, panel),
+        ]
+    saves = settings.checkpoint_is_due, settings.checkpoint_every_steps
+    return [
+        *([callbacks.GoOn(within, so_far)] if so_far else []),
+        throughput,
+        divergence.StopIfDiverged(within_epochs=_is_alone(run)),
+        callbacks.Evaluation(lambda: _test_results(run, request), settings.evaluation_is_due),
+        _theory_monitor(run, folder, epoch),
+        *watchers,
+        callbacks.Recorder(plan, folder, checkpoints, throughput, *saves, epoch, request),
+    ]
+
+
+def _test_results(run: Run, request: preemption.Request) -> dict[str, float]:
+    """`evaluate` on the test images; nothing if the process is told to end meanwhile."""
+    try:
+        return evaluate(run, "test", [callbacks.EndEarly(request)])
+    except callbacks.EndEarly.Cut:
+        return {}
+
+
+def _evaluate_last(run: Run, folder: RunFolder, update: int, request: preemption.Request) -> None:
+    """Adds the test results to the line of the epoch that ends at `update`, if its process had no time for them."""
+    epochs = folder.read_metrics()[: update // run.plan.steps_per_epoch]
+    due = epochs and run.settings.evaluation_is_due(len(epochs) - 1) and "test_top1" not in epochs[-1]
+    if due and update % run.plan.steps_per_epoch == 0:
+        results = _test_results(run, request)
+        epochs[-1] |= {f"test_{name}": recorded(value) for name, value in results.items()}
+        folder.write_metrics(epochs)
+
+
+def _theory_monitor(run: Run, folder: RunFolder, first_epoch: int) -> monitor.TheoryMonitor:
+    # Data that are streamed are read for it: not for a method that has no stale weights.
+    examples = run.data.examples("train", run.monitor.images) if run.model.method.tau else None
+    return monitor.TheoryMonitor(run.monitor, run.plan.epochs, examples, folder.read_metrics()[:first_epoch])
+
+
+def _train_batches(run: Run, update: int):
+    """The data from the first image on that training from `update` on needs."""
+    plan, method = run.plan, run.model.method
+    begin = method.start_epoch * plan.steps_per_epoch
+    if update > begin:
+        run.model.resume_at(update - begin)
+    batches = min(update, begin) + method.batches_before(max(update - begin, 0)) * method.updates_per_batch
+    start = batches * plan.global_batch_size
+
+    def dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return run.data.train_batches(
+            plan.rows,
+            plan.num_replicas,
+            start_position=start,
+            seed=run.settings.seed,
+            num_hosts=context.num_input_pipelines,
+            host=context.input_pipeline_id,
+        )
+
+    return run.strategy.distribute_datasets_from_function(dataset)
+
+
+def evaluate(run: Run, split: str, watchers: Sequence[tf_keras.callbacks.Callback] = ()) -> dict[str, float]:
+    """loss, top1 and top5 (shares in [0, 1]) over exactly every image of a split, not augmented."""
+    rows, replicas = run.plan.rows, run.plan.num_replicas
+    hosts: list[int] = []
+
+    def batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        hosts.append(context.num_input_pipelines)
+        return run.data.evaluation_batches(split, rows, replicas, hosts[0], context.input_pipeline_id)
+
+    distributed = run.strategy.distribute_datasets_from_function(batches)
+    steps = run.data.evaluation_steps(split, rows, replicas, hosts[0])
+    return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True, callbacks=list(watchers))
+
+
+def _result(run: Run, folder: RunFolder) -> dict:
+    epochs, divergences = folder.read_metrics(), folder.read_divergences()
+    return {
+        **facts(run),
+        **report.evaluation_result({split: evaluate(run, split) for split in run.data.sizes}),
+        **report.speed_result(epochs),
+        "theory": report.theory_result(epochs),
+        **({"divergences": divergences} if divergences else {}),
+        "versions": report.versions(),
+    }

@@ -1,0 +1,41 @@
+"""Collectives between replicas, and the clock of the input."""
+
+import tensorflow as tf
+
+
+def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    """The sum of each value over the replicas, in one all-reduce a dtype; runs in a replica; not differentiable.
+
+    `ReplicaContext.all_reduce` would do the same behind an IdentityN of all values, for the sake of their gradients.
+    TensorFlow's graph optimizer first drops orderings as implied by that op and then takes the op apart: an update of
+    γ from the clean pass was no longer ordered behind the attack's reading of the same γ.
+    """
+
+    def reduce(strategy: tf.distribute.Strategy, *values):
+        return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, [(value, value) for value in values])
+
+    sums: dict[int, tf.Tensor] = {}
+    for dtype in dict.fromkeys(value.dtype for value in values):
+        alike = {index: value for index, value in enumerate(values) if value.dtype == dtype}
+        reduced = tf.distribute.get_replica_context().merge_call(reduce, args=tuple(alike.values()))
+        sums |= dict(zip(alike, reduced, strict=True))
+    return [sums[index] for index in range(len(values))]
+
+
+def timed_next(iterator):
+    """The next element and the seconds (float64) it took to arrive; host operations only.
+
+    The element passes through identities that wait for the clock: otherwise the clock would be read behind the first
+    heavy operations on the element.
+    """
+    start = tf.timestamp()
+    with tf.control_dependencies([start]):
+        data = next(iterator)
+    with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
+        waited = tf.timestamp() - start
+
+    def after_the_clock(tensor):
+        with tf.control_dependencies([waited]), tf.device(tensor.device):
+            return tf.identity(tensor)
+
+    return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited

@@ -1,0 +1,87 @@
+"""What an update says of itself beside its losses, and the means of an epoch that tell whether all of it was finite."""
+
+import math
+
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf.models.resnet import ResNet
+from conadv_tf.training.lars import is_adapted
+from conadv_tf.training.learning_rate import next_rate
+from conadv_tf.training.shadows import leaf_variables
+
+MONITORS = (
+    "learning_rate",
+    "gradient_norm",
+    "squared_gradient_norm",
+    "trust_ratio_min",
+    "trust_ratio_median",
+    "trust_ratio_max",
+    "drift",
+    "batch_statistics_max",
+)
+
+
+class TrainingMeans(tf_keras.metrics.MeanTensor):
+    """Means over the updates of an epoch, and the trust ratios of the last update that was finite.
+
+    Args:
+      num_logs: values of an update.
+      num_ratios: variables with a trust ratio.
+    """
+
+    def __init__(self, num_logs: int, num_ratios: int):
+        super().__init__("training", shape=(num_logs,))
+        self.ratios = self.add_weight("trust_ratios", shape=(num_ratios,), initializer="zeros")
+
+    def add_weight(self, *args, **kwargs) -> tf.Variable:
+        # Not Keras' sum over replicas: what is kept of an epoch must count the same on another number of them.
+        return super().add_weight(*args, aggregation=tf.VariableAggregation.MEAN, **kwargs)
+
+    def record(self, values: tf.Tensor, ratios: tf.Tensor) -> tf.Tensor:
+        """Adds an update; bool scalar: whether it and all before it in this epoch are finite. Runs in a replica."""
+        # What is not finite stays in the sum: no later update of the same call is applied either, nor added, so that
+        # the means tell what was not finite first.
+        before = tf.reduce_all(tf.math.is_finite(self.total))
+        finite = before & tf.reduce_all(tf.math.is_finite(values))
+        self.ratios.assign(tf.where(finite, ratios, self.ratios))
+        self.update_state(tf.where(before, values, 0.0))
+        return finite
+
+    def reset_state(self) -> None:
+        for variable in (self.total, self.count):
+            variable.assign(tf.zeros_like(variable))
+
+
+def monitors(
+    optimizer, gradients: list[tf.Tensor], statistics: list[tf.Tensor], ratios: tf.Tensor, drift: tf.Tensor
+) -> list[tf.Tensor]:
+    """The values of MONITORS, float32 scalars, for gradients and BN statistics averaged over replicas.
+
+    batch_statistics_max is the largest magnitude of a batch's mean or variance: where activations grow without bound
+    the variance overflows first, which loss and gradient need not show.
+    """
+    norm = tf.linalg.global_norm(gradients)
+    ordered, count = tf.sort(ratios), ratios.shape[0]
+    median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2.0
+    magnitudes = tf.abs(tf.concat(statistics, 0))
+    # The maximum alone would not do: compiled by XLA for a CPU it passes over NaN.
+    largest = tf.where(tf.reduce_all(tf.math.is_finite(magnitudes)), tf.reduce_max(magnitudes), math.inf)
+    return [tf.cast(next_rate(optimizer), tf.float32), norm, norm**2, ordered[0], median, ordered[-1], drift, largest]
+
+
+def trust_ratios(optimizer, variables: list[tf.Variable], gradients: list[tf.Tensor]) -> tf.Tensor:
+    """LARS trust ratios of the adapted variables, float32 [their number]; 1 for other optimizers."""
+    pairs = [pair for pair in zip(variables, gradients, strict=True) if is_adapted(pair[0])]
+    if not hasattr(optimizer, "trust_ratio"):
+        return tf.ones(len(pairs))
+    return tf.stack([optimizer.trust_ratio(variable, gradient) for variable, gradient in pairs])
+
+
+def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
+    """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (SPEC section 4)."""
+    if stale is network:
+        return tf.constant(0.0)
+    variables = zip(leaf_variables(network), leaf_variables(stale), strict=True)
+    pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in variables if now.trainable]
+    return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm([now for now, _ in pairs])
