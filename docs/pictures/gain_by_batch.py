@@ -12,6 +12,7 @@ import os
 from typing import NamedTuple
 
 import matplotlib
+from scipy import stats
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -29,7 +30,10 @@ PAPER = "+ ConAdv"
 
 
 class Gain(NamedTuple):
-    """Points of test top-1 over plain training: mean over seeds, standard error, and the paper's number, if any."""
+    """Points of test top-1 over plain training: mean over seeds, and the paper's number, if any.
+
+    `error` is half the width of the mean's 95 % confidence interval (Student's t).
+    """
 
     mean: float
     error: float
@@ -41,21 +45,22 @@ def read_gains(path: str) -> dict[str, dict[str, Gain]]:
     gains: dict[str, dict[str, Gain]] = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            error = float(row["standard_deviation"]) / math.sqrt(int(row["runs"]))
+            runs = int(row["runs"])
+            error = stats.t.ppf(0.975, runs - 1) * float(row["standard_deviation"]) / math.sqrt(runs)
             paper = float(row["paper"]) if row["paper"] else None
             gains.setdefault(row["row"], {})[row["column"]] = Gain(float(row["mean"]), error, paper)
     return gains
 
 
 def draw(gains: dict[str, dict[str, Gain]], path: str) -> None:
-    """Gains by batch with twice their standard error, and the paper's beside them."""
+    """Gains by batch with their 95 % confidence intervals, and the paper's beside them."""
     figure, axis = pyplot.subplots(figsize=(6.4, 3.9), layout="constrained")
     batches = list(gains[PAPER])
     axis.axhline(0, color="#444444", linewidth=1.2)
     for number, (method, (color, marker, dashes)) in enumerate(STYLES.items()):
         places = [index + 0.12 * (number - 1) for index in range(len(batches))]
         own = [gains[method][batch] for batch in batches]
-        bars = [2 * gain.error for gain in own]
+        bars = [gain.error for gain in own]
         style = {"color": color, "marker": marker, "linestyle": dashes, "capsize": 4, "markersize": 7}
         axis.errorbar(places, [gain.mean for gain in own], yerr=bars, label=f"{method}, digits", **style)
     paper = [(index, gains[PAPER][batch].paper) for index, batch in enumerate(batches)]
