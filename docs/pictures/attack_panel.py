@@ -70,7 +70,7 @@ def attacked(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float], fl
 
 
 def draw(clean: np.ndarray, adversarial: np.ndarray, sure: list[float], path: str) -> None:
-    """Clean | perturbation | adversarial, images [H, W, 3] in [0, 255]; `sure`: the probability of “upright” of each."""
+    """Clean | perturbation | adversarial, images [H, W, 3] in [0, 255]; `sure`: the probability of “upright”."""
     magnification = 127.0 / max(float(np.abs(adversarial - clean).max()), 1.0)
     titles = [
         f"clean: “{CLASSES[0]}”, {sure[0]:.0%}",
