@@ -18,7 +18,7 @@ from conadv_tf.run.build import Run
 from conadv_tf.run.build import build as build_run
 
 SETTINGS = ["train.global_batch_size = 128", "train.microbatch_size = 8", "model.replicas_per_group = 1"]
-KINDS = {"vanilla", "disadv", *methods.SCHEDULES}
+KINDS = set(methods.SCHEDULES)
 
 
 def build(replicas: int, *settings: str) -> Run:

@@ -37,7 +37,7 @@ def is_compiling() -> bool:
     return _compiling.get()
 
 
-def after(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+def barrier(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Both lists, `values` not to be used before `earlier` are computed.
 
     XLA would otherwise be free to interleave two passes, and to keep the activations of both.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import conadv_tf
 from conadv_tf import config
 from conadv_tf.preflight import tpu_compiler
-from conadv_tf.preflight.passes import kind
 from conadv_tf.preflight.tpu_compiler import Compiler, Cost
 from conadv_tf.preflight.tpu_generations import Generation
 from conadv_tf.run.build import Run
@@ -108,7 +107,7 @@ def _fingerprint(built: Run, generation: Generation) -> str:
     """Of everything that programs depend on: the same fingerprint, the same programs."""
     parts: list[object] = [config.operative_config(), built.plan, built.settings, built.data.train_shape, generation]
     parts += [sorted(built.model.network.get_config().items(), key=str), built.model.method.attack]
-    parts += [kind(built.model.method), built.model.method.tau, run_versions(), tpu_compiler.versions()]
+    parts += [built.model.method.kind, built.model.method.tau, run_versions(), tpu_compiler.versions()]
     text = repr(parts)
     for path in sorted(pathlib.Path(conadv_tf.__file__).parent.rglob("*.py")):
         text += path.read_text()

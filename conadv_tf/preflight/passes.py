@@ -3,10 +3,10 @@
 The run's own update and that of `vanilla` are compiled whole. The others are put together from passes, which cost in a
 program what they cost alone:
 
-    end      the end of an update: moving averages, optimizer, metrics      compiled
-    train    a training pass                                                vanilla − end
-    attack   the pass that makes x̂                                          own − end − its other passes, or compiled
-    both     a training pass that makes x̂ too, as in `paired`               likewise
+    end                the end of an update: moving averages, optimizer, metrics      compiled
+    train              a training pass                                                vanilla − end
+    attack             the pass that makes x̂                                          own − end − others, or compiled
+    train and attack   a training pass that makes x̂ too, as in `paired`               own − end − others, or compiled
 
 An update of M micro-batches is M times its passes, M additions to the sums, and one end.
 """
@@ -17,38 +17,14 @@ import math
 import tensorflow as tf
 
 from conadv_tf import methods
-from conadv_tf.models.split_batchnorm import AUGMENTED, MAIN
-from conadv_tf.preflight.table import Layout, Row, Work, make_row
+from conadv_tf.models.split_batchnorm import MAIN
+from conadv_tf.preflight.table import CostRow, Work, Workload, make_row
 from conadv_tf.preflight.tpu_compiler import Cost
 from conadv_tf.preflight.tpu_generations import Generation
 from conadv_tf.run.build import Run
 
 # Names of compiled programs, beside that of the run's own method.
 VANILLA, END, ATTACK, BOTH = "vanilla", "end of an update", "attack pass", "clean pass of paired"
-
-
-def kind(method: methods.Method) -> str:
-    """What distinguishes it from others: "vanilla", "disadv", or the schedule of conadv."""
-    return method.schedule or method.name
-
-
-def ingredients(method: methods.Method) -> dict[str, float]:
-    """Passes of one micro-batch of a method, by how many; the module's docstring names them.
-
-    Raises:
-      KeyError: for a schedule that is not in SPEC section 2.
-    """
-    extra = {"train": 1.0} if AUGMENTED in method.branches else {}
-    fraction = methods.AdversarialHalf().fraction
-    three = {"train": 1.0 + extra.get("train", 0.0) + fraction, "attack": fraction}
-    return {
-        "vanilla": {"train": 1.0},
-        "disadv": three,
-        "shadow": three,
-        "lookahead": three,
-        "paired": {"both": 1.0, "train": extra.get("train", 0.0) + fraction},
-        "phased": {"both": 1.0},
-    }[kind(method)]
 
 
 class Passes:
@@ -66,35 +42,35 @@ class Passes:
         self._end = Work.of(costs[END])
         train = Work.of(costs[VANILLA]) - self._end
         self._passes = {"train": train}
-        for name, key, share_of_train in (("attack", ATTACK, 2 / 3), ("both", BOTH, 1.0)):
+        for name, key, share_of_train in (("attack", ATTACK, 2 / 3), ("train and attack", BOTH, 1.0)):
             if key in costs:
                 # A pass that exceeds HBM has no cost: its row says that it does not fit, beside the time of its units.
                 self._passes[name] = train * share_of_train if costs[key].over_bytes else Work.of(costs[key])
         own = compared[0]
-        parts = ingredients(own)
+        parts = own.passes
         for name in parts.keys() - self._passes.keys():
             known = sum((self._passes[part] * count for part, count in parts.items() if part != name), Work())
-            self._passes[name] = (Work.of(costs[kind(own)]) - self._end - known) * (1 / parts[name])
+            self._passes[name] = (Work.of(costs[own.kind]) - self._end - known) * (1 / parts[name])
 
-    def row(self, method: methods.Method, generation: Generation) -> Row:
+    def row(self, method: methods.Method, generation: Generation) -> CostRow:
         """The row of one method."""
         plan = self._built.plan
         return make_row(
             _label(method),
-            kind(method) in self._costs and microbatches(self._built, method, self._rows) % 1 == 0,
+            method.kind in self._costs and microbatches(self._built, method, self._rows) % 1 == 0,
             self.work(method),
             self.used_bytes(method),
             reduced_bytes(self._built, method),
             generation,
-            Layout(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
+            Workload(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
         )
 
     def work(self, method: methods.Method) -> Work:
         """Of one update of the run on one replica."""
-        if kind(method) in self._costs:
-            microbatch = Work.of(self._costs[kind(method)]) - self._end
+        if method.kind in self._costs:
+            microbatch = Work.of(self._costs[method.kind]) - self._end
         else:
-            microbatch = sum((self._passes[name] * n for name, n in ingredients(method).items()), Work())
+            microbatch = sum((self._passes[name] * n for name, n in method.passes.items()), Work())
         count = microbatches(self._built, method, self._rows)
         if count <= 1:
             return microbatch * count + self._end
@@ -105,15 +81,15 @@ class Passes:
 
     def used_bytes(self, method: methods.Method) -> float:
         """HBM of a replica."""
-        if kind(method) in self._costs:
-            return used_bytes(self._built, self._rows, method, self._costs[kind(method)])
+        if method.kind in self._costs:
+            return used_bytes(self._built, self._rows, method, self._costs[method.kind])
         # One pass after the other, each beside the gradients of those before it.
-        parts = ingredients(method)
+        parts = method.passes
         compiled = [self._costs[name] for name in (VANILLA, ATTACK, BOTH) if name in self._costs]
         temporary = max(cost.temp_bytes for cost in compiled)
         if sum(parts.values()) > 1:
             own = self._built.model.method
-            whole = self._costs[kind(own)].temp_bytes if sum(ingredients(own).values()) > 1 else 0
+            whole = self._costs[own.kind].temp_bytes if sum(own.passes.values()) > 1 else 0
             temporary = max(temporary + contributed_bytes(self._built, method), whole)
         network = self._built.model.network
         branch = 12 * floats(network.moving_statistics([MAIN]))  # γ, β, their momentum, the moving statistics
@@ -157,8 +133,6 @@ def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> flo
 
 def carried_bytes(built: Run, rows: int, method: methods.Method) -> int:
     """What a micro-batch carries to the next update."""
-    if not method.carried:
-        return 0
     specs = method.carried(tf.TensorSpec((rows, *built.data.train_shape), tf.uint8)).values()
     return sum(math.prod(spec.shape) * spec.dtype.size for spec in specs)
 
@@ -183,5 +157,5 @@ def microbatches(built: Run, method: methods.Method, rows: int) -> float:
 
 
 def _label(method: methods.Method) -> str:
-    delay = f", τ {method.tau}" if method.schedule == "shadow" else ""
+    delay = f", τ {method.tau}" if method.record.delay is None else ""
     return f"{method.name}, {method.schedule}{delay}" if method.schedule else method.name

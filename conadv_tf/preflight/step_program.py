@@ -74,7 +74,7 @@ def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
         for variable in variables:
             path = variable.name.split(":")[0]
             named[f"{group}/{path.split('/', 1)[1] if '/' in path else path}"] = variable
-    return named | {f"carry/{name}": variable for name, variable in model._carry.variables.items()}
+    return named | {f"carry/{name}": variable for name, variable in model.carry.variables.items()}
 
 
 def _hyperparameters(optimizer) -> list[tf.Variable]:
@@ -121,13 +121,13 @@ def export(model: ConAdvModel, images: tf.TensorSpec, folder: str, facts: dict) 
             "export it with adversarial.start_epoch=0"
         )
     model.create_optimizer_variables()
-    own_carry = model._carry
+    own_carry = model.carry
     try:
         model.create_carry(images)
         found = _programs(model, images)
         values = {name: variable.numpy() for name, variable in named_variables(model).items()}
     finally:
-        model._carry = own_carry  # of a run in progress, or none: fit then begins its own
+        model.carry = own_carry  # of a run in progress, or none: fit then begins its own
     for program in found.values():
         values |= program.constants
     description = {
@@ -169,26 +169,26 @@ def load_weights(network: ResNet, path: str) -> None:
 
 def _update(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
     """One update from a batch of micro-batches; logs are means since the metric was reset."""
-    method = model.method
     if model.microbatches == 1:
         model.train_step((images[0], labels[0]))
-        return model._train_logs()
+        return model.train_logs()
+    update = model.update_by(model.method)
 
     def add(index, *sums):
-        contributions = model._computed(method, (images[index], labels[index]), index)
-        return index + 1, *(total + value for total, value in zip(sums, contributions, strict=True))
+        shares = update.contribute((images[index], labels[index]), index)
+        return index + 1, *(total + value for total, value in zip(sums, shares, strict=True))
 
-    zeros = [tf.zeros(shape) for shape in model._contribution_shapes(method)]
+    zeros = [tf.zeros(shape) for shape in update.contribution_shapes]
     _, *sums = tf.while_loop(lambda index, *_: index < model.microbatches, add, (0, *zeros), parallel_iterations=1)
-    model._apply(method, sums)
-    return model._train_logs()
+    update.apply(sums)
+    return model.train_logs()
 
 
 def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Values:
     """Sums over the rows, weighted."""
     logits = model.network(images, training=False)
     correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
-    losses = model._example_losses(labels, logits)
+    losses = model.example_losses(labels, logits)
     return {
         "loss": tf.reduce_sum(weights * losses),
         "top1": tf.reduce_sum(weights * tf.cast(correct, tf.float32)),
@@ -199,7 +199,7 @@ def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights:
 def _begin(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
     """The carry into the update whose batch this is."""
     for index in range(model.microbatches):
-        model._begin_microbatch(model.method, (images[index], labels[index]), tf.constant(index))
+        model.update_by(model.method).begin((images[index], labels[index]), tf.constant(index))
     return {}
 
 

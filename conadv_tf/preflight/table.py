@@ -61,7 +61,7 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Workload:
     """Of the updates that rows are about: replicas, clean images of a global batch, images the whole run sees."""
 
     replicas: int
@@ -70,7 +70,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CostRow:
     """One method of the table. Per replica and update where nothing else is said; a replica is a core or a chip.
 
     Attributes:
@@ -127,24 +127,24 @@ def make_row(
     used_bytes: float,
     reduced_bytes: int,
     generation: Generation,
-    layout: Layout,
-) -> Row:
+    workload: Workload,
+) -> CostRow:
     """The row of a method.
 
     Args:
       name: of the method.
-      compiled: see Row.
+      compiled: see CostRow.
       work: of one update on one replica.
       used_bytes: HBM of a replica.
       reduced_bytes: what each replica adds to the all-reduce.
       generation: of the slice.
-      layout: of the run.
+      workload: of the run.
     """
-    moving = allreduce_seconds(generation, layout.replicas, reduced_bytes)
+    moving = allreduce_seconds(generation, workload.replicas, reduced_bytes)
     update = estimated_seconds(work, generation) + moving
-    images_per_second = layout.global_batch_size / update
-    hours = layout.images / images_per_second / 3600
-    return Row(
+    images_per_second = workload.global_batch_size / update
+    hours = workload.images / images_per_second / 3600
+    return CostRow(
         name,
         compiled,
         work.flop,
@@ -158,11 +158,11 @@ def make_row(
         update,
         images_per_second,
         hours,
-        hours * layout.replicas,
+        hours * workload.replicas,
     )
 
 
-def table(rows: list[Row], generation: Generation) -> str:
+def table(rows: list[CostRow], generation: Generation) -> str:
     """The rows for a person, with what they mean below."""
     unit = generation.unit
     head = ["method", "TFLOP", "GB moved", "HBM", "compiler", "roofline", "all-reduce"]
@@ -176,11 +176,11 @@ def table(rows: list[Row], generation: Generation) -> str:
     return "\n".join([*text, *_legend(rows, generation)])
 
 
-def _name(row: Row) -> str:
+def _name(row: CostRow) -> str:
     return row.name if row.compiled else f"≈ {row.name}"
 
 
-def _numbers(row: Row) -> list[str]:
+def _numbers(row: CostRow) -> list[str]:
     spare = 100 * (1 - row.used_bytes / row.available_bytes)
     memory = f"{row.used_bytes / GIB:.2f} GiB, " + (f"{spare:.0f} % spare" if row.fits else "does NOT fit")
     milliseconds = [row.compiler_seconds, row.roofline_seconds, row.allreduce_seconds, row.update_seconds]
@@ -200,7 +200,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _legend(rows: list[Row], generation: Generation) -> list[str]:
+def _legend(rows: list[CostRow], generation: Generation) -> list[str]:
     by_compiler, by_roofline = calibration()
     unit = generation.unit
     legend = [

@@ -75,7 +75,7 @@ def _carried_text(run: Run) -> str:
     """What one update leaves to the next on each replica, beside weights and optimizer."""
     model, plan = run.model, run.plan
     text = f"{sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows):.3g} MB of old weights"
-    if model.method.carried:
+    if model.method.carries:
         specs = model.method.carried(tf.TensorSpec((plan.rows, *run.data.train_shape), tf.uint8)).values()
         carried = plan.microbatches * sum(spec.dtype.size * int(np.prod(spec.shape)) for spec in specs)
         text += f" and {1e-6 * carried:.3g} MB of images"

@@ -8,7 +8,6 @@ import tf_keras
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.learning_rate import next_rate
-from conadv_tf.training.shadows import leaf_variables
 
 MONITORS = (
     "learning_rate",
@@ -79,9 +78,9 @@ def trust_ratios(optimizer, variables: list[tf.Variable], gradients: list[tf.Ten
 
 
 def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
-    """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (SPEC section 4)."""
+    """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (Lemma 1 of the paper)."""
     if stale is network:
         return tf.constant(0.0)
-    variables = zip(leaf_variables(network), leaf_variables(stale), strict=True)
+    variables = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
     pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in variables if now.trainable]
     return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm([now for now, _ in pairs])

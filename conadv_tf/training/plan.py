@@ -1,4 +1,4 @@
-"""The arithmetic of a run: global batch → replicas × micro-batches × rows, epochs → updates (SPEC section 5)."""
+"""The arithmetic of a run: global batch → replicas × micro-batches × rows, epochs → updates (docs/method.md)."""
 
 import dataclasses
 
