@@ -216,9 +216,13 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def run(command: str, checkout: Path) -> subprocess.CompletedProcess:
-    arguments = shlex.split(command)
-    if arguments[0] == "python":
-        arguments[0] = sys.executable
+    name, *arguments = shlex.split(command)
+    if name in console_scripts():  # of the checkout, which nothing has installed
+        module, function = console_scripts()[name].split(":")
+        start = f"import sys; from {module} import {function}; sys.argv[0] = {name!r}; {function}()"
+        arguments = [sys.executable, "-c", start, *arguments]
+    else:
+        arguments = [sys.executable if name == "python" else name, *arguments]
     return subprocess.run(arguments, cwd=checkout, capture_output=True, text=True, timeout=500)
 
 
