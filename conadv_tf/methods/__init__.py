@@ -13,6 +13,7 @@ from conadv_tf.methods.method import (
     vanilla,
 )
 from conadv_tf.methods.mixture import Mixture
+from conadv_tf.methods.schedules import Part, attack_images, parts_of, train_on, training_pass
 
 __all__ = [
     "SCHEDULES",
@@ -20,16 +21,21 @@ __all__ = [
     "Batch",
     "Method",
     "Mixture",
+    "Part",
     "Requirement",
     "Schedule",
     "Update",
     "alternatives",
+    "attack_images",
     "carrying",
     "conadv",
     "disadv",
     "make_method",
     "method_names",
+    "parts_of",
     "register",
     "schedules_of",
+    "train_on",
+    "training_pass",
     "vanilla",
 ]

@@ -24,7 +24,7 @@ LogitsFunction = Callable[[tf.Tensor], tf.Tensor]
 @gin.configurable("attack")
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """How adversarial examples are made; the defaults are the paper's.
+    """The way adversarial examples are made; the defaults are the paper's.
 
         x̂ = Π_ε( x + δ_0 + α · sign ∇_x L(θ; x + δ_0, y) ), clipped to [0, 255]
 

@@ -65,7 +65,7 @@ class Requirement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How one update is carried out. All that the package knows of a schedule stands in its record.
+    """The record of a schedule: all that the package knows of how an update is carried out.
 
     Attributes:
       name: the schedule's name in recipes and reports.

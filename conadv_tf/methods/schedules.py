@@ -201,7 +201,7 @@ def phased(attack: Attack, mixture: Mixture) -> Gradients:
 
 
 def begin_phased(attack: Attack, mixture: Mixture) -> Begin:
-    """As `begin_paired`, with the fresh batch, half of which the next update may still have to train on."""
+    """The carry of `begin_paired` and the fresh batch, half of which the next update may still have to train on."""
 
     def begin(stale: ResNet, loss: Loss, batch: Batch) -> Carry:
         crafted = begin_paired(attack, mixture)(stale, loss, batch)

@@ -24,7 +24,7 @@ GREY_MEAN, GREY_STDDEV = (0.3,), (0.38,)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What distinguishes one network of the family from another.
+    """The features that distinguish one network of the family from another.
 
     Attributes:
       blocks: residual blocks in each stage.
@@ -121,7 +121,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         return outputs
 
     def _folded(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        """With moving statistics batch norm is a scale of the kernel and a bias: one pass over the outputs less."""
+        """Convolution and batch norm with moving statistics: a scaled kernel and a bias, one pass less."""
         scale, shift = self.norm.moving_affine(norm_call["branch"])
         kernel = tf.cast(tf.cast(self.conv.kernel, tf.float32) * scale, inputs.dtype)
         return tf.nn.bias_add(self.conv.convolution_op(inputs, kernel), tf.cast(shift, inputs.dtype))

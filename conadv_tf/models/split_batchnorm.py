@@ -163,7 +163,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             self._learn(self.moving_variances, variance, branch, learns)
 
     def moving_affine(self, branch: str | Turn) -> tuple[tf.Tensor, tf.Tensor]:
-        """What mode "moving" does to each channel: (scale, shift), float32 [channels].
+        """The affine map that mode "moving" applies to each channel: (scale, shift), float32 [channels].
 
         Raises:
           ConfigError: for a branch there is not.

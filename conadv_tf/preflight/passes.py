@@ -1,7 +1,7 @@
-"""How an update of any method is put together from compiled programs: work, memory, and so a row of the table.
+"""Updates of any method put together from compiled programs: their work, their memory, their row of the table.
 
-The run's own update and that of `vanilla` are compiled whole. The others are put together from passes, which cost in a
-program what they cost alone:
+The run's own update and the update of `vanilla` are compiled whole. The others are put together from passes, which cost
+in a program what they cost alone:
 
     end                the end of an update: moving averages, optimizer, metrics      compiled
     train              a training pass                                                vanilla − end
@@ -66,7 +66,7 @@ class Passes:
         )
 
     def work(self, method: methods.Method) -> Work:
-        """Of one update of the run on one replica."""
+        """The work of one update of the run on one replica."""
         if method.kind in self._costs:
             microbatch = Work.of(self._costs[method.kind]) - self._end
         else:
@@ -80,7 +80,7 @@ class Passes:
         return (microbatch + adding) * count + self._end
 
     def used_bytes(self, method: methods.Method) -> float:
-        """HBM of a replica."""
+        """Bytes of HBM that a replica uses."""
         if method.kind in self._costs:
             return used_bytes(self._built, self._rows, method, self._costs[method.kind])
         # One pass after the other, each beside the gradients of those before it.
@@ -106,7 +106,7 @@ class Passes:
 
 
 def contributed_bytes(built: Run, method: methods.Method) -> int:
-    """Gradients and BN statistics of a replica that trains by `method`, float32."""
+    """Bytes of gradients and BN statistics of a replica that trains by `method`, float32."""
     network = built.model.network
     branch = floats(network.moving_statistics([MAIN]))  # γ and β have as many numbers
     shared = floats(network.trainable_variables) - branch * len(network.branches)
@@ -114,14 +114,14 @@ def contributed_bytes(built: Run, method: methods.Method) -> int:
 
 
 def reduced_bytes(built: Run, method: methods.Method) -> int:
-    """What each replica adds to the all-reduce: gradients in their dtype on the way, BN statistics."""
+    """Bytes that each replica adds to the all-reduce: gradients in their dtype on the way, and BN statistics."""
     statistics = 4 * len(method.branches) * floats(built.model.network.moving_statistics([MAIN]))
     gradients = contributed_bytes(built, method) - statistics
     return gradients * built.model.all_reduce_dtype.size // 4 + statistics
 
 
 def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> float:
-    """HBM of a replica, from its program for one micro-batch; infinite where the compiler refused that."""
+    """Bytes of HBM of a replica, from its program for one micro-batch; infinite where the compiler refused it."""
     if cost.over_bytes:
         return math.inf
     count = microbatches(built, method, rows)
@@ -132,13 +132,13 @@ def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> flo
 
 
 def carried_bytes(built: Run, rows: int, method: methods.Method) -> int:
-    """What a micro-batch carries to the next update."""
+    """Bytes that a micro-batch carries to the next update."""
     specs = method.carried(tf.TensorSpec((rows, *built.data.train_shape), tf.uint8)).values()
     return sum(math.prod(spec.shape) * spec.dtype.size for spec in specs)
 
 
 def floats(variables) -> int:
-    """How many numbers the variables hold."""
+    """The number of numbers that the variables hold."""
     return sum(math.prod(variable.shape) for variable in variables)
 
 

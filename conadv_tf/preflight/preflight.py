@@ -1,5 +1,6 @@
-"""What a run would be on a TPU, without one: memory, time and cost of its method beside every other, from programs
-compiled by the real TPU compiler. preflight_passes.py says which, and how they make up an update.
+"""The preflight of a run for a TPU, without one: memory, time and cost of its method beside every other.
+
+The figures come from programs compiled by the real TPU compiler; passes.py says which, and how they make up an update.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Preflight:
     programs: dict[str, Cost]
 
     def text(self, generation: Generation) -> str:
-        """For a person."""
+        """The table and its remarks, for a person."""
         lines = [self.proposal] if self.proposal else []
         lines += [table(self.methods, generation)] if self.methods else []
         if self.microbatches > 1:

@@ -34,7 +34,7 @@ class Programs:
         return lower(lambda x, y: model.train_step((x, y)), images, labels)
 
     def end_of_update(self) -> bytes:
-        """What an update of `vanilla` does once its micro-batches are summed: moving averages, optimizer, metrics."""
+        """The end of an update of `vanilla`, once its micro-batches are summed: moving averages, optimizer, metrics."""
         method = methods.vanilla()
         update = self._model(method).update_by(method)
         sums = [tf.TensorSpec(shape) for shape in update.contribution_shapes]
@@ -65,7 +65,7 @@ class Programs:
         return lower(both, *self._data(methods.vanilla()))
 
     def _model(self, method: methods.Method) -> ConAdvModel:
-        """A model like the run's, for one micro-batch, of another method perhaps; outside of any strategy."""
+        """A model of a method, like the run's but for one micro-batch, outside of any strategy."""
         key = (method.kind, method.tau)
         if key not in self._models:
             like = self._built.model
@@ -93,7 +93,7 @@ class Programs:
 def lower(function: Callable, *specs: tf.TensorSpec) -> bytes:
     """The XLA program of a TensorFlow function of tensors, as a serialized HloModule; the same for the same program.
 
-    What TensorFlow adds of the process that made it is left out: it numbers functions, and notes lines of source.
+    TensorFlow numbers functions and notes lines of source; both are left out.
     """
     compiled = tf.function(function, jit_compile=True, autograph=False)
     with xla.compiling_for_tpu():

@@ -59,9 +59,7 @@ class Program:
 
 
 def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
-    """The variables that an update reads or assigns, as far as there are: network/…, shadow0/…, optimizer/…, metric/…,
-    carry/….
-    """
+    """The variables that an update reads or assigns, by names such as network/…, shadow0/…, optimizer/…, carry/…."""
     groups = {
         "network": model.network.variables,
         **{f"shadow{i}": shadow.variables for i, shadow in enumerate(model.shadows)},
@@ -185,7 +183,7 @@ def _update(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
 
 
 def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Values:
-    """Sums over the rows, weighted."""
+    """The weighted sums over the rows of a batch: loss, top1, images."""
     logits = model.network(images, training=False)
     correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
     losses = model.example_losses(labels, logits)
@@ -225,7 +223,7 @@ def _lower(model: ConAdvModel, name: str, function: Callable[..., Values], data:
 
 
 def _captures(model: ConAdvModel, program: str, captured: list[tf.Tensor]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of what a function captures, and the values of what is no variable."""
+    """The names of the tensors that a function captures, and the values of those that are no variables."""
     by_handle = {id(variable.handle): name for name, variable in named_variables(model).items()}
     names, constants = [], {}
     for index, tensor in enumerate(captured):
@@ -240,14 +238,14 @@ def _captures(model: ConAdvModel, program: str, captured: list[tf.Tensor]) -> tu
 
 
 def _signature(text: str) -> tuple[int, int]:
-    """Number of arguments and of results of a program."""
+    """The numbers of arguments and of results of a program."""
     line = next(line for line in text.splitlines() if "func.func" in line and "@main(" in line)
     arguments, results = line.split(" -> ", 1)
     return arguments.count("%arg"), results.count("tensor<")
 
 
 def _plain(text: str) -> str:
-    """StableHLO alone: without the remarks of XLA's own dialect, and the places in TensorFlow it came from."""
+    """The program in StableHLO alone, without XLA's own dialect and without the places in TensorFlow it came from."""
     text = re.sub(r"^module @\S+ attributes \{.*\} \{$", "module {", text, count=1, flags=re.MULTILINE)
     text = re.sub(r" ?\{mhlo\.frontend_attributes = \{[^}]*\}\}", "", text)
     text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
@@ -311,7 +309,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module; returns the exit code."""
+    """Entry point of `conadv-step-program`; returns the exit code."""
     return terminal.exit_code(
         lambda: _export_recipe(_arguments(arguments)), "--out is not whole", "check space and permissions of --out"
     )

@@ -1,4 +1,4 @@
-"""From compiled cost to a row of the preflight's table: time, images a second, hours."""
+"""The rows of the preflight's table from compiled cost: time, images a second, hours."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ TOLERATED_ERROR = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program, or a part of one, does on one replica; see Cost. Parts add up."""
+    """The work of a program, or of a part of one, on one replica; see Cost. Parts add up."""
 
     flop: float = 0.0
     hbm_bytes: float = 0.0
@@ -62,7 +62,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Of the updates that rows are about: replicas, clean images of a global batch, images the whole run sees."""
+    """The size of a run: replicas, clean images of a global batch, images that the whole run sees."""
 
     replicas: int
     global_batch_size: int
@@ -107,7 +107,7 @@ class CostRow:
 
 
 def calibration() -> tuple[float, float]:
-    """Measured time of an update without its all-reduce over the compiler's estimate, and over the roofline."""
+    """The measured time of an update without its all-reduce, over the compiler's estimate and over the roofline."""
     moving = allreduce_seconds(GENERATIONS["v3"], MEASURED_REPLICAS, RESNET50_BYTES)
     computing = MEASURED_SECONDS - moving
     return computing / COMPILED_SECONDS, computing / ROOFLINE_SECONDS
@@ -196,7 +196,7 @@ def _numbers(row: CostRow) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """Three digits that count, and no exponent where people read."""
+    """A number for people: three digits that count, and no exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

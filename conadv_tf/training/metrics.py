@@ -1,4 +1,4 @@
-"""What an update says of itself beside its losses, and the means of an epoch that tell whether all of it was finite."""
+"""Values that watch an update beside its losses, and the means of an epoch, which tell whether all of it was finite."""
 
 import math
 

@@ -91,7 +91,7 @@ class ConAdvModel(tf_keras.Model):
         return self.network(images, training=training, branch=MAIN)
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
-        """As in Keras. The loss is SmoothedCrossEntropy() unless given and sees (labels, logits). No metrics."""
+        """Compiles as Keras does. The loss, SmoothedCrossEntropy() unless given, sees (labels, logits). No metrics."""
         unusable = {name: kwargs.get(name) for name in ("metrics", "weighted_metrics")}
         for name, value in {**unusable, "loss": loss if isinstance(loss, str) else None}.items():
             if value:
@@ -99,12 +99,12 @@ class ConAdvModel(tf_keras.Model):
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
 
     def fit(self, *args, callbacks: Sequence[tf_keras.callbacks.Callback] | None = None, **kwargs):
-        """As in Keras; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
+        """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
         ahead = self.method.batches_ahead or self.method.updates_per_batch > 1 or self.microbatches > 1
         if ahead and kwargs.get("steps_per_epoch") is None:
             raise ConfigError(
-                f"fit(steps_per_epoch=None): with {self.method.record.setting} and {self.microbatches} micro-batches an "
-                "update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
+                f"fit(steps_per_epoch=None): with {self.method.record.setting} and {self.microbatches} micro-batches "
+                "an update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
             )
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
         return super().fit(*args, callbacks=[start, *(callbacks or [])], **kwargs)
@@ -168,7 +168,7 @@ class ConAdvModel(tf_keras.Model):
         self._active = self.method if epoch >= self.method.start_epoch else methods.vanilla()
 
     def _program(self, method: methods.Method, iterator) -> Callable:
-        """`steps_per_execution` updates by a method; the variables that they need, and their first carry, are made."""
+        """The program of `steps_per_execution` updates by a method; makes the variables and the carry that it needs."""
         check_turns(method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync, self.microbatches)
         self.create_optimizer_variables()
         if method.carries and not self.carry.variables:
@@ -196,7 +196,7 @@ class ConAdvModel(tf_keras.Model):
         return execute if self.run_eagerly else tf.function(execute, autograph=False)
 
     def _begin_carry(self, method: methods.Method, iterator) -> None:
-        """Makes the carry's variables, and what a run begins or goes on with."""
+        """Makes the variables of the carry, and the carry that a run begins or goes on with."""
         images, *_ = tf.nest.flatten(iterator.element_spec, expand_composites=True)
         self.create_carry(images)
         if method.batches_ahead or self._resumed_at:
@@ -205,32 +205,23 @@ class ConAdvModel(tf_keras.Model):
 
     def _repeat(self, once: Callable[[], tf.Tensor]) -> tf.Tensor:
         """Calls `once` `steps_per_execution` times; returns the sum of the seconds, float64, that it returns."""
-        steps = tf.cast(self._steps_per_execution, tf.int64)
-        zero = (tf.constant(0, tf.int64), tf.constant(0.0, tf.float64))
-        body = lambda step, seconds: (step + 1, seconds + once())  # noqa: E731
-        return tf.while_loop(lambda step, _: step < steps, body, zero, parallel_iterations=1)[1]
+        return _summed(tf.cast(self._steps_per_execution, tf.int64), lambda _: once())
 
     def _each_microbatch(self, replica_function: Callable, iterator) -> tf.Tensor:
-        """Runs it on every replica with (data, index) of each micro-batch; returns the seconds of waiting for data.
+        """Runs a function on every replica with (data, index) of each micro-batch; returns the seconds waited for data.
 
         Without an iterator the data are None.
         """
 
-        def once(index):
+        def once(index: tf.Tensor) -> tf.Tensor:
             data, waited = timed_next(iterator) if iterator else (None, tf.constant(0.0, tf.float64))
             self.distribute_strategy.run(replica_function, args=(data, index))
             return waited
 
-        def body(index, waited):
-            return index + 1, waited + once(index)
-
-        if self.microbatches == 1:
-            return once(tf.constant(0))
-        zero = (tf.constant(0), tf.constant(0.0, tf.float64))
-        return tf.while_loop(lambda index, _: index < self.microbatches, body, zero, parallel_iterations=1)[1]
+        return once(tf.constant(0)) if self.microbatches == 1 else _summed(tf.constant(self.microbatches), once)
 
     def _on_batches(self, update: ReplicaUpdate, replica_function: Callable, iterator) -> tf.Tensor:
-        """`_each_microbatch`; of a method whose batches last several updates, on the ones its carry keeps."""
+        """Does what `_each_microbatch` does; where a batch lasts for several updates, on the one in the carry."""
         updates_per_batch = update.method.updates_per_batch
         if updates_per_batch == 1:
             return self._each_microbatch(replica_function, iterator)
@@ -338,6 +329,16 @@ class ConAdvModel(tf_keras.Model):
             return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
 
         return tf.function(program, autograph=False)
+
+
+def _summed(count: tf.Tensor, once: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The sum of `once(index)`, float64 scalars, over the indices below `count`, in a loop of the program."""
+
+    def body(index: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return index + 1, total + once(index)
+
+    zero = tf.zeros_like(count), tf.constant(0.0, tf.float64)
+    return tf.while_loop(lambda index, _: index < count, body, zero, parallel_iterations=1)[1]
 
 
 def _check(network: ResNet, method: methods.Method, microbatches: int) -> None:

@@ -90,7 +90,7 @@ class ReplicaUpdate:
         return share
 
     def begin(self, data, microbatch: tf.Tensor) -> None:
-        """Carries on what the method begins with from a micro-batch."""
+        """Makes the first carry from a micro-batch."""
         begin = self.method.begin
         if begin is None:
             return
@@ -125,7 +125,7 @@ class ReplicaUpdate:
             self.optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False)
 
     def _by_xla(self, function: Callable) -> Callable:
-        """The same function, compiled by XLA where training is."""
+        """A function like the one given, compiled by XLA where training is."""
         if self.jit:
             function = tf.function(function, jit_compile=True, autograph=False)
 
@@ -181,7 +181,7 @@ class ReplicaUpdate:
         return [tf.cast(value, tf.float32) for value in averages[:count]], averages[count:], values
 
     def _logs(self, values: tf.Tensor, gradients, statistics, ratios) -> tf.Tensor:
-        """What `means` records, float32: metrics, 0 for those the method does not have, and metrics.MONITORS."""
+        """The values that `means` records, float32: metrics, 0 for those the method lacks, and metrics.MONITORS."""
         absent = tf.zeros(self.logged - len(self.method.metric_names))
         drift = metrics.drift(self.network, self.stale)
         monitors = metrics.monitors(self.optimizer, gradients, statistics, ratios, drift)
