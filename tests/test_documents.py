@@ -194,6 +194,11 @@ def test_every_console_script_is_documented():
     assert not [name for name in console_scripts() if name not in text]
 
 
+def test_the_documents_name_this_version():
+    assert re.search(r"^## (.*)$", text_of("CHANGELOG.md"), re.MULTILINE)[1] == conadv_tf.__version__
+    assert re.search(r"^version: (.*)$", text_of("CITATION.cff"), re.MULTILINE)[1] == conadv_tf.__version__
+
+
 # What the documents promise, run in a copy of the checkout.
 
 
