@@ -46,6 +46,8 @@ class _ParsedError(Exception):
 
 def check_train(arguments: list[str]) -> None:
     """The flags exist, the recipes exist, and the settings mean something."""
+    if arguments == ["--help"]:  # a flag that absl adds when it runs a program
+        return
     with flagsaver.flagsaver():
         flags_module.FLAGS.unparse_flags()
         cli._parse_flags(["train.py", *arguments])
