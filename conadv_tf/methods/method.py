@@ -104,7 +104,7 @@ def vanilla(augmented: bool = False) -> Method:
     """
     if augmented:
         raise ConfigError(
-            "data.autoaugment_mode='concat3' is for adversarial methods: with train.method='vanilla' use 'replace'"
+            "autoaugment.mode='concat3' is for adversarial methods: with train.method='vanilla' use 'replace'"
         )
     return Method("vanilla", schedules.vanilla)
 
@@ -220,8 +220,8 @@ def _check_phased(half: AdversarialHalf, augmented: bool) -> None:
     """Every replica runs the same pass at every update."""
     if augmented:
         raise ConfigError(
-            "data.autoaugment_mode='concat3' with conadv.schedule='phased', which has no third turn: "
-            "use data.autoaugment_mode='replace', or schedule 'paired'"
+            "autoaugment.mode='concat3' with conadv.schedule='phased', which has no third turn: "
+            "use autoaugment.mode='replace', or schedule 'paired'"
         )
     for setting, value in (("fraction", 1.0), ("start_epoch", 0)):
         if getattr(half, setting) != value:

@@ -155,7 +155,7 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
             "workers: leave it at 0, and train.checkpoint_every_epochs at 1"
         )
     # Before the data, which may take minutes to look through.
-    method = methods.make_method(settings.method, config.setting("data.autoaugment_mode") == "concat3")
+    method = methods.make_method(settings.method, config.setting("autoaugment.mode") == "concat3")
     loaded = load(data_dir=data_dir)
     replicas = num_replicas or strategy.num_replicas_in_sync
     plan = make_plan(
