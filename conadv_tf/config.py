@@ -156,7 +156,7 @@ def configure_without_files(gin_files: Sequence[str], gin_params: Sequence[str])
         return
     if setting(f"{source}.num_train") is None:
         raise ConfigError(f"--preflight without --data_dir cannot count the images: set {source}.num_train")
-    shared = [name for name in _parameters("synthetic") if name in _parameters(source) and name != "augmentation"]
+    shared = [name for name in parameters("synthetic") if name in parameters(source) and name != "augmentation"]
     values = {name: setting(f"{source}.{name}") for name in shared}
     stand_in = [f"synthetic.{name} = {value!r}" for name, value in values.items() if value is not None]
     configure(gin_files, [*gin_params, "data.source = 'synthetic'", "synthetic.augmentation = 'none'", *stand_in])
@@ -188,7 +188,7 @@ def kept_settings(text: str) -> dict[str, str]:
     for name, value in found.items():
         new = MOVED.get(name, name).format(source=source)
         configurable, _, parameter = new.rpartition(".")
-        if name not in MOVED or (configurable in present and parameter in _parameters(configurable)):
+        if name not in MOVED or (configurable in present and parameter in parameters(configurable)):
             kept[new] = value
     return kept
 
@@ -319,9 +319,9 @@ def _explanation(error: Exception) -> str:
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     misspelt = re.search(r"[Cc]onfigurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
     if unknown:
-        return f"{cause}{where}: {_suggestion(unknown.group(1), _configurables())}"
+        return f"{cause}{where}: {_suggestion(unknown.group(1), configurables())}"
     if misspelt:
-        return f"{cause}{where}: {_suggestion(misspelt.group(2), _parameters(misspelt.group(1)))}"
+        return f"{cause}{where}: {_suggestion(misspelt.group(2), [*parameters(misspelt.group(1))])}"
     undefined = re.search(r"No bindings specified for '([^']+)/gin.macro'", text)
     if undefined:
         name = undefined.group(1)
@@ -337,7 +337,7 @@ def _moved(name: str) -> str:
     configurable, parameter = MOVED[name].split(".")
     if configurable != "{source}":
         return f"{name} is now {MOVED[name]}: write that"
-    having = [source for source in _sources() if parameter in _parameters(source)]
+    having = [source for source in _sources() if parameter in parameters(source)]
     lacking = [source for source in _sources() if source not in having]
     *others, last = (f"{source}.{parameter}" for source in having)
     choice = f"{', '.join(others)} or {last}, as data.source says"
@@ -356,14 +356,16 @@ def _recipes() -> list[str]:
     return [os.path.relpath(path, folder) for path in paths if path.endswith(".gin")]
 
 
-def _configurables() -> list[str]:
+def configurables() -> list[str]:
     """The names of our own configurables, the parts of a recipe."""
     return [c.name for _, c in gin_config._REGISTRY.items() if c.wrapped.__module__.startswith("conadv_tf")]
 
 
-def _parameters(name: str) -> list[str]:
-    function = gin.get_configurable(name.split(".")[-1])
-    return [p for p in inspect.signature(function).parameters if p != "self"]
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a configurable that recipes may set, by name."""
+    configurable = gin_config._REGISTRY.get_match(name)
+    found = inspect.signature(configurable.wrapped).parameters
+    return {name: parameter for name, parameter in found.items() if name not in (configurable.denylist or ())}
 
 
 def _bindings() -> Iterator[tuple[str, typing.Callable, str, typing.Any]]:
@@ -386,8 +388,7 @@ def _check_macros() -> None:
 
 
 def _check_type(name: str, function: typing.Callable, parameter: str, value) -> None:
-    target = function.__init__ if inspect.isclass(function) else function
-    expected = typing.get_type_hints(target).get(parameter)
+    expected = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function).get(parameter)
     choices = typing.get_args(expected) or (expected,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in choices)
     value = _resolved(value)

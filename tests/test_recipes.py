@@ -31,9 +31,8 @@ first_batches: dict[str, tf.data.Dataset] = {}
 
 def settings(prefixes: tuple[str, ...]) -> dict[str, str]:
     """The bindings of the parsed configuration that begin so."""
-    text = gin.config_str(max_line_length=config.ONE_LINE)
-    lines = (line.split(" = ", 1) for line in text.splitlines() if line.startswith(prefixes))
-    return {name: value for name, value in lines}
+    bound = config.parse_settings(gin.config_str(max_line_length=config.ONE_LINE))
+    return {name: value for name, value in bound.items() if name.startswith(prefixes)}
 
 
 def build(recipe: str) -> Run:

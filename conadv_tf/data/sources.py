@@ -324,8 +324,8 @@ class Tfds(_Files):
     """An image-classification data set that TensorFlow Datasets has prepared in --data_dir; nothing is downloaded.
 
     Attributes:
-      dataset: the data set as TFDS calls it, "name", "name/config" or "name/config:version". It must be set. To be
-        streamed it must hold JPEGs in TFRecords.
+      dataset: the data set as TFDS calls it, "name", "name/config" or "name/config:version"; None is refused. To
+        be streamed it must hold JPEGs in TFRecords.
       name: the name of the data set in results; None: TFDS' name, without config and version.
       train_split: the training split, by TFDS' name; in memory it may be a part, "train[:90%]".
       test_split: the test split, by TFDS' name or a part; None: the first there is of "validation" and "test".

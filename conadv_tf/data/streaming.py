@@ -30,7 +30,7 @@ class Stream:
         share (7.5 GB over all hosts at 224 pixels). The batches are the same; nothing is fetched, and for evaluation
         nothing decoded, a second time.
       service: addresses of processes that decode and augment the training stream in the hosts' place,
-        "grpc://HOST:PORT", commas between several; None: the hosts do. See service.py.
+        "grpc://HOST:PORT", commas between several; None: the hosts do. See docs/data.md.
     """
 
     shuffle_buffer: int = 16_384

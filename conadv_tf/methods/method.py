@@ -77,7 +77,7 @@ class AdversarialHalf:
 
     Attributes:
       weight: w of the adversarial loss; the clean one, or the clean and the augmented one, have 1 − w; in [0, 1].
-      fraction: of each micro-batch made adversarial (its first rows), in (0, 1].
+      fraction: the part of each micro-batch made adversarial (its first images), in (0, 1].
       start_epoch: first epoch with an adversarial half; before it the step is, and costs, the vanilla step.
     """
 
@@ -131,7 +131,7 @@ def conadv(
       attack: how x̂ is made; None takes gin's `attack`.
       half: what x̂ counts for; None takes gin's `adversarial`.
       schedule: how an update is carried out, see schedules.py: "shadow", "lookahead", "paired" or "phased".
-      tau: ≥ 0; 0 is disadv. The schedules other than "shadow" have 1.
+      tau: the delay of the attacked weights in updates, ≥ 0; 0 is disadv. The schedules other than "shadow" have 1.
       augmented: whether the data bring an augmented image beside each clean one, see `schedules.Batch`.
 
     Raises:
