@@ -44,25 +44,25 @@ python train.py --gin_file=digits_conadv.gin --gin_file=method/disadv.gin --gin_
 - `--gin_file` names a recipe, as given or below gin/. It may be repeated; later files go over earlier ones.
 - `--gin_param` binds one value and goes over all files. It may be repeated.
 - Parts have a folder each: [batch/](../gin/batch) (batch size and what goes with it), [method/](../gin/method),
-  [data/](../gin/data), [scale/](../gin/scale) (the [scale models](results.md)). A part replaces another of its folder: with
-  `--gin_file=96k_conadv.gin --gin_file=method/aa.gin` the method is AutoAugment's.
+  [data/](../gin/data), [scale/](../gin/scale) (the [scale models](results.md)). A part replaces another of its folder:
+  with `--gin_file=96k_conadv.gin --gin_file=method/aa.gin` the method is AutoAugment's.
 - A recipe may `include` others.
-- The settings of a data source bear its name. Those of another source than `data.source` are not used: a file of data/ that
-  is given last decides alone.
+- The settings of a data source bear its name. The settings of another source than `data.source` are not used: the file of
+  data/ that is given last decides alone.
 
-A wrong name, a wrong type, a missing file, a macro that nothing uses: one line, exit code 2, nothing trained. So for a
-`--gin_param` that the run does not use. What a recipe sets in vain is listed as "not used by this run". Imports, calls of
-functions and scopes are refused: a recipe runs no code.
+A wrong name, a wrong type, a missing file, a macro that nothing uses: one line, exit code 2, nothing trained. A
+`--gin_param` that the run does not use ends it in the same way. What a recipe sets in vain is listed as "not used by this
+run". Imports, calls of functions and scopes are refused: a recipe runs no code.
 
-A run keeps its settings, defaults included, in `config.gin` in its folder. The same folder goes on with the same settings
-only. These may change, since they say how a run is executed and not what it computes:
+A run keeps its settings, defaults included, in `config.gin` in its folder. In the same folder it goes on with the same
+settings only. These may change, since they say how a run is executed and not what it computes:
 {execution}.
 """
 MOVED = """\
 ## Settings that have moved
 
-A recipe or flag with an old name is refused with a line that says the new one. A kept `config.gin` is read under the new
-names. SOURCE is the value of `data.source`.
+A recipe or flag with an old name is refused with a line that says the new one. A kept `config.gin` is read under the
+new names. SOURCE is the value of `data.source`.
 
 | old | new |
 |---|---|

@@ -97,6 +97,16 @@ def test_there_are_commands_and_programs():
     assert len(PROGRAMS) == 2
 
 
+def more_flags(command: str, place: Path) -> list[str]:
+    """A folder for the run, which several commands would share, and fewer images and updates than the recipe's."""
+    if not command.startswith("python train.py"):
+        return []
+    flags = [f"--model_dir={place / str(COMMANDS.index(command))}"]
+    sizes = ["train.global_batch_size=256", "subset.train_images=512"] if "cifar10" in command else []
+    epochs = ["train.epochs=2", "learning_rate.warmup_epochs=1"] if "--preflight" not in command else []
+    return flags + [f"--gin_param={setting}" for setting in sizes + epochs]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, place):
     if "data/cifar10" in command and not (DATA / "cifar10").is_dir():
@@ -104,9 +114,7 @@ def test_command_runs(command, place):
     program, *arguments = shlex.split(command)
     found = {"python": sys.executable}.get(program) or shutil.which(program, path=str(Path(sys.executable).parent))
     assert found, f"{program} is not installed"
-    # A folder of its own: several commands would share runs/<recipe>.
-    kept = [f"--model_dir={place / str(COMMANDS.index(command))}"] if arguments[:1] == ["train.py"] else []
-    out = run([found, *arguments, *kept], place)
+    out = run([found, *arguments, *more_flags(command, place)], place)
     expected = "--gin_param=tfrecords.num_classes=2" if program == "conadv-import-images" else r"updates +|test top-1"
     assert re.search(expected, out.replace('"', "")), out
 
