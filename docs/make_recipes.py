@@ -47,12 +47,12 @@ python train.py --gin_file=digits_conadv.gin --gin_file=method/disadv.gin --gin_
   [data/](../gin/data), [scale/](../gin/scale) (the [scale models](results.md)). A part replaces another of its folder:
   with `--gin_file=96k_conadv.gin --gin_file=method/aa.gin` the method is AutoAugment's.
 - A recipe may `include` others.
-- The settings of a data source bear its name. The settings of another source than `data.source` are not used: the file of
-  data/ that is given last decides alone.
+- The settings of a data source bear its name. The settings of another source than `data.source` are not used: the file
+  of data/ that is given last decides alone.
 
 A wrong name, a wrong type, a missing file, a macro that nothing uses: one line, exit code 2, nothing trained. A
-`--gin_param` that the run does not use ends it in the same way. What a recipe sets in vain is listed as "not used by this
-run". Imports, calls of functions and scopes are refused: a recipe runs no code.
+`--gin_param` that the run does not use ends it in the same way. What a recipe sets in vain is listed as "not used by
+this run". Imports, calls of functions and scopes are refused: a recipe runs no code.
 
 A run keeps its settings, defaults included, in `config.gin` in its folder. In the same folder it goes on with the same
 settings only. These may change, since they say how a run is executed and not what it computes:
@@ -152,10 +152,8 @@ def _table(name: str) -> list[str]:
 def descriptions(docstring: str) -> dict[str, str]:
     """The descriptions under "Args:" or "Attributes:" of a docstring, by name."""
     section = re.search(r"^(?:Args|Attributes):\n((?:  .*\n?|\n(?=  ))*)", docstring, re.MULTILINE)
-    found: dict[str, str] = {}
-    for names, text in re.findall(
-        r"^  ([\w, ]+): (.*(?:\n {4,}.*)*)", section.group(1) if section else "", re.MULTILINE
-    ):
+    entries, found = section.group(1) if section else "", {}
+    for names, text in re.findall(r"^  ([\w, ]+): (.*(?:\n {4,}.*)*)", entries, re.MULTILINE):
         found |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
     return found
 

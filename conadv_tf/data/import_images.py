@@ -38,7 +38,7 @@ _RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
 
 @dataclasses.dataclass
 class Report:
-    """What was imported.
+    """The outcome of an import.
 
     Attributes:
       sides: the shorter side, in pixels, of every image of each split.

@@ -27,7 +27,7 @@ _DEFAULT_IMAGE_SIZE = 224
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What is asked of every source, beside its own settings.
+    """A request for a data set: all that a source needs beside its own settings.
 
     Attributes:
       data_dir: directory of the files, local or gs://; None for sources without files, and for TFDS' default.
@@ -74,7 +74,7 @@ class Source(Protocol):
 
 
 class _WithoutFiles:
-    """What sources without files have in common."""
+    """Answers that all sources without files share."""
 
     reads_files: ClassVar[bool] = False
     needs_data_dir: ClassVar[bool] = False
@@ -173,7 +173,7 @@ class _Found(Protocol):
 
 
 class _Files:
-    """What sources of files have in common: images read into memory, or streamed as training goes."""
+    """Reading that all sources of files share: images read into memory, or streamed as training goes."""
 
     title: ClassVar[str]
     reads_files: ClassVar[bool] = True
