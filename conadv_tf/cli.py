@@ -98,14 +98,23 @@ def _check_effect() -> None:
     """A flag that changes nothing is a mistake; a recipe may set more than this run needs."""
     idle = config.bindings_without_effect()
     for binding in FLAGS.gin_param:
-        if config.bound_name(binding) in idle:
+        name = config.bound_name(binding)
+        if name in idle:
             raise ConfigError(
-                f"--gin_param={binding!r} sets what this run does not use: drop it, or choose what uses it"
+                f"--gin_param={binding!r} sets {name}, which this run does not use: drop it, or {_use_of(name)}"
             )
     # Another source than the chosen one may keep its settings: a later recipe has replaced it as a whole.
     unexpected = [name for name in idle if name.split(".")[0] not in SOURCES]
     if unexpected:
         print(f"  not used by this run: {', '.join(unexpected)}")
+
+
+def _use_of(name: str) -> str:
+    """Says how a run comes to use a setting."""
+    configurable = name.split(".")[0]
+    if configurable in SOURCES:
+        return f"set data.source={configurable!r}"
+    return "stream files, with in_memory=False" if configurable == "stream" else "choose what uses it"
 
 
 def _fail(error: ConfigError | DataError | RunError) -> None:

@@ -185,21 +185,22 @@ def test_an_unknown_setting_is_named_with_those_of_the_source(source):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "params", "unused"),
+    ("recipe", "params", "remedy"),
     [
-        ("digits_conadv.gin", ["tfrecords.label_offset=1"], "tfrecords.label_offset=1"),
-        ("digits_conadv.gin", [" stream.cache = 'memory'"], "stream.cache"),
-        ("cifar10_conadv.gin", ["data.source='digits'", "tfrecords.image_size=32"], "tfrecords.image_size=32"),
+        ("digits_conadv.gin", ["tfrecords.label_offset=1"], "set data.source='tfrecords'"),
+        ("digits_conadv.gin", [" stream.cache = 'memory'"], "stream files, with in_memory=False"),
+        ("cifar10_conadv.gin", ["data.source='digits'", "tfrecords.image_size=32"], "set data.source='tfrecords'"),
+        ("digits_conadv.gin", ["sgd.momentum=0.5"], "choose what uses it"),
     ],
 )
-def test_a_flag_for_another_source_is_refused(recipe, params, unused, capsys):
+def test_a_flag_that_the_run_does_not_use_is_refused(recipe, params, remedy, capsys):
     sizes = ["train.global_batch_size=110", "train.microbatch_size=110", "model.name='digits_resnet'"]
     with pytest.raises(SystemExit) as ended:
         call_command_line(f"--gin_file={recipe}", *(f"--gin_param={param}" for param in (*sizes, *params)))
     assert ended.value.code == 2
-    line = capsys.readouterr().err
-    assert unused in line
-    assert "drop it, or choose what uses it" in line
+    [line] = capsys.readouterr().err.splitlines()
+    name = params[-1].split("=")[0].strip()
+    assert line == (f"error: --gin_param={params[-1]!r} sets {name}, which this run does not use: drop it, or {remedy}")
 
 
 def test_settings_of_a_source_that_a_later_file_replaces_are_no_news(capsys):
