@@ -203,7 +203,7 @@ def jpeg(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, seed: 
       uint8 [image_size, image_size, 3], or [2, image_size, image_size, 3] if it concatenates; an
       InvalidArgumentError at run time where the JPEG is damaged.
     """
-    # Kept apart by hand: splitting a seed costs a tenth of a decode.
+    # The seeds are kept apart by hand: splitting a seed costs a tenth of a decode.
     crop_seed, flip_seed, distortion_seed = (seed * [1, 4] + [0, place] for place in range(3))
     if augmentation.crop == "resized_crop_flip":
         image = _random_crop(encoded, image_size, crop_seed)

@@ -51,7 +51,7 @@ class Tables(NamedTuple):
 @functools.cache
 def tables(policy: str) -> Tables:
     """Builds the tables of one of POLICIES."""
-    # A second to import, and changes Matplotlib's backend. A recipe has locked gin by now, where tf-models registers.
+    # The import takes a second and changes Matplotlib's backend. tf-models registers with gin, which is locked by now.
     with gin.unlock_config():
         from official.vision.ops import augment as tfm
 

@@ -128,7 +128,7 @@ class Decoder:
 
     def _example(self, payload: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         encoded, label = self._schema.features(payload)
-        # What is no JPEG, a few PNGs among photos, becomes one here.
+        # An image in another format, such as a few PNGs among photos, becomes a JPEG here.
         encoded = tf.cond(tf.io.is_jpeg(encoded), lambda: encoded, lambda: _as_jpeg(encoded))
         return self._decode(encoded, seed), label
 

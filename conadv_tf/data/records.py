@@ -126,7 +126,7 @@ def raw_records(
     firsts = tf.math.cumsum(counts, exclusive=True)
 
     def read(file: tf.Tensor) -> tf.data.Dataset:
-        payloads = _of_file(paths[file], compressions[file])
+        payloads = _payloads_of_file(paths[file], compressions[file])
         lost = tf.data.Dataset.from_tensors("").repeat()
         whole = payloads.ignore_errors().concatenate(lost).take(counts[file])
         begin = (share - firsts[file]) % shares
@@ -142,7 +142,7 @@ def raw_records(
     return tf.data.Dataset.from_tensor_slices(order).flat_map(read)
 
 
-def _of_file(path: tf.Tensor, compression: tf.Tensor) -> tf.data.Dataset:
+def _payloads_of_file(path: tf.Tensor, compression: tf.Tensor) -> tf.data.Dataset:
     """Reads the payloads of a file; none where it cannot be opened, which TensorFlow's reader would try for ever."""
 
     def open_once(_: tf.Tensor) -> tf.Tensor:
