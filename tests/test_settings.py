@@ -13,6 +13,8 @@ from conadv_tf.experiments.study import SCALES, Cell
 
 ROOT = Path(__file__).parents[1]
 KEPT = sorted(ROOT.glob("results/**/config.gin"))
+KEPT_ON = {scale: [path for path in KEPT if path.parts[-5] == scale][:1] for scale in ("digits", "cifar10")}
+DATA = (*SOURCES, "data", "stream", "autoaugment", "subset")
 # config.gin of an earlier version, streamed TFRecords; what the source does not read stands in it with its default.
 STREAMED = """
 data.augmentation = 'resized_crop_flip'
@@ -170,6 +172,31 @@ def test_every_kept_run_is_the_run_of_its_recipe():
         assert not config.MOVED.keys() & kept.keys(), path
         assert config.difference(text, "\n".join(f"{name} = {value}" for name, value in kept.items())) is None
         config.configure([], [f"{name} = {value}" for name, value in kept.items()])
+
+
+def of_data(settings: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if name.split(".")[0] in DATA}
+
+
+def test_a_kept_run_on_digits_goes_on_with_its_recipe():
+    """Every setting that loading the data writes stands in a config.gin of an earlier version, with its value."""
+    [path] = KEPT_ON["digits"]
+    cell = cell_of(path)
+    config.configure(cell.gin_files(), cell.gin_params())
+    data.load()
+    assert of_data(config.kept_settings(path.read_text())) == of_data(config.parse_settings(config.operative_config()))
+
+
+def test_a_kept_run_on_files_has_all_settings_of_its_source():
+    [path] = KEPT_ON["cifar10"]
+    kept = config.kept_settings(path.read_text())
+    assert {name for name in kept if name.startswith("tfrecords.")} == {
+        f"tfrecords.{name}" for name in config.parameters("tfrecords")
+    }
+    assert of_data(kept).keys() == {
+        *(f"{name}.{parameter}" for name in ("data", "autoaugment", "subset") for parameter in config.parameters(name)),
+        *(f"tfrecords.{parameter}" for parameter in config.parameters("tfrecords")),
+    }
 
 
 @pytest.mark.parametrize("source", SOURCES)
