@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from conadv_tf import config, terminal
+from conadv_tf.data.sources import SOURCES
 from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker
 from conadv_tf.preflight import preflight
 from conadv_tf.run import preemption, report
@@ -96,11 +97,24 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
 def _check_effect() -> None:
     """A flag that changes nothing is a mistake; a recipe may set more than this run needs."""
     idle = config.bindings_without_effect()
-    asked = [name for name in idle if any(binding.startswith(name) for binding in FLAGS.gin_param)]
-    if asked:
-        raise ConfigError(f"--gin_param sets {asked[0]}, which this run does not use: drop it, or choose what uses it")
-    if idle:
-        print(f"  not used by this run: {', '.join(idle)}")
+    for binding in FLAGS.gin_param:
+        name = config.bound_name(binding)
+        if name in idle:
+            raise ConfigError(
+                f"--gin_param={binding!r} sets {name}, which this run does not use: drop it, or {_use_of(name)}"
+            )
+    # Another source than the chosen one may keep its settings: a later recipe has replaced it as a whole.
+    unexpected = [name for name in idle if name.split(".")[0] not in SOURCES]
+    if unexpected:
+        print(f"  not used by this run: {', '.join(unexpected)}")
+
+
+def _use_of(name: str) -> str:
+    """Says how a run comes to use a setting."""
+    configurable = name.split(".")[0]
+    if configurable in SOURCES:
+        return f"set data.source={configurable!r}"
+    return "stream files, with in_memory=False" if configurable == "stream" else "choose what uses it"
 
 
 def _fail(error: ConfigError | DataError | RunError) -> None:

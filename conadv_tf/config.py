@@ -1,6 +1,6 @@
-"""Strict gin: every name, parameter, type and macro in the recipes must mean something (SPEC section 6).
+"""Strict gin: every name, parameter, type and macro in the recipes must mean something; see docs/recipes.md.
 
-A recipe says values and nothing else: what gin can do beyond that, import modules, call functions, bind in scopes, is
+A recipe holds values and nothing else. What gin can do beyond that, import modules, call functions, bind in scopes, is
 refused, so that a recipe from a stranger runs no code of its own.
 """
 
@@ -21,9 +21,12 @@ from gin import config_parser
 
 from conadv_tf.errors import ConfigError
 
-# The modules whose configurables recipes set. gin knows those that have been imported.
+# The modules whose configurables recipes set. gin knows a configurable once its module has been imported.
 CONFIGURED_MODULES = (
+    "data.augment",
     "data.datasets",
+    "data.sources",
+    "data.streaming",
     "data.subset",
     "methods.attack",
     "methods.method",
@@ -41,25 +44,46 @@ ONE_LINE = 100_000
 
 DEFAULT_RECIPE = "digits_conadv.gin"
 
-# What may change when a run is resumed: how it is executed and reported, not what it computes.
+# Settings that may change when a run is resumed: how it is executed and reported, not what it computes.
 EXECUTION_SETTINGS = (
-    "data.cache",
     "data.max_bad_records",
-    "data.service",
     "divergence.peak_factor",
     "divergence.retries",
     "mirrored.logical_cpus",
     "monitor.every_epochs",
     "monitor.images",
+    "stream.cache",
+    "stream.service",
     "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps",
     "train.evaluate_every_epochs",
     "train.steps_per_execution",
 )
 
+# Settings of earlier versions, and where they are now; {source} is what data.source says.
+MOVED = {
+    "data.augmentation": "{source}.augmentation",
+    "data.autoaugment": "autoaugment.policy",
+    "data.autoaugment_mode": "autoaugment.mode",
+    "data.cache": "stream.cache",
+    "data.image_size": "{source}.image_size",
+    "data.in_memory": "{source}.in_memory",
+    "data.label_offset": "{source}.label_offset",
+    "data.name": "{source}.name",
+    "data.num_classes": "{source}.num_classes",
+    "data.num_train": "{source}.num_train",
+    "data.service": "stream.service",
+    "data.shuffle_buffer": "stream.shuffle_buffer",
+    "data.test_files": "{source}.test_files",
+    "data.test_split": "{source}.test_split",
+    "data.tfds_name": "tfds.dataset",
+    "data.train_files": "{source}.train_files",
+    "data.train_split": "{source}.train_split",
+}
+
 
 def recipe_folder() -> str:
-    """Where the recipes lie: gin/ beside the package in a checkout, inside it when installed."""
+    """The folder of the recipes: gin/ beside the package in a checkout, inside it when installed."""
     package = os.path.dirname(os.path.abspath(__file__))
     inside, beside = os.path.join(package, "gin"), os.path.join(os.path.dirname(package), "gin")
     return inside if os.path.isdir(inside) else beside
@@ -106,39 +130,82 @@ def recipe_name(gin_files: Sequence[str]) -> str:
 
 
 def setting(name: str):
-    """The value a recipe or flag gives to "data.source" and the like; None where none does."""
+    """The value that a recipe or flag gives to a setting such as "data.source"; None where none does."""
     try:
-        return gin.query_parameter(name)
+        return _resolved(gin.query_parameter(name))
     except ValueError:
         return None
 
 
 def operative_config() -> str:
-    """Every setting that had an effect so far, defaults included, as gin text with one binding a line."""
+    """Lists every setting that had an effect so far, defaults included, as gin text with one binding a line."""
     lines = gin.operative_config_str(max_line_length=ONE_LINE).splitlines()
     return "\n".join(line for line in lines if not line.startswith("#")).strip() + "\n"
 
 
 def configure_without_files(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
-    """As `configure`, on synthetic images in the place of data that are files, for looking at a run without them.
+    """Configures a run on synthetic images in the place of files, to look at it without its data.
+
+    The synthetic images have the name, size, classes and number of the files' images.
 
     Raises:
       ConfigError: see `configure`; also for files whose images are not counted by the recipe.
     """
     configure(gin_files, gin_params)
-    if setting("data.source") in ("tfrecords", "tfds"):
-        if setting("data.num_train") is None:
-            raise ConfigError("--preflight without --data_dir cannot count the images: set data.num_train")
-        configure(gin_files, [*gin_params, "data.source = 'synthetic'", "data.augmentation = 'none'"])
+    source = setting("data.source")
+    if source not in _sources() or not _sources()[source].reads_files:
+        return
+    if setting(f"{source}.num_train") is None:
+        raise ConfigError(f"--preflight without --data_dir cannot count the images: set {source}.num_train")
+    shared = [name for name in parameters("synthetic") if name in parameters(source) and name != "augmentation"]
+    values = {name: setting(f"{source}.{name}") for name in shared}
+    stand_in = [f"synthetic.{name} = {value!r}" for name, value in values.items() if value is not None]
+    configure(gin_files, [*gin_params, "data.source = 'synthetic'", "synthetic.augmentation = 'none'", *stand_in])
+    # Reads the settings of the files too, so that they count as used.
+    if gin.get_configurable(source)().streams:
+        gin.get_configurable("stream")()
+
+
+def parse_settings(text: str) -> dict[str, str]:
+    """The bindings of gin text with one binding a line, name to value, both as written."""
+    lines = (line.split(" = ", 1) for line in text.splitlines() if " = " in line and not line.startswith("#"))
+    return {name: value for name, value in lines}
+
+
+def kept_settings(text: str) -> dict[str, str]:
+    """The bindings of a kept config.gin, name to value as written, under the names that settings have now.
+
+    Settings that earlier versions wrote for every source, and that the source of this run does not have, are left out.
+    """
+    register()
+    found = parse_settings(text)
+    source = found.get("data.source", "")
+    source = found.get(source.removeprefix("%"), source).strip("'\"")  # of a macro, its value
+    if source not in _sources():
+        return found
+    streams = _sources()[source].reads_files and found.get("data.in_memory") == "False"
+    present = {"autoaugment", source, *(["stream"] if streams else [])}
+    kept = {}
+    for name, value in found.items():
+        new = MOVED.get(name, name).format(source=source)
+        configurable, _, parameter = new.rpartition(".")
+        if name not in MOVED or (configurable in present and parameter in parameters(configurable)):
+            kept[new] = value
+    return kept
 
 
 def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:
-    """The first setting in which two operative configurations differ, but for how they are executed and those named.
+    """Finds the first setting in which two operative configurations differ.
+
+    Args:
+      saved: a configuration as it was kept, by this version or an earlier one.
+      current: the other configuration.
+      but: settings that may differ, beside EXECUTION_SETTINGS.
 
     Returns:
-      (name, saved value, current value), "unset" for a missing one; None if they compute the same.
+      (name, saved value, current value), "unset" for a missing one; None if both compute the same.
     """
-    old, new = _settings(saved), _settings(current)
+    old, new = kept_settings(saved), kept_settings(current)
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and name not in (*EXECUTION_SETTINGS, *but):
             return name, old.get(name, "unset"), new.get(name, "unset")
@@ -146,12 +213,12 @@ def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, 
 
 
 def contradiction(saved: str) -> tuple[str, str, str] | None:
-    """The first setting of the parsed recipe, unlike `difference` none of the defaults, that a saved run had otherwise.
+    """Finds the first setting of the parsed recipe that a saved run had otherwise; defaults are not compared.
 
     Returns:
       (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
     """
-    old, new = _settings(saved), _settings(gin.config_str(max_line_length=ONE_LINE))
+    old, new = kept_settings(saved), parse_settings(gin.config_str(max_line_length=ONE_LINE))
     for name in sorted(old.keys() & new.keys()):
         if old[name] != new[name] and name not in EXECUTION_SETTINGS:
             return name, old[name], new[name]
@@ -159,14 +226,30 @@ def contradiction(saved: str) -> tuple[str, str, str] | None:
 
 
 def bindings_without_effect() -> list[str]:
-    """Names bound by recipes or flags that nothing in this run has read."""
-    read = _settings(operative_config())
+    """Lists the settings bound by recipes or flags that nothing in this run has read."""
+    read = parse_settings(operative_config())
     names = [f"{name}.{parameter}" for name, _, parameter, _ in _bindings()]
     return [name for name in names if name not in read]
 
 
+def bound_name(binding: str) -> str:
+    """The setting that a gin parameter binds, without its module: "attack.epsilon_pixels"."""
+    return ".".join(binding.partition("=")[0].strip().split(".")[-2:])
+
+
+def _sources() -> dict[str, Any]:
+    """The classes of the sources of data, by what data.source may say."""
+    return importlib.import_module("conadv_tf.data.sources").SOURCES
+
+
+def _resolved(value: Any) -> Any:
+    """The value itself, or what the macro stands for."""
+    is_macro = isinstance(value, gin_config.ConfigurableReference)
+    return gin.query_parameter(f"{value.scoped_selector}.value") if is_macro else value
+
+
 def _check_file(path: str, including: tuple[str, ...]) -> None:
-    """`_check_statements` of a file, found as given or below gin/, and of what it includes."""
+    """Checks the statements of a file, found as given or below gin/, and of what it includes."""
     found = next((p for p in (path, os.path.join(recipe_folder(), path)) if os.path.isfile(p)), None)
     if not found:
         raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}")
@@ -181,7 +264,7 @@ def _check_file(path: str, including: tuple[str, ...]) -> None:
 
 
 def _check_statements(text: str, source: str, including: tuple[str, ...]) -> None:
-    """Raises ConfigError unless every statement includes a recipe, or binds a value to a name."""
+    """Raises ConfigError unless every statement includes a recipe, or binds a value to a name that has not moved."""
     delegate = gin_config.ParserDelegate(skip_unknown=False)
     statements = _parse(lambda: list(config_parser.ConfigParser(text, delegate)), source)
     for statement in statements:
@@ -196,11 +279,13 @@ def _check_statements(text: str, source: str, including: tuple[str, ...]) -> Non
             raise ConfigError(f"{source}: {statement.selector} is gin's own, not a setting: drop it")
         elif isinstance(statement, config_parser.BindingStatement):
             name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
+            if bound_name(name) in MOVED:
+                raise ConfigError(f"{source}: {_moved(bound_name(name))}")
             _check_value(name, statement.value, source)
 
 
 def _check_value(name: str, value, source: str) -> None:
-    """Raises ConfigError for a call of a function, and for numbers that are none."""
+    """Raises ConfigError for a call of a function, and for a number that is not finite."""
     for part in _parts(value):
         if isinstance(part, gin_config.ConfigurableReference) and part.selector != "gin.macro":
             raise ConfigError(f"{source}: {name} = {part}: recipes hold values and call nothing: write the value")
@@ -209,7 +294,7 @@ def _check_value(name: str, value, source: str) -> None:
 
 
 def _parts(value) -> Iterator:
-    """A value, or what it is put together of."""
+    """The parts of a list, tuple, set or dictionary, or the value itself."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set)):
@@ -227,7 +312,7 @@ def _parse(parse: Callable[[], Any], source: str) -> Any:
 
 
 def _explanation(error: Exception) -> str:
-    """Gin's message on one line, with the nearest right name where a wrong one is the cause."""
+    """Puts gin's message on one line, with the nearest right name where a wrong one is the cause."""
     text = str(error)
     cause = text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
     place = re.search(r"In (?:file|bindings string) (.*)$", text, re.MULTILINE)
@@ -235,18 +320,30 @@ def _explanation(error: Exception) -> str:
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     misspelt = re.search(r"[Cc]onfigurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
     if unknown:
-        return f"{cause}{where}: {_suggestion(unknown.group(1), _configurables())}"
+        return f"{cause}{where}: {_suggestion(unknown.group(1), configurables())}"
     if misspelt:
-        return f"{cause}{where}: {_suggestion(misspelt.group(2), _parameters(misspelt.group(1)))}"
+        return f"{cause}{where}: {_suggestion(misspelt.group(2), [*parameters(misspelt.group(1))])}"
     undefined = re.search(r"No bindings specified for '([^']+)/gin.macro'", text)
     if undefined:
-        return (
-            f"the macro %{undefined.group(1)} is not defined: write {undefined.group(1)} = value, or the value itself"
-        )
+        name = undefined.group(1)
+        return f"the macro %{name} is not defined: write {name} = value, or the value itself"
     if isinstance(error, SyntaxError) or "malformed node" in cause:
         cause = "a value is no number, text in quotes, list, True or None" if "malformed node" in cause else cause
         return f"{cause}{where}: write name.parameter = value, with quotes around text"
     return cause + where
+
+
+def _moved(name: str) -> str:
+    """Says where a setting of an earlier version is now."""
+    configurable, parameter = MOVED[name].split(".")
+    if configurable != "{source}":
+        return f"{name} is now {MOVED[name]}: write that"
+    having = [source for source in _sources() if parameter in parameters(source)]
+    lacking = [source for source in _sources() if source not in having]
+    *others, last = (f"{source}.{parameter}" for source in having)
+    choice = f"{', '.join(others)} or {last}, as data.source says"
+    places = choice if others else f"{last}, with data.source={having[0]!r}"
+    return f"{name} is now {places}{'; none for ' * bool(lacking)}{', '.join(lacking)}: write that"
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
@@ -256,26 +353,24 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 
 def _recipes() -> list[str]:
     folder = recipe_folder()
-    return [
-        os.path.relpath(os.path.join(parent, file), folder)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if file.endswith(".gin")
-    ]
+    paths = [os.path.join(parent, file) for parent, _, files in os.walk(folder) for file in files]
+    return [os.path.relpath(path, folder) for path in paths if path.endswith(".gin")]
 
 
-def _configurables() -> list[str]:
-    """Names of our own configurables, the parts of a recipe."""
+def configurables() -> list[str]:
+    """The names of our own configurables, the parts of a recipe."""
     return [c.name for _, c in gin_config._REGISTRY.items() if c.wrapped.__module__.startswith("conadv_tf")]
 
 
-def _parameters(name: str) -> list[str]:
-    function = gin.get_configurable(name.split(".")[-1])
-    return [p for p in inspect.signature(function).parameters if p != "self"]
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a configurable that recipes may set, by name."""
+    configurable = gin_config._REGISTRY.get_match(name)
+    found = inspect.signature(configurable.wrapped).parameters
+    return {name: parameter for name, parameter in found.items() if name not in (configurable.denylist or ())}
 
 
 def _bindings() -> Iterator[tuple[str, typing.Callable, str, typing.Any]]:
-    """(name, function or class, parameter, value) of each binding but macros. gin has no public list of them."""
+    """Lists (name, function or class, parameter, value) of each binding but macros; gin has no public list of them."""
     for (_, selector), parameters in gin_config._CONFIG.items():
         configurable = gin_config._REGISTRY[selector]
         if selector not in ("gin.macro", "gin.constant"):
@@ -294,20 +389,13 @@ def _check_macros() -> None:
 
 
 def _check_type(name: str, function: typing.Callable, parameter: str, value) -> None:
-    target = function.__init__ if inspect.isclass(function) else function
-    expected = typing.get_type_hints(target).get(parameter)
+    expected = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function).get(parameter)
     choices = typing.get_args(expected) or (expected,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in choices)
-    if isinstance(value, gin_config.ConfigurableReference):  # a macro
-        value = gin.query_parameter(f"{value.scoped_selector}.value")
+    value = _resolved(value)
     if expected is None or not all(map(inspect.isclass, kinds)):
         return
     accepted = kinds + ((int,) if float in kinds else ())
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ConfigError(f"{name}={value!r} must be {wanted}")
-
-
-def _settings(operative: str) -> dict[str, str]:
-    lines = (line.split(" = ", 1) for line in operative.splitlines() if " = " in line and not line.startswith("#"))
-    return {name: value for name, value in lines}

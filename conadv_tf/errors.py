@@ -45,7 +45,7 @@ def data_error(error: BaseException) -> DataError | None:
     """
     text = f"DataError: {error}" if isinstance(error, DataError) else str(error)
     if "Unknown iteration client id" in text:
-        return DataError("data.service: one of its processes was started anew: start the same command again")
+        return DataError("stream.service: one of its processes was started anew: start the same command again")
     # An assertion of TensorFlow's puts brackets around its line.
     found = re.search(r"\[DataError: ([^\n]+)\]|DataError: ([^\n]+)", text)
     return DataError(found.group(1) or found.group(2)) if found else None

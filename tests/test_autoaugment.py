@@ -124,10 +124,10 @@ def test_evaluation_sees_clean_images_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"autoaugment": "v0"}, r"data.autoaugment='v0'.*imagenet, cifar10"),
-        ({"autoaugment": "imagenet", "autoaugment_mode": "mix"}, r"data.autoaugment_mode='mix'.*concat3"),
-        ({"autoaugment_mode": "concat3"}, r"data.autoaugment_mode='concat3' without a policy"),
-        ({"autoaugment": "cifar10"}, r"data.autoaugment='cifar10' is for colour images.*\(8, 8, 1\)"),
+        ({"autoaugment": "v0"}, r"autoaugment.policy='v0'.*imagenet, cifar10"),
+        ({"autoaugment": "imagenet", "autoaugment_mode": "mix"}, r"autoaugment.mode='mix'.*concat3"),
+        ({"autoaugment_mode": "concat3"}, r"autoaugment.mode='concat3' without a policy"),
+        ({"autoaugment": "cifar10"}, r"autoaugment.policy='cifar10' is for colour images.*\(8, 8, 1\)"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

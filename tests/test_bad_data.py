@@ -161,8 +161,8 @@ def test_an_empty_file_and_one_that_is_no_tfrecord(tmp_path, in_memory):
 @pytest.mark.parametrize(
     ("arguments", "label"),
     [
-        ({"label_offset": 1}, "label 0 minus data.label_offset=1 is -1, not in 0..999"),
-        ({"num_classes": 20}, "label 20 minus data.label_offset=0 is 20, not in 0..19"),
+        ({"label_offset": 1}, "label 0 minus tfrecords.label_offset=1 is -1, not in 0..999"),
+        ({"num_classes": 20}, "label 20 minus tfrecords.label_offset=0 is 20, not in 0..19"),
     ],
 )
 def test_a_label_out_of_range_is_never_skipped(tmp_path, in_memory, arguments, label):
@@ -170,7 +170,7 @@ def test_a_label_out_of_range_is_never_skipped(tmp_path, in_memory, arguments, l
     assert label in line
     assert line.startswith(f"{tmp_path}/train-0000")
     assert ", record " in line
-    assert "set data.label_offset or data.num_classes" in line
+    assert "set tfrecords.label_offset or tfrecords.num_classes" in line
 
 
 def test_a_label_out_of_range_stops_evaluation(tmp_path):
@@ -179,7 +179,7 @@ def test_a_label_out_of_range_stops_evaluation(tmp_path):
     with pytest.raises(tf.errors.OpError) as caught:
         stream(tmp_path).examples("test", 1)
     path = tmp_path / "validation-00000-of-00001"
-    assert str(data_error(caught.value)).startswith(f"{path}, record 0: label 5000 minus data.label_offset=0")
+    assert str(data_error(caught.value)).startswith(f"{path}, record 0: label 5000 minus tfrecords.label_offset=0")
 
 
 def test_a_png_among_jpegs_is_used(tmp_path):
@@ -223,7 +223,7 @@ def test_images_in_memory_must_be_of_one_size(tmp_path):
     assert "16x12, not 16x16" in loaded.bad_records.reasons[str(path), 3]
     line = raises_data_error(tmp_path, True, image_size=32, max_bad_records=0)
     assert "16x16, not 32x32" in line
-    assert "data.image_size" in line
+    assert "tfrecords.image_size" in line
 
 
 def test_missing_files_and_directories(tmp_path):
@@ -232,10 +232,10 @@ def test_missing_files_and_directories(tmp_path):
     with pytest.raises(DataError, match=r"no file matching 'train-\*'"):
         load(tmp_path)
     write(tmp_path / "train-0", numbered(1))
-    with pytest.raises(DataError, match=r"'validation-\*' or 'test-\*'.*data.test_files"):
+    with pytest.raises(DataError, match=r"'validation-\*' or 'test-\*'.*tfrecords.test_files"):
         load(tmp_path)
     write(tmp_path / "test-0", numbered(1))
-    with pytest.raises(DataError, match=r"'training-\*'.*data.train_files"):
+    with pytest.raises(DataError, match=r"'training-\*'.*tfrecords.train_files"):
         load(tmp_path, train_files="training-*")
 
 
@@ -243,13 +243,13 @@ def test_missing_files_and_directories(tmp_path):
     ("arguments", "message"),
     [
         ({"source": "mnist"}, r"data.source='mnist'"),
-        ({"augmentation": "cutout"}, r"data.augmentation='cutout'"),
-        ({"augmentation": "resized_crop_flip"}, r"data.augmentation='resized_crop_flip'"),
+        ({"augmentation": "cutout"}, r"digits.augmentation='cutout'"),
+        ({"augmentation": "resized_crop_flip"}, r"digits.augmentation='resized_crop_flip'"),
         ({"source": "tfrecords"}, r"data_dir=None"),
         ({"data_dir": "/somewhere"}, r"data_dir='/somewhere'"),
-        ({"num_classes": 12}, r"data.num_classes=12"),
-        ({"image_size": 32}, r"data.image_size=32"),
-        ({"source": "tfrecords", "data_dir": "/", "in_memory": False}, r"data.num_classes=None"),
+        ({"num_classes": 12}, r"num_classes=12 is no setting of data.source='digits'"),
+        ({"image_size": 32}, r"image_size=32 is no setting of data.source='digits'"),
+        ({"source": "tfrecords", "data_dir": "/", "in_memory": False}, r"tfrecords.num_classes=None"),
         ({"source": "tfrecords", "data_dir": "/", "max_bad_records": -1}, r"data.max_bad_records=-1"),
     ],
 )
@@ -298,7 +298,7 @@ def test_a_damaged_imagenet_file(tmp_path):
     line = raises_data_error(tmp_path, False, **arguments)
     assert f"{path}, record 3: unreadable (corrupted record" in line
     # The photos differ in size, which memory does not take.
-    assert "data.in_memory=False resizes" in raises_data_error(tmp_path, True, **arguments)
+    assert "tfrecords.in_memory=False resizes" in raises_data_error(tmp_path, True, **arguments)
 
 
 SERVER = """

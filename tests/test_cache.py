@@ -1,4 +1,4 @@
-"""data.cache: the same batches, from memory alone once a host has read its share."""
+"""stream.cache: the same batches, from memory alone once a host has read its share."""
 
 import numpy as np
 import pytest
@@ -93,10 +93,9 @@ def test_memory_is_what_the_records_and_images_take(tmp_path):
 
 def test_where_a_cache_makes_no_sense(tmp_path):
     make_folder(tmp_path)
-    with pytest.raises(ConfigError, match=r"data.cache='disk' is not known: choose one of none, memory"):
+    with pytest.raises(ConfigError, match=r"stream.cache='disk' is not known: choose one of none, memory"):
         stream(tmp_path, cache="disk")
-    with pytest.raises(ConfigError, match=r"data.cache='memory'.*no effect on images in memory.*in_memory=False"):
+    with pytest.raises(ConfigError, match=r"cache='memory' is for streamed files: drop it, or set in_memory=False"):
         load(tmp_path, cache="memory")
-    with pytest.raises(ConfigError, match=r"data.cache='memory'"):
+    with pytest.raises(ConfigError, match=r"cache='memory' is no setting of data.source='digits'"):
         data.load(cache="memory")
-    assert data.load("synthetic", image_size=8, cache="memory").num_test == 50_000  # they stand in for any

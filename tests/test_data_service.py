@@ -1,4 +1,4 @@
-"""data.service: batches made by processes of their own, on this machine, are those made here."""
+"""stream.service: batches made by processes of their own, on this machine, are those made here."""
 
 import os
 import re
@@ -87,7 +87,7 @@ def test_a_label_out_of_range_and_too_many_bad_records_are_said(tmp_path, servic
     path = make_folder(tmp_path) / "train-00001-of-00003"
     with pytest.raises(tf.errors.OpError) as caught:
         take(stream(tmp_path, service=services, num_classes=20).train_batches(7, 1), 3)
-    assert "label 20 minus data.label_offset=0 is 20, not in 0..19" in str(data_error(caught.value))
+    assert "label 20 minus tfrecords.label_offset=0 is 20, not in 0..19" in str(data_error(caught.value))
     flip_byte(path, 2)
     with pytest.raises(tf.errors.OpError) as caught:
         take(stream(tmp_path, service=services, max_bad_records=0).train_batches(7, 1), 3)
@@ -103,7 +103,7 @@ def test_a_service_that_is_started_anew_ends_the_run_in_one_line(tmp_path):
     again = Process(tmp_path, process.port)
     with pytest.raises(tf.errors.OpError) as caught:
         list(iterator)
-    assert "data.service: one of its processes was started anew" in str(data_error(caught.value))
+    assert "stream.service: one of its processes was started anew" in str(data_error(caught.value))
     again.end(signal.SIGTERM)
 
 
@@ -187,11 +187,12 @@ def test_what_is_no_address(tmp_path, service):
 
 def test_where_a_service_makes_no_sense(tmp_path):
     make_folder(tmp_path)
-    with pytest.raises(ConfigError, match=r"data.service='grpc://a:1'.*no effect on images in memory"):
+    with pytest.raises(ConfigError, match=r"service='grpc://a:1' is for streamed files: drop it"):
         load(tmp_path, service="grpc://a:1")
-    with pytest.raises(ConfigError, match=r"data.cache='memory' with data.service='grpc://a:1'"):
+    with pytest.raises(ConfigError, match=r"stream.cache='memory' with stream.service='grpc://a:1'"):
         stream(tmp_path, service="grpc://a:1", cache="memory")
-    assert data.load("synthetic", image_size=8, service="grpc://a:1").num_test == 50_000  # they stand in for any
+    with pytest.raises(ConfigError, match=r"service='grpc://a:1' is no setting of data.source='synthetic'"):
+        data.load("synthetic", image_size=8, service="grpc://a:1")
 
 
 def test_services_are_divided_over_the_hosts():

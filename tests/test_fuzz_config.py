@@ -104,7 +104,7 @@ def outcome(text: str, as_flag: bool, folder: Path) -> str:
 
 def is_heard(text: str) -> bool:
     """Whether a binding that ran is in the configuration of the run, or named as unused."""
-    known = set(config._settings(config.operative_config())) | set(config.bindings_without_effect())
+    known = set(config.parse_settings(config.operative_config())) | set(config.bindings_without_effect())
     names = [line.split("=", 1)[0].strip() for line in text.splitlines() if "=" in line.split("#")[0]]
     return all(name in known for name in names if "." in name)
 

@@ -234,7 +234,12 @@ def test_the_printed_command_trains_on_it(tmp_path, capsys):
     out, _ = run(src, dst, "--validation=0.2", capsys=capsys)
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["python", "train.py"]
-    for setting in ("data.source='tfrecords'", "data.num_classes=3", "data.num_train=24", "data.image_size=12"):
+    for setting in (
+        "data.source='tfrecords'",
+        "tfrecords.num_classes=3",
+        "tfrecords.num_train=24",
+        "tfrecords.image_size=12",
+    ):
         assert f"--gin_param={setting}" in command
     small = ["--gin_param=model.name='cifar_resnet8'", "--gin_param=train.epochs=6", f"--model_dir={tmp_path}/run"]
     call_command_line(*command[2:], *small)

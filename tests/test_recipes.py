@@ -24,22 +24,21 @@ RECIPES = [name for name in FILES if os.sep not in name]
 FOLDERS = {"imagenet": DATA / "imagenet_sample", "cifar10": DATA / "cifar10"}
 # Two micro-batches of a size that this machine trains at once; the recipe's method, attack and optimizer are kept.
 SMALL = ["train.global_batch_size=8", "train.microbatch_size=4", "train.epochs=2", "learning_rate.warmup_epochs=1"]
-SMALL_IMAGENET = ["data.image_size=32", "model.name='cifar_resnet8'"]
+SMALL_IMAGENET = ["tfrecords.image_size=32", "model.name='cifar_resnet8'"]
 # Of each training stream, shared by the recipes that read it: building AutoAugment takes seconds.
 first_batches: dict[str, tf.data.Dataset] = {}
 
 
 def settings(prefixes: tuple[str, ...]) -> dict[str, str]:
     """The bindings of the parsed configuration that begin so."""
-    text = gin.config_str(max_line_length=config.ONE_LINE)
-    lines = (line.split(" = ", 1) for line in text.splitlines() if line.startswith(prefixes))
-    return {name: value for name, value in lines}
+    bound = config.parse_settings(gin.config_str(max_line_length=config.ONE_LINE))
+    return {name: value for name, value in bound.items() if name.startswith(prefixes)}
 
 
 def build(recipe: str) -> Run:
     """The recipe at its smallest, on its real images."""
     config.configure([recipe], [])
-    name = gin.query_parameter("data.name")
+    name = config.setting("tfrecords.name") if config.setting("data.source") == "tfrecords" else "digits"
     folder = FOLDERS.get(name)
     if folder is not None and not folder.is_dir():
         pytest.skip(f"{folder} is not here; set CONADV_TEST_DATA")
@@ -48,7 +47,7 @@ def build(recipe: str) -> Run:
 
 
 def batches_for_two_updates(built: Run) -> tf.data.Dataset:
-    key = str(sorted(settings(("data.",)).items()))
+    key = str(sorted(settings(("data.", "tfrecords.", "digits.", "autoaugment.", "subset.")).items()))
     if key not in first_batches:
         stream = built.data.train_batches(built.plan.rows, 1)
         stacked = tf.nest.map_structure(lambda *parts: tf.stack(parts), *stream.take(2 * built.plan.microbatches))
@@ -103,15 +102,21 @@ def test_file_parses(file):
     config.configure([file], [])
 
 
-@pytest.mark.parametrize("kind", ["data", "method"])
+PARTS = {"data": ("data.source", "model.name"), "method": ("train.method", "autoaugment.policy", "autoaugment.mode")}
+
+
+@pytest.mark.parametrize("kind", PARTS)
 def test_a_part_replaces_the_whole_of_another(kind):
-    """Whatever one file of data/ sets, all of them set: nothing of the replaced one stays. So with AutoAugment."""
-    sets = {}
+    """What all files of data/ decide, each says; and what one says of its source, all files of that source say."""
+    sets: dict[str, set[frozenset[str]]] = {}
     for file in (name for name in FILES if name.startswith(kind + os.sep)):
         config.configure([file], [])
-        sets[file] = frozenset(settings(("data.", "model.", "train.")))
-    assert len(sets) >= 5
-    assert len(set(sets.values())) == 1, sets
+        assert settings(PARTS[kind]).keys() == set(PARTS[kind])
+        source = config.setting("data.source") or ""
+        own = {name for name in settings(("",)) if name.split(".")[0] not in ("conadv", "attack")}
+        assert {name.split(".")[0] for name in own - set(PARTS[kind])} <= {source}, file
+        sets.setdefault(source, set()).add(frozenset(own))
+    assert [len(names) for names in sets.values()] == [1] * (4 if kind == "data" else 1), sets
 
 
 def test_files_of_the_command_line_compose():
@@ -151,7 +156,7 @@ class ConadvPhotos(tfds.core.GeneratorBasedBuilder):
 def test_files_for_tfds_read_a_set_that_tfds_prepared(file, tmp_path):
     tfds.disable_progress_bar()
     ConadvPhotos(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
-    parameters = [*SMALL, "data.tfds_name='conadv_photos'", "data.image_size=32"]
+    parameters = [*SMALL, "tfds.dataset='conadv_photos'", "tfds.image_size=32"]
     config.configure(["batch/8k.gin", "method/vanilla.gin", file], [*parameters, "model.name='cifar_resnet8'"])
     built = build_run(file, tf.distribute.OneDeviceStrategy("CPU:0"), str(tmp_path))
     assert (built.data.num_train, built.data.num_test, built.data.num_classes) == (8, 4, 1000)

@@ -110,7 +110,7 @@ def test_jax_trains_as_keras_does(name, tmp_path):
 def test_a_recipe_is_exported_timed_and_its_data_saved(tmp_path):
     folder = str(tmp_path / "program")
     settings = ["train.global_batch_size=32", "train.microbatch_size=16", "train.epochs=2"]
-    settings += ["learning_rate.warmup_epochs=1", "data.augmentation='crop_flip'"]
+    settings += ["learning_rate.warmup_epochs=1", "digits.augmentation='crop_flip'"]
     flags = [f"--out={folder}", "--save_data", *(f"--gin_param={setting}" for setting in settings)]
     assert step_program.main(flags) == 0
     with open(f"{folder}/program.json") as file:

@@ -90,5 +90,5 @@ def test_synthetic_data_stand_in_for_a_part():
 
 def test_streamed_files_are_not_taken_in_part(tmp_path):
     config.configure(["data/imagenet.gin"], ["subset.downscale = 2"])
-    with pytest.raises(ConfigError, match=r"downscale=2.*data.in_memory=True"):
+    with pytest.raises(ConfigError, match=r"downscale=2.*tfrecords.in_memory=True"):
         data.load(data_dir=str(tmp_path))

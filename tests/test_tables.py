@@ -22,9 +22,7 @@ NUM_TRAIN = 1_281_167
 V3_512 = 512
 SMALL = [
     "data.source='synthetic'",
-    "data.augmentation='none'",
-    "data.in_memory=True",
-    "data.image_size=32",
+    "synthetic.image_size=32",
     "model.name='cifar_resnet8'",
 ]
 

@@ -68,7 +68,7 @@ def prepared(tmp_path_factory) -> str:
 
 
 def load(config: str, folder: str, **arguments) -> data.ImageData:
-    return data.load("tfds", tfds_name=f"tiny_photos/{config}", data_dir=folder, **arguments)
+    return data.load("tfds", dataset=f"tiny_photos/{config}", data_dir=folder, **arguments)
 
 
 def stream(config: str, folder: str, **arguments) -> data.ImageData:
@@ -85,10 +85,9 @@ def in_any_order(examples) -> list[tuple[bytes, int]]:
 
 
 def one_line(error) -> str:
-    """The message, which must be one line; what follows it is gin's own."""
-    first, *rest = str(error.value).splitlines()
-    assert [line.split()[:4] for line in rest] == [["In", "call", "to", "configurable"]]
-    return first
+    """The message, which must be one line."""
+    [line] = str(error.value).splitlines()
+    return line
 
 
 def test_memory_holds_what_tfds_reads(prepared):
@@ -151,7 +150,7 @@ def test_damaged_images_are_counted_and_skipped(prepared, loader):
 
 
 def test_images_of_several_sizes_do_not_fit_in_memory(prepared):
-    with pytest.raises(DataError, match=r"tiny_photos.*image of .* pixels .*data.in_memory=False") as error:
+    with pytest.raises(DataError, match=r"tiny_photos.*image of .* pixels .*tfds.in_memory=False") as error:
         load("sizes", prepared, max_bad_records=2)
     one_line(error)
 
@@ -159,7 +158,7 @@ def test_images_of_several_sizes_do_not_fit_in_memory(prepared):
 @pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("mnist:3.0.1", (28, 28, 1))])
 def test_generated_data_of_known_sets(name, shape):
     with tfds.testing.mock_data(num_examples=7):
-        loaded = data.load("tfds", tfds_name=name, num_classes=10, augmentation="crop_flip")
+        loaded = data.load("tfds", dataset=name, num_classes=10, augmentation="crop_flip")
         expected = list(tfds.load(name, split="train").as_numpy_iterator())
     assert (loaded.image_shape, loaded.num_classes, loaded.num_train, loaded.num_test) == (shape, 10, 7, 7)
     assert loaded.name == name.split(":")[0]
@@ -172,7 +171,7 @@ def test_generated_data_of_known_sets(name, shape):
 
 def test_a_set_that_is_not_prepared_says_how(tmp_path):
     with pytest.raises(DataError, match=r"mnist.*is not prepared.*: python -c ") as error:
-        data.load("tfds", tfds_name="mnist:3.0.1", data_dir=str(tmp_path))
+        data.load("tfds", dataset="mnist:3.0.1", data_dir=str(tmp_path))
     program = one_line(error).split("python -c ")[1].strip('"')
     assert "download_and_prepare" in program
     assert "'mnist:3.0.1'" in program
@@ -184,27 +183,26 @@ def test_a_set_that_is_not_prepared_says_how(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tfds_name": None}, "data.tfds_name=None"),
-        ({"tfds_name": "tiny_fotos"}, "data.tfds_name='tiny_fotos'.*tiny_photos"),
-        ({"tfds_name": "tiny_photos/cubic"}, "data.tfds_name='tiny_photos/cubic'.*cubic"),
-        ({"tfds_name": "tiny_photos/square:9.9.9"}, "9.9.9"),
-        ({"tfds_name": "tiny photos"}, "data.tfds_name='tiny photos'"),
-        ({"tfds_name": "huggingface:mnist"}, "data.tfds_name='huggingface:mnist'.*network"),
-        ({"tfds_name": "tiny_photos/unlabelled"}, "label"),
-        ({"tfds_name": "glue"}, "image"),
-        ({"num_classes": 4}, "data.num_classes=4.*3"),
-        ({"label_offset": 1}, "data.label_offset=1"),
-        ({"train_files": "photos-*"}, "data.train_files"),
-        ({"test_split": "holdout"}, "data.test_split='holdout'.*train, validation"),
-        ({"train_split": "train[:"}, r"data.train_split='train\[:'"),
-        ({"train_split": "train[:50%]", "in_memory": False}, r"data.train_split='train\[:50%\]'.*in_memory"),
-        ({"tfds_name": "tiny_photos/png", "in_memory": False}, "png.*in_memory"),
-        ({"source": "tfrecords"}, "data.tfds_name='tiny_photos/square'"),
-        ({"source": "tfrecords", "tfds_name": None, "test_split": "test"}, "data.test_split='test'"),
+        ({"dataset": None}, "tfds.dataset=None"),
+        ({"dataset": "tiny_fotos"}, "tfds.dataset='tiny_fotos'.*tiny_photos"),
+        ({"dataset": "tiny_photos/cubic"}, "tfds.dataset='tiny_photos/cubic'.*cubic"),
+        ({"dataset": "tiny_photos/square:9.9.9"}, "9.9.9"),
+        ({"dataset": "tiny photos"}, "tfds.dataset='tiny photos'"),
+        ({"dataset": "huggingface:mnist"}, "tfds.dataset='huggingface:mnist'.*network"),
+        ({"dataset": "tiny_photos/unlabelled"}, "label"),
+        ({"dataset": "glue"}, "image"),
+        ({"num_classes": 4}, "tfds.num_classes=4.*3"),
+        ({"label_offset": 1}, "label_offset=1 is no setting of data.source='tfds': choose from dataset, name"),
+        ({"train_files": "photos-*"}, r"train_files='photos-\*' is no setting of data.source='tfds'"),
+        ({"test_split": "holdout"}, "tfds.test_split='holdout'.*train, validation"),
+        ({"train_split": "train[:"}, r"tfds.train_split='train\[:'"),
+        ({"train_split": "train[:50%]", "in_memory": False}, r"tfds.train_split='train\[:50%\]'.*in_memory"),
+        ({"dataset": "tiny_photos/png", "in_memory": False}, "png.*in_memory"),
+        ({"source": "tfrecords"}, "dataset='tiny_photos/square' is no setting of data.source='tfrecords'"),
     ],
 )
 def test_impossible_settings(prepared, arguments, message):
-    settings = {"source": "tfds", "tfds_name": "tiny_photos/square", "data_dir": prepared, **arguments}
+    settings = {"source": "tfds", "dataset": "tiny_photos/square", "data_dir": prepared, **arguments}
     with pytest.raises(ConfigError, match=message) as error:
         data.load(**settings)
     one_line(error)

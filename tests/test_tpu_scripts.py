@@ -334,7 +334,7 @@ def test_data_service_makes_vms_and_says_how_to_use_them(cloud):
         ["compute", "ssh", "pod-data-2"],
     ]
     assert [call[-1].split("host/")[-1] for call in calls[1::2]] == [f"data_service.sh {vm}:5050" for vm in vms]
-    setting = "data.service='grpc://pod-data-1:5050,grpc://pod-data-2:5050'"
+    setting = "stream.service='grpc://pod-data-1:5050,grpc://pod-data-2:5050'"
     assert outcome.stdout == f'next: train with --gin_param="{setting}"\n'
     (cloud.folder / "calls").unlink()
     assert cloud.shell(["bash", "-euc", dry.stdout]).returncode == 0

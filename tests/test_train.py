@@ -296,7 +296,7 @@ def test_preflight_builds_and_trains_nothing(tmp_path, monkeypatch, capsys):
 )
 def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys, monkeypatch):
     monkeypatch.setattr(tpu_compiler, "PACKAGES", ("libtpu-of-no-one",))  # test_preflight.py compiles
-    call_command_line("--gin_file=96k_conadv.gin", f"--tpu={tpu}", "--preflight", "--gin_param=data.image_size=32")
+    call_command_line("--gin_file=96k_conadv.gin", f"--tpu={tpu}", "--preflight", "--gin_param=tfrecords.image_size=32")
     text = capsys.readouterr().out
     *lines, last = text.splitlines()
     assert last.startswith("  not compiled: libtpu-of-no-one is not installed")
@@ -321,7 +321,7 @@ STREAMED = [
     "--gin_param=train.precision='float32'",
     "--gin_param=learning_rate.warmup_epochs=1",
     "--gin_param=model.name='cifar_resnet8'",
-    "--gin_param=data.image_size=32",
+    "--gin_param=tfrecords.image_size=32",
 ]
 
 

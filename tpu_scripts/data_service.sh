@@ -61,7 +61,7 @@ start_vms() {
     run gcloud compute ssh "$vm" "${place[@]}" --command="mkdir -p conadv_tf && cd conadv_tf &&\
  tar -xzf ../conadv_tf.tar.gz && bash tpu_scripts/host/data_service.sh $vm:$PORT"
   done
-  [[ -n ${FLAGS[dry_run]-} ]] || echo "next: train with --gin_param=\"data.service='$(IFS=, && echo "${addresses[*]}")'\""
+  [[ -n ${FLAGS[dry_run]-} ]] || echo "next: train with --gin_param=\"stream.service='$(IFS=, && echo "${addresses[*]}")'\""
 }
 
 stop_vms() {

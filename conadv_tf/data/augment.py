@@ -1,4 +1,4 @@
-"""Crops and flips of training images, SPEC section 8, drawn statelessly.
+"""Crops and flips of training images, drawn statelessly; docs/data.md describes them.
 
 Every draw is a function of (seed, epoch, index within the epoch), so an image position gets the same crop
 whatever the number of replicas, hosts or micro-batches, and a resumed run repeats it. Two kinds: whole
@@ -7,6 +7,7 @@ batches of small decoded images (`batch`), and one JPEG at a time (`jpeg`).
 
 import dataclasses
 
+import gin
 import tensorflow as tf
 
 from conadv_tf.data import autoaugment
@@ -15,7 +16,7 @@ from conadv_tf.errors import ConfigError
 # Streams of randomness under one seed: the order of the images must not be tied to their crops.
 ORDER, AUGMENTATION, AUTOAUGMENT = 0, 1, 2
 
-# Padding of what images in memory offer: none, and CIFAR's 4 pixels.
+# The padding, in pixels, of each augmentation of images in memory: none, and CIFAR's 4.
 _PADDING = {"flip": 0, "crop_flip": 4}
 IN_MEMORY, STREAMED = ("none", *_PADDING), ("none", "flip", "resized_crop_flip")
 
@@ -28,19 +29,18 @@ _DRAWS = 2**31
 # many equal crops as chance); eight do not.
 _ROUNDS = 8
 
-
 MODES = ("replace", "concat3")
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images.
+    """The augmentation of training images.
 
     Attributes:
-      crop: one of IN_MEMORY or STREAMED.
-      policy: of AutoAugment, after crop and flip: "none", or one of autoaugment.POLICIES.
-      mode: "replace" puts the image of AutoAugment in the clean one's place; "concat3" hands out both, for a network
-        with three BN branches.
+      crop: crop and flip, one of IN_MEMORY or STREAMED.
+      policy: AutoAugment's policy, after crop and flip: "none", or one of autoaugment.POLICIES.
+      mode: "replace" puts AutoAugment's image in the clean one's place; "concat3" hands out both, for a network with
+        three BN branches.
     """
 
     crop: str = "none"
@@ -49,31 +49,47 @@ class Augmentation:
 
     def __post_init__(self):
         policies = ("none", *autoaugment.POLICIES)
-        for setting, value, choices in (("autoaugment", self.policy, policies), ("autoaugment_mode", self.mode, MODES)):
+        for setting, value, choices in (("policy", self.policy, policies), ("mode", self.mode, MODES)):
             if value not in choices:
-                raise ConfigError(f"data.{setting}={value!r} is not known: choose one of {', '.join(choices)}")
+                raise ConfigError(f"autoaugment.{setting}={value!r} is not known: choose one of {', '.join(choices)}")
         if self.policy == "none" and self.mode != "replace":
-            raise ConfigError(f"data.autoaugment_mode={self.mode!r} without a policy: set data.autoaugment")
+            raise ConfigError(f"autoaugment.mode={self.mode!r} without a policy: set autoaugment.policy")
 
     @property
     def concatenates(self) -> bool:
-        """Whether the clean image and that of AutoAugment are both handed out."""
+        """Whether the clean image and AutoAugment's are both handed out."""
         return self.mode == "concat3"
 
-    def check(self, streamed: bool) -> None:
+    def check(self, source: str, streamed: bool) -> None:
         """Raises ConfigError where images in memory, or streamed ones, do not offer this crop."""
         if self.crop not in (STREAMED if streamed else IN_MEMORY):
             raise ConfigError(
-                f"data.augmentation={self.crop!r} is not offered here: images in memory take "
-                f"{', '.join(IN_MEMORY)}; data.in_memory=False takes {', '.join(STREAMED)}"
+                f"{source}.augmentation={self.crop!r} is not offered here: images in memory take "
+                f"{', '.join(IN_MEMORY)}; streamed files (in_memory=False) take {', '.join(STREAMED)}"
             )
 
     def after_crop(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """AutoAugment of an image uint8 [H, W, 3] by a seed int64 [2]; [2, H, W, 3] if it concatenates."""
+        """Applies AutoAugment to an image uint8 [H, W, 3] by a seed int64 [2]; [2, H, W, 3] if it concatenates."""
         if self.policy == "none":
             return image
         distorted = autoaugment.distort(image, self.policy, seed)
         return tf.stack([image, distorted]) if self.concatenates else distorted
+
+
+@gin.configurable("autoaugment", denylist=["crop"])
+def augmentation(crop: str, policy: str = "none", mode: str = "replace") -> Augmentation:
+    """The augmentation of training images: the source's crop and flip, then AutoAugment.
+
+    Args:
+      crop: crop and flip, see `Augmentation`.
+      policy: AutoAugment's policy, applied after crop and flip: "none", "imagenet" or "cifar10".
+      mode: "replace" puts AutoAugment's image in the clean one's place; "concat3" hands out both, and adversarial
+        methods train on clean, augmented and adversarial images through three BN branches, as the TF1 release does.
+
+    Raises:
+      ConfigError: an unknown policy or mode, or a mode without a policy.
+    """
+    return Augmentation(crop, policy, mode)
 
 
 def permute(index: tf.Tensor, size: int, seed: int, stream: int, epoch: tf.Tensor) -> tf.Tensor:
@@ -81,7 +97,7 @@ def permute(index: tf.Tensor, size: int, seed: int, stream: int, epoch: tf.Tenso
 
     Args:
       index: int64 [n], in 0..size-1.
-      size: length of the permutation.
+      size: the length of the permutation.
       seed: any int64.
       stream: ORDER or AUGMENTATION.
       epoch: int64 [n], the epoch of each index.
@@ -103,8 +119,8 @@ def batch(images: tf.Tensor, augmentation: Augmentation, index: tf.Tensor, seed:
       images: uint8 [n, H, W, C], 0..255.
       augmentation: with a crop of IN_MEMORY.
       index: int64 [n], the image positions within their epoch.
-      seed: seed of the run.
-      epoch: int64 [n].
+      seed: the seed of the run.
+      epoch: int64 [n], the epoch of each position.
 
     Returns:
       uint8 [n, H, W, C], or [n, 2, H, W, C] if it concatenates.
@@ -125,13 +141,13 @@ def _crop_flip(images: tf.Tensor, draw: tf.Tensor, padding: int) -> tf.Tensor:
     top, left, mirrored = draw % offsets, draw // offsets % offsets, draw // offsets**2 % 2
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
     column = tf.range(width, dtype=tf.int64)[None]
-    columns = left[:, None] + tf.where(mirrored[:, None] == 1, width - 1 - column, column)
-    rows = top[:, None] + tf.range(height, dtype=tf.int64)[None]
-    return tf.gather(tf.gather(padded, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+    across = left[:, None] + tf.where(mirrored[:, None] == 1, width - 1 - column, column)
+    down = top[:, None] + tf.range(height, dtype=tf.int64)[None]
+    return tf.gather(tf.gather(padded, down, axis=1, batch_dims=1), across, axis=2, batch_dims=1)
 
 
 def epoch_seed(seed: int, host: int, epoch: tf.Tensor) -> tf.Tensor:
-    """Key int64 scalar of one host's epoch; [key, index within the epoch] is the seed of one image position."""
+    """The key of one host's epoch, int64 scalar; [key, index within the epoch] is the seed of one image position."""
     fold = tf.random.experimental.stateless_fold_in
     # A fold hashes what was there and appends the new number, so the second one hashes the epoch.
     return fold(fold(tf.constant([seed, host], tf.int64), epoch), tf.constant(0, tf.int64))[0]
@@ -187,7 +203,7 @@ def jpeg(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, seed: 
       uint8 [image_size, image_size, 3], or [2, image_size, image_size, 3] if it concatenates; an
       InvalidArgumentError at run time where the JPEG is damaged.
     """
-    # Kept apart by hand: splitting a seed costs a tenth of a decode.
+    # The seeds are kept apart by hand: splitting a seed costs a tenth of a decode.
     crop_seed, flip_seed, distortion_seed = (seed * [1, 4] + [0, place] for place in range(3))
     if augmentation.crop == "resized_crop_flip":
         image = _random_crop(encoded, image_size, crop_seed)

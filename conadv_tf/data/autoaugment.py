@@ -14,12 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 POLICIES = {"imagenet": "reduced_imagenet", "cifar10": "reduced_cifar10"}  # tf-models' names
-# Of the image's side, at the largest magnitude: 10 of CIFAR's 32 pixels in the policy's own code (tensorflow/models,
-# research/autoaugment). tf-models' default of 250 pixels leaves nothing of a small image. ImageNet's policy has none.
+# The largest translation as a share of the image's side: 10 of CIFAR's 32 pixels in the policy's own code
+# (tensorflow/models, research/autoaugment). tf-models' default of 250 pixels leaves nothing of a small image.
+# ImageNet's policy translates nothing.
 TRANSLATION = 10 / 32
 REPLACE = [128] * 3  # what moves in from outside the image
 
-# Degrees, shear and shares of the side at the largest magnitude of what has a random direction.
+# The operations with a random direction, and their largest magnitudes: degrees, shear, shares of the side.
 _DIRECTED = {
     "Rotate": 30.0,
     "ShearX": 0.3,
@@ -28,7 +29,7 @@ _DIRECTED = {
     "TranslateY": TRANSLATION,
 }
 _LARGEST_MAGNITUDE = 10.0
-_DRAWS = 5  # of an image: sub-policy, and for each of two operations whether and in which direction
+_DRAWS = 5  # for each image: its sub-policy, and for each of two operations whether and in which direction
 
 Operation = Callable[[tf.Tensor], tf.Tensor]
 
@@ -37,9 +38,9 @@ class Tables(NamedTuple):
     """A policy as arrays.
 
     Attributes:
-      operations: distinct operations, uint8 [H, W, 3] → the same; the first does nothing.
+      operations: distinct operations, uint8 [H, W, 3] → uint8 [H, W, 3]; the first does nothing.
       choice: int32 [sub-policies, 2, 2], the operation for (sub-policy, place, direction).
-      probability: float32 [sub-policies, 2].
+      probability: float32 [sub-policies, 2], the probability of each operation.
     """
 
     operations: tuple[Operation, ...]
@@ -49,8 +50,8 @@ class Tables(NamedTuple):
 
 @functools.cache
 def tables(policy: str) -> Tables:
-    """The tables of one of POLICIES."""
-    # A second to import, and changes Matplotlib's backend. A recipe has locked gin by now, where tf-models registers.
+    """Builds the tables of one of POLICIES."""
+    # The import takes a second and changes Matplotlib's backend. tf-models registers with gin, which is locked by now.
     with gin.unlock_config():
         from official.vision.ops import augment as tfm
 

@@ -1,4 +1,4 @@
-"""What a host keeps in its memory of the data it reads, so that later epochs and evaluations need not fetch it again.
+"""The memory in which a host keeps the data it reads, so that later epochs and evaluations need not fetch them again.
 
 tf.data's own cache repeats a finished sequence; here every epoch reads the files in another order, and an iterator may
 be dropped anywhere. So elements lie in a table, under a number each. The table is TensorFlow's and belongs to the
@@ -12,7 +12,8 @@ class Cache:
     """Elements of one structure, in groups that are read from one end to the other.
 
     Args:
-      specs: of an element, a tuple; scalars of type string are kept as they are, other tensors serialized.
+      specs: the specs of an element, which is a tuple; scalars of type string are kept as they are, other tensors
+        serialized.
     """
 
     def __init__(self, specs: tuple[tf.TensorSpec, ...]):
@@ -23,17 +24,17 @@ class Cache:
     def through(
         self, elements: tf.data.Dataset, group: tf.Tensor, keys: tf.data.Dataset, count: tf.Tensor
     ) -> tf.data.Dataset:
-        """The same elements, which are kept on the way; once the group was read to its end, from memory.
+        """Hands the elements on and keeps them; reads them from memory once the group was read to its end.
 
         Args:
-          elements: of one group, tuples; always the same ones.
-          group: int64 scalar.
-          keys: as many int64 scalars, which no other group has.
-          count: their number, int64 scalar.
+          elements: the elements of one group, tuples; always the same ones.
+          group: the number of the group, int64 scalar.
+          keys: a key for each element, int64 scalars that no other group has.
+          count: the number of elements, int64 scalar.
 
         Returns:
-          Dataset of the elements. Whether they are held is looked up when it is made, thus to be called within
-          flat_map where a dataset is iterated more than once.
+          Dataset of the elements. Whether memory holds them is looked up when the dataset is made: where it is iterated
+          more than once, call this within flat_map.
         """
         complete = self._held.lookup(group) == count
 
@@ -50,7 +51,7 @@ class Cache:
         )
 
     def size(self) -> int:
-        """Number of elements held."""
+        """The number of elements held."""
         return int(self._elements.size())
 
     def _pack(self, element: tuple[tf.Tensor, ...]) -> tf.Tensor:

@@ -1,8 +1,7 @@
 """Batches of images from records, and what becomes of a bad record.
 
-All of it is TensorFlow's graph, so that it runs on the hosts of a pod and in workers of the tf.data service, where
-there is no Python of ours; only the reason why a record is bad is found by Python, where the host that reads is this
-process.
+Decoding is TensorFlow's graph, so that it runs on the hosts of a pod and in workers of the tf.data service, where
+there is no Python of ours. Python finds only the reason why a record is bad, where the host that reads is this process.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import tensorflow as tf
 from conadv_tf.data.record_files import RecordFile
 from conadv_tf.data.records import Schema, decode_image, fail_unless
 
-_READ_BYTES = 1 << 18  # of a single record: a photo and some
+_READ_BYTES = 1 << 18  # the buffer for a single record: a photo and some
 NO_PLACE = -1
 
 
@@ -24,9 +23,9 @@ class Decoder:
       files: indexed files; their order gives the file numbers.
       schema: how a record becomes an example.
       decode: from (JPEG string scalar, seed int64 [2]) to an image uint8 [...]; fails at run time if it is damaged.
-      image_shape: of what `decode` makes.
-      replaces: whether the next good record of its file, cyclically, takes the place of a bad one. It depends on the
-        record alone, not on what was read before, so a resumed run repeats it. Otherwise its place stays black.
+      image_shape: the shape of what `decode` makes.
+      replaces: whether a bad record is replaced by the next good one of its file, cyclically. The choice depends on the
+        record alone, not on what was read before, so a resumed run repeats it. Otherwise the place stays black.
     """
 
     def __init__(
@@ -56,13 +55,13 @@ class Decoder:
           stream: ((payload string, file int64, record int64), key int64, index int64), scalars: [key, index] is the
             seed of the image. file = record = NO_PLACE is padding.
           rows: elements of a batch; a rest is dropped.
-          parts: of the batches, part, part + parts, part + 2 parts, ... are decoded.
-          part: likewise.
+          parts: the number of parts that the batches are divided into.
+          part: the part to decode: the batches part, part + parts, part + 2 parts, ...
 
         Returns:
           Dataset of (images uint8 [rows, *image_shape], labels int32 [rows], weights float32 [rows], bad int64 [rows,
-          2]). Weights are 1, and 0 for padding and bad records that are not replaced. bad holds (file, record) of
-          those of the records that are bad, elsewhere NO_PLACE.
+          2]). Weights are 1, and 0 for padding and bad records that are not replaced. bad holds (file, record) where a
+          record is bad, and NO_PLACE elsewhere.
         """
         return (
             stream.batch(rows, drop_remainder=True)
@@ -93,7 +92,7 @@ class Decoder:
         return whole.concatenate(single.batch(rows, drop_remainder=True)).take(1)
 
     def _second_look(self, payload, file, record, key, index) -> tf.data.Dataset:
-        """One example: of the payload as it came, of the record read again, or what takes the place of a bad one."""
+        """Makes one example, from the payload, the record read again, or the record that replaces a bad one."""
         count = tf.gather(self._counts, tf.maximum(file, 0))
         again = count if self._replaces else tf.ones([], tf.int64)
         attempts = tf.where(file == NO_PLACE, tf.zeros([], tf.int64), 1 + again)
@@ -129,12 +128,12 @@ class Decoder:
 
     def _example(self, payload: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         encoded, label = self._schema.features(payload)
-        # What is no JPEG, a few PNGs among photos, becomes one here.
+        # An image in another format, such as a few PNGs among photos, becomes a JPEG here.
         encoded = tf.cond(tf.io.is_jpeg(encoded), lambda: encoded, lambda: _as_jpeg(encoded))
         return self._decode(encoded, seed), label
 
     def _read(self, file: tf.Tensor, record: tf.Tensor) -> tf.data.Dataset:
-        """The payload of one record, independent of all others; none where it is damaged."""
+        """Reads the payload of one record, independent of all others; none where it is damaged."""
         begin = tf.gather(self._begins, tf.gather(self._firsts, file) + record)
 
         def read(path: tf.Tensor, compression: tf.Tensor) -> tf.Tensor:
@@ -144,7 +143,7 @@ class Decoder:
             )
             return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(1).get_single_element()
 
-        # Read within a map, where a failure is one of this element; a reader itself would try for ever.
+        # Within a map a failure belongs to this element alone; a reader itself would try for ever.
         place = tf.gather(self._paths, file), tf.gather(self._compressions, file)
         return tf.data.Dataset.from_tensors(place).map(read).ignore_errors()
 

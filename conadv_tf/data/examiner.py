@@ -9,9 +9,9 @@ from google.protobuf import message
 
 from conadv_tf.data.decode import NO_PLACE
 from conadv_tf.data.record_files import BadRecords, RecordFile
-from conadv_tf.data.records import Schema, decode_image, fail_unless, wrong_shape
+from conadv_tf.data.records import Schema, decode_image, fail_unless
 
-ANY_SHAPE = (0, 0, 0)  # in memory, before the first image says which
+ANY_SHAPE = (0, 0, 0)  # in memory, before the first image has shown its shape
 
 
 class Examiner:
@@ -21,8 +21,8 @@ class Examiner:
       files: indexed files; their order gives the file numbers.
       schema: how a record becomes an example.
       image_shape: (H, W, 3) that every image must have, or None where they are streamed: photos of any size.
-      bad_records: where the bad ones are counted.
-      tables: of hosts where this process does not run, by device: see decode.count_bad.
+      bad_records: the count of bad records.
+      tables: tables on hosts where this process does not run, by device: see `count_bad`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Examiner:
         self.tables: dict[str, tf.lookup.experimental.MutableHashTable] = {}
 
     def payload_or_empty(self, file: int, record: int) -> bytes:
-        """The payload if the record is good; b"", and one more bad record, if not.
+        """Returns the payload if the record is good; b"", and one more bad record, if not.
 
         Raises:
           DataError: label out of range, or more bad records than allowed.
@@ -49,7 +49,7 @@ class Examiner:
         return b""
 
     def look(self, file: int, record: int) -> tuple[str, int, str]:
-        """(path, record, what is wrong) of a record that could not be used."""
+        """Returns (path, record, what is wrong) for a record that could not be used."""
         _, fault = self._examine(file, record)
         return self.files[file].path, record, fault or "unreadable when it was needed"
 
@@ -77,14 +77,17 @@ class Examiner:
             return "corrupt JPEG"
         if self.image_shape is None or self.image_shape in (ANY_SHAPE, shape):
             return None
-        return wrong_shape(shape, self.image_shape)
+        return self.schema.wrong_shape(shape, self.image_shape)
 
 
 def count_bad(batches: tf.data.Dataset, examiner: Examiner) -> tf.data.Dataset:
-    """Counts what `Decoder.batches` found bad, on the host whose device is in scope: (images, labels, weights) remain.
+    """Counts the records that `Decoder.batches` found bad, on the host whose device is in scope.
 
-    In this process the examiner looks at each; elsewhere its place is kept in a table of that host, where
-    `BadRecords.count` finds it.
+    In this process the examiner looks at each bad record; elsewhere the record's place is kept in a table of that host,
+    where `BadRecords.count` finds it.
+
+    Returns:
+      Dataset of (images, labels, weights).
 
     Raises:
       DataError: within a tf.errors exception while iterating: more bad records than allowed, elsewhere on that host.
@@ -101,7 +104,7 @@ def count_bad(batches: tf.data.Dataset, examiner: Examiner) -> tf.data.Dataset:
 
 
 def _python_runs_here() -> bool:
-    """Whether the device in scope belongs to this process. TensorFlow tells so only by running Python there."""
+    """Whether the device in scope belongs to this process. TensorFlow shows it only by running Python there."""
 
     def process() -> np.int64:
         return np.int64(os.getpid())

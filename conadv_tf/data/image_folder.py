@@ -26,7 +26,7 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def _images(folder: str, classes: Sequence[str]) -> list[Source]:
-    """The images of every class below `folder`, sorted by name."""
+    """Lists the images of every class below `folder`, sorted by name."""
     found = []
     for label, name in enumerate(classes):
         walk = os.walk(os.path.join(folder, name))
@@ -53,7 +53,7 @@ def find(src: str, validation: float | None) -> tuple[list[str], dict[str, list[
 
     Args:
       src: folder with a subfolder for each class, or with train/ and val/ (validation/, test/) that have them.
-      validation: share of each class to set aside, in (0, 1), where src has no val/.
+      validation: the share of each class to set aside, in (0, 1), where src has no val/.
 
     Returns:
       (names of the classes by label, images of "train" and "validation").

@@ -1,12 +1,12 @@
 """A folder of images, one subfolder a class, becomes TFRecords in the ImageNet schema.
 
-A tool of its own:
+The console script of this module:
 
     conadv-import-images SRC DST --validation=0.1
     conadv-import-images SRC DST --image_size=256 --shards=64      (SRC has train/ and val/)
 
 Labels count from 0 in the order of the subfolders' names, which classes.txt lists. JPEGs in RGB or grey are copied byte
-for byte; other images, rotated ones and those to be shrunk are stored as JPEGs of quality 95.
+for byte; images in other formats, rotated images and images to be shrunk are stored as JPEGs of quality 95.
 """
 
 import argparse
@@ -31,14 +31,19 @@ from conadv_tf.errors import ConfigError, DataError
 _COLORSPACES = {"RGB": b"RGB", "L": b"Grayscale"}
 _JPEG_QUALITY = 95
 _IMAGES_PER_SHARD = 1000  # unless --shards says otherwise; ImageNet's 1,024 shards hold about as many
-_LARGEST_IMAGE_SIZE = 224  # of the training command: what ImageNet networks take
+_LARGEST_IMAGE_SIZE = 224  # in the training command: the size that ImageNet networks take
 _IMAGES_AT_A_TIME = 256
 _RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
 
 
 @dataclasses.dataclass
 class Report:
-    """What was imported: shorter sides in pixels of the images of each split, and what is wrong with the bad ones."""
+    """The outcome of an import.
+
+    Attributes:
+      sides: the shorter side, in pixels, of every image of each split.
+      bad: the fault of each broken image, by its path.
+    """
 
     sides: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -49,7 +54,7 @@ def _rotated(image: Image.Image) -> bool:
 
 
 def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
-    """The upright image in RGB, its shorter side no longer than image_size pixels."""
+    """Turns an image upright and into RGB, and shrinks its shorter side to image_size pixels."""
     upright = ImageOps.exif_transpose(image).convert("RGB")
     if image_size and min(upright.size) > image_size:
         scale = image_size / min(upright.size)
@@ -63,13 +68,13 @@ def encode(content: bytes, image_size: int | None) -> tuple[bytes, tuple[int, in
 
     Args:
       content: an image file.
-      image_size: longest allowed shorter side, pixels; None leaves the size.
+      image_size: the longest shorter side allowed, pixels; None leaves the size.
 
     Returns:
       (JPEG, its (width, height) in pixels, "RGB" or "L"): the content itself where it is such a JPEG already.
 
     Raises:
-      Exception: of many kinds, where the image is broken.
+      Exception: many kinds, where the image is broken.
     """
     with Image.open(io.BytesIO(content)) as image:
         fits = not image_size or min(image.size) <= image_size
@@ -98,7 +103,11 @@ def _fault(error: Exception) -> str:
 
 
 def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int]:
-    """(serialized tf.train.Example, shorter side in pixels); DataError with the fault of a broken image."""
+    """Makes (serialized tf.train.Example, shorter side in pixels) of an image.
+
+    Raises:
+      DataError: with the fault of a broken image.
+    """
     try:
         with open(source.path, "rb") as file:
             encoded, (width, height), mode = encode(file.read(), image_size)
@@ -159,7 +168,7 @@ class _Writer:
     def _results(
         self, images: list[Source], pool: concurrent.futures.Executor
     ) -> Iterator[tuple[Source, concurrent.futures.Future]]:
-        # Some at a time: the pool holds what it made until it is written.
+        # Submits some at a time: the pool holds what it made until it is written.
         for begin in range(0, len(images), _IMAGES_AT_A_TIME):
             some = images[begin : begin + _IMAGES_AT_A_TIME]
             futures = [pool.submit(_record, image, self._classes[image.label], self._image_size) for image in some]
@@ -175,7 +184,7 @@ class _Writer:
 
 
 def _num_shards(images: int, train_images: int, shards: int | None) -> int:
-    """Shards of a split: --shards for training images, as many to an image for validation."""
+    """The number of shards of a split: --shards for training images, in the same proportion for validation."""
     wanted = shards or -(-train_images // _IMAGES_PER_SHARD)
     return max(1, min(images, round(wanted * images / train_images)))
 
@@ -188,15 +197,15 @@ def import_images(
     validation: float | None = None,
     max_bad_images: int = 10,
 ) -> tuple[list[str], Report]:
-    """Writes TFRecords of the images of a folder: the same files every time, and DST appears when all are whole.
+    """Writes TFRecords of the images of a folder: the same files every time. DST appears when all of them are whole.
 
     Args:
-      src: see `find`.
-      dst: folder to make: train-00000-of-..., validation-00000-of-..., classes.txt.
+      src: the folder of images, see `find`.
+      dst: the folder to make: train-00000-of-..., validation-00000-of-..., classes.txt.
       image_size: images whose shorter side is longer than this many pixels are shrunk to it; None leaves all sizes.
-      shards: training files; None makes one for each 1,000 images.
-      validation: see `find`.
-      max_bad_images: broken images to leave out before the import ends.
+      shards: the number of training files; None makes one for each 1,000 images.
+      validation: the share of images to set aside, see `find`.
+      max_bad_images: the number of broken images to leave out before the import ends.
 
     Returns:
       (names of the classes by label, what was imported).
@@ -227,7 +236,7 @@ def import_images(
 
 
 def _partial_folder(src: str, dst: str) -> str:
-    """Where to write until all is there, after checking that DST may be made."""
+    """The folder to write into until all is there, after checking that DST may be made."""
     if os.path.lexists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
         raise ConfigError(f"DST={dst!r} is not an empty folder: name another one, or empty it")
     if os.path.commonpath([src, dst]) == src:
@@ -244,13 +253,13 @@ def training_command(dst: str, classes: Sequence[str], report: Report) -> str:
     image_size = min(_LARGEST_IMAGE_SIZE, int(statistics.median(report.sides["train"])))
     settings = {
         "data.source": "tfrecords",
-        "data.name": os.path.basename(os.path.realpath(dst)),
-        "data.num_train": num_train,
-        "data.num_classes": len(classes),
-        "data.label_offset": 0,
-        "data.image_size": image_size,
-        "data.in_memory": False,
-        "data.augmentation": "resized_crop_flip",
+        "tfrecords.name": os.path.basename(os.path.realpath(dst)),
+        "tfrecords.num_train": num_train,
+        "tfrecords.num_classes": len(classes),
+        "tfrecords.label_offset": 0,
+        "tfrecords.image_size": image_size,
+        "tfrecords.in_memory": False,
+        "tfrecords.augmentation": "resized_crop_flip",
     }
     if num_train < _RECIPE_BATCH_SIZE:
         rows = min(_RECIPE_MICROBATCH_SIZE, num_train)

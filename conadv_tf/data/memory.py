@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from conadv_tf.data import augment, record_files
 from conadv_tf.data.examiner import ANY_SHAPE, Examiner
-from conadv_tf.data.pipeline import ImageData, Layout
+from conadv_tf.data.pipeline import HostReading, ImageData
 from conadv_tf.data.record_files import BadRecords, RecordFile
 from conadv_tf.data.records import Schema, decode_image, raw_records
 from conadv_tf.errors import ConfigError, DataError
@@ -18,7 +18,7 @@ class MemoryData(ImageData):
 
     Args beyond those of ImageData:
       splits: name -> (images uint8 [n, H, W, C], labels int32 [n]); example i shows image i mod n.
-      augmentation: of training images.
+      augmentation: the augmentation of training images.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class MemoryData(ImageData):
         shape = splits["train"][0].shape[1:]
         if augmentation.policy != "none" and shape[-1] != 3:
             raise ConfigError(
-                f"data.autoaugment={augmentation.policy!r} is for colour images, {name} has {shape}: drop it"
+                f"autoaugment.policy={augmentation.policy!r} is for colour images, {name} has {shape}: drop it"
             )
         super().__init__(name, num_classes, shape, sizes or own_sizes, bad_records, augmentation)
         with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data copy them back for each batch
@@ -45,26 +45,26 @@ class MemoryData(ImageData):
         index %= images.shape[0]
         return tf.gather(images, index), tf.gather(labels, index)
 
-    def _train(self, layout: Layout, start_position: int, seed: int) -> tf.data.Dataset:
+    def _train(self, reading: HostReading, start_position: int, seed: int) -> tf.data.Dataset:
         def batch(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            position = start_position + layout.positions(number)
+            position = start_position + reading.positions(number)
             epoch, index = position // self.num_train, position % self.num_train
             example = augment.permute(index, self.num_train, seed, augment.ORDER, epoch)
             images, labels = self._lookup("train", example)
             images = augment.batch(images, self.augmentation, index, seed, epoch)
-            return tf.ensure_shape(images, [layout.rows_per_replica, *self.train_shape]), labels
+            return tf.ensure_shape(images, [reading.rows_per_replica, *self.train_shape]), labels
 
         return tf.data.Dataset.range(tf.int64.max).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
-    def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
+    def _evaluation(self, split: str, reading: HostReading, steps: int, keeps: bool) -> tf.data.Dataset:
         def batch(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            position = layout.positions(number)
+            position = reading.positions(number)
             real = position < self.sizes[split]
             images, labels = self._lookup(split, tf.where(real, position, 0))
             images *= tf.cast(real, tf.uint8)[:, None, None, None]
             return images, labels * tf.cast(real, tf.int32), tf.cast(real, tf.float32)
 
-        numbers = tf.data.Dataset.range(steps * layout.replicas_per_host)
+        numbers = tf.data.Dataset.range(steps * reading.replicas_per_host)
         return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _largest_share(self, split: str, num_hosts: int) -> int:
@@ -72,7 +72,7 @@ class MemoryData(ImageData):
 
 
 def _first_shape(examiner: Examiner) -> tuple[int, int, int]:
-    """Of the first good image of all files."""
+    """The shape of the first good image of all files."""
     for number, file in enumerate(examiner.files):
         for record in range(file.num_records):
             if payload := examiner.payload_or_empty(number, record):
@@ -86,11 +86,11 @@ def _none_good(files: Sequence[RecordFile]) -> DataError:
 
 
 def _decoded(files: Sequence[RecordFile], schema: Schema, shape: tuple[int, int, int]) -> tf.data.Dataset:
-    """Batches of (row int64, image uint8, label int32) of the records that decode; row counts all records."""
+    """Batches of (number int64, image uint8, label int32) of the records that decode; numbers count all records."""
 
-    def decode(row: tf.Tensor, raw: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+    def decode(number: tf.Tensor, raw: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
         encoded, label = schema.parse(raw[0])
-        return row, tf.ensure_shape(decode_image(encoded), shape), label
+        return number, tf.ensure_shape(decode_image(encoded), shape), label
 
     records = raw_records(files, tf.range(len(files), dtype=tf.int64)).enumerate()
     return records.map(decode, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors().batch(512).prefetch(2)
@@ -107,7 +107,7 @@ def read_into_memory(
     Args:
       files: indexed files.
       schema: how a record becomes an example.
-      bad_records: where bad ones are counted; they are left out.
+      bad_records: the count of bad records, which are left out.
       image_shape: (H, W, 3) that every image must have; None takes the first image's.
 
     Returns:
@@ -121,14 +121,14 @@ def read_into_memory(
     counts = [file.num_records for file in files]
     images, labels = np.zeros((sum(counts), *shape), np.uint8), np.zeros(sum(counts), np.int32)
     good = np.zeros(sum(counts), bool)
-    for rows, some_images, some_labels in _decoded(files, schema, shape).as_numpy_iterator():
-        images[rows], labels[rows], good[rows] = some_images, some_labels, True
-    first_row = np.cumsum([0, *counts])
-    for row in np.flatnonzero(~good):
-        file = int(np.searchsorted(first_row, row, side="right")) - 1
-        if payload := examiner.payload_or_empty(file, int(row - first_row[file])):
-            encoded, labels[row] = schema.parse(tf.constant(payload))
-            images[row], good[row] = decode_image(encoded).numpy(), True
+    for numbers, some_images, some_labels in _decoded(files, schema, shape).as_numpy_iterator():
+        images[numbers], labels[numbers], good[numbers] = some_images, some_labels, True
+    firsts = np.cumsum([0, *counts])
+    for number in np.flatnonzero(~good):
+        file = int(np.searchsorted(firsts, number, side="right")) - 1
+        if payload := examiner.payload_or_empty(file, int(number - firsts[file])):
+            encoded, labels[number] = schema.parse(tf.constant(payload))
+            images[number], good[number] = decode_image(encoded).numpy(), True
     if not good.any():
         raise _none_good(files)
     return images[good], labels[good]

@@ -32,7 +32,8 @@ _HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the c
 class BadRecords:
     """Records that could not be used, counted once each, over both splits.
 
-    `limit` is how many may be skipped.
+    Args:
+      limit: the number of records that may be skipped.
     """
 
     def __init__(self, limit: int):
@@ -45,22 +46,22 @@ class BadRecords:
 
     @property
     def reasons(self) -> dict[tuple[str, int], str]:
-        """What is wrong with each bad record so far, by (path, record)."""
+        """The fault of each bad record so far, by (path, record)."""
         for source in self._sources:
             self._reasons.update({(path, record): reason for path, record, reason in source()})
         return self._reasons
 
     @property
     def count(self) -> int:
-        """Number of bad records so far."""
+        """The number of bad records so far."""
         return len(self.reasons)
 
     def add_source(self, source: Callable[[], list[tuple[str, int, str]]]) -> None:
-        """`source` says (path, record, reason) of bad records counted elsewhere, and not held to the limit here."""
+        """Adds a function that lists (path, record, reason) of bad records counted elsewhere, beyond the limit here."""
         self._sources.append(source)
 
     def per_file(self) -> dict[str, int]:
-        """Number of bad records of each file that has any."""
+        """The number of bad records of each file that has any."""
         paths = [path for path, _ in self.reasons]
         return {path: paths.count(path) for path in dict.fromkeys(paths)}
 
@@ -85,7 +86,7 @@ class BadRecords:
             )
 
     def report(self) -> str:
-        """One line: how many in all, and in which files."""
+        """Describes on one line how many there are, and in which files."""
         files = ", ".join(f"{number} in {path}" for path, number in self.per_file().items())
         return f"{self.count} bad records skipped (at most {self.limit}): {files or 'none'}"
 
@@ -98,7 +99,7 @@ class RecordFile:
       path: local or gs://.
       compression: "" or "GZIP", by the file's first bytes.
       bounds: int64 [records + 1], positions in the uncompressed bytes; record i is bounds[i]..bounds[i + 1].
-      size: of the file, bytes.
+      size: the size of the file, bytes.
       damaged: whether bytes remain that are no whole record.
     """
 
@@ -110,16 +111,20 @@ class RecordFile:
 
     @property
     def num_records(self) -> int:
-        """Number of whole records."""
+        """The number of whole records."""
         return len(self.bounds) - 1
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of all records, without what the file format adds."""
+        """The bytes of all records, without what the file format adds."""
         return int(self.bounds[-1]) - _FRAME_BYTES * self.num_records
 
     def read(self, record: int) -> bytes:
-        """The payload of one record, independent of all others; tf.errors.OpError where it is damaged."""
+        """Reads the payload of one record, independent of all others.
+
+        Raises:
+          tf.errors.OpError: where the record is damaged.
+        """
         begin, end = int(self.bounds[record]), int(self.bounds[record + 1])
         with _open(self.path) if not self.compression else io.BytesIO(_inflate(self.path)[0]) as stream:
             stream.seek(begin)
@@ -133,7 +138,7 @@ class RecordFile:
 
 
 def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> list[str]:
-    """Files of the first pattern that matches any, sorted.
+    """Lists the files of the first pattern that matches any, sorted.
 
     Args:
       data_dir: local directory or gs:// prefix.
@@ -162,7 +167,7 @@ def _open(path: str) -> BinaryIO:
 
 @functools.lru_cache(maxsize=1)
 def _inflate(path: str) -> tuple[bytes, str | None]:
-    """(uncompressed bytes as far as they can be read, what stopped it or None)."""
+    """Uncompresses a file: (bytes as far as they can be read, the damage that ended them or None)."""
     inflated, damage = io.BytesIO(), None
     try:
         with _open(path) as stored, gzip.GzipFile(fileobj=stored) as stream:
@@ -173,7 +178,7 @@ def _inflate(path: str) -> tuple[bytes, str | None]:
 
 
 def _walk(stream: BinaryIO, size: int) -> tuple[list[int], bool]:
-    """(bounds of the whole records, whether bytes remain that are no whole record)."""
+    """Finds the bounds of the whole records, and whether bytes remain that are no whole record."""
     bounds = [0]
     while header := stream.read(_HEADER_BYTES):
         end = bounds[-1] + _FRAME_BYTES + int.from_bytes(header[:8], "little")
@@ -203,7 +208,7 @@ def _index_file(path: str, bad_records: BadRecords) -> RecordFile:
 
 
 def index_files(paths: Sequence[str], bad_records: BadRecords) -> list[RecordFile]:
-    """Finds the records of every file of a folder: by the headers in plain local ones, reading all of the others.
+    """Finds the records of every file of a folder: by the headers of plain local files, by reading others whole.
 
     Raises:
       DataError: a file that is empty or cannot be opened, no record at all, or more bad records than allowed.
@@ -227,20 +232,20 @@ def _is_remote(path: str) -> bool:
 
 
 def index_path(paths: Sequence[str]) -> str:
-    """Where the index of these files is kept."""
+    """The path at which the index of these files is kept."""
     folder, first = os.path.split(paths[0])
     return os.path.join(folder, f"conadv_index_{first}.npz")
 
 
 def _read_index(paths: Sequence[str]) -> dict[str, RecordFile]:
-    """What is known of files that still have the size they were indexed at; damaged ones are looked at anew."""
+    """Reads the index of the files that still have the size they were indexed at; damaged files are never in it."""
     folder, path = os.path.dirname(paths[0]), index_path(paths)
     try:
         with tf.io.gfile.GFile(path, "rb") as file:
             index = np.load(io.BytesIO(file.read()), allow_pickle=False)
-        ends = np.cumsum(index["counts"])
-        rows = zip(index["names"], index["compressions"], index["sizes"], np.split(index["bounds"], ends), strict=False)
-        known = {os.path.join(folder, str(name)): (str(kind), bounds, int(size)) for name, kind, size, bounds in rows}
+        bounds_of_files = np.split(index["bounds"], np.cumsum(index["counts"]))
+        files = zip(index["names"], index["compressions"], index["sizes"], bounds_of_files, strict=False)
+        known = {os.path.join(folder, str(name)): (str(kind), bounds, int(size)) for name, kind, size, bounds in files}
     except tf.errors.NotFoundError:
         logging.warning("looking for the records of %d files in %s, which reads them whole", len(paths), folder)
         return {}

@@ -1,7 +1,7 @@
 """Decoding and augmentation on other machines, through tf.data's service; the same batches in the same order.
 
     conadv-data-service --address=HOST:PORT        on each of those machines, until Ctrl-C or SIGTERM
-    python train.py … --gin_param="data.service='grpc://HOST:PORT,grpc://HOST2:PORT'"
+    python train.py … --gin_param="stream.service='grpc://HOST:PORT,grpc://HOST2:PORT'"
 
 Each process is a dispatcher with one worker of its own, on PORT and PORT + 1. A dispatcher with many workers would hand
 out their batches as they come, start a worker that comes back from its first batch, and have every worker read every
@@ -29,8 +29,20 @@ PATIENCE_SECONDS = 60  # a service that does not answer for so long ends the run
 _SCHEME = "grpc://"
 
 
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Splits "HOST:PORT".
+
+    Raises:
+      ValueError: where it is no address, or leaves no next port for the worker.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise ValueError(address)
+    return host, int(port)
+
+
 def check(service: str) -> list[str]:
-    """The addresses "HOST:PORT" in "grpc://HOST:PORT,grpc://HOST:PORT,...", each of which answers.
+    """Takes the addresses "HOST:PORT" from "grpc://HOST:PORT,grpc://HOST:PORT,..." and connects to each.
 
     Raises:
       ConfigError: an address of another form.
@@ -38,33 +50,33 @@ def check(service: str) -> list[str]:
     """
     addresses = [address.strip().removeprefix(_SCHEME) for address in service.split(",")]
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65535 or "/" in host:
+        try:
+            _host_and_port(address)
+        except ValueError as error:
             raise ConfigError(
-                f"data.service={service!r}: {address!r} is no address: write grpc://HOST:PORT, commas between several"
-            )
+                f"stream.service={service!r}: {address!r} is no address: write grpc://HOST:PORT, commas between several"
+            ) from error
     for address in addresses:
         try:
             _connect(address)
-        except (OSError, UnicodeError) as error:  # of a name that cannot be one
-            raise DataError(f"data.service={service!r}: {_not_there(address)} ({error})") from error
+        except (OSError, UnicodeError) as error:  # UnicodeError: HOST cannot be the name of a host
+            raise DataError(f"stream.service={service!r}: {_not_there(address)} ({error})") from error
     return addresses
 
 
 def _connect(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    socket.create_connection(_host_and_port(address), CONNECT_SECONDS).close()
 
 
 def _not_there(address: str) -> str:
     return (
         f"{_SCHEME}{address} does not answer: start it there with conadv-data-service "
-        f"--address={address}, or do without data.service"
+        f"--address={address}, or do without stream.service"
     )
 
 
 def of_host(services: Sequence[str], num_hosts: int, host: int) -> Sequence[str]:
-    """Those of the services that work for one of the input hosts.
+    """The services that work for one of the input hosts.
 
     Raises:
       ConfigError: they do not divide over the hosts, nor the hosts over them.
@@ -73,17 +85,17 @@ def of_host(services: Sequence[str], num_hosts: int, host: int) -> Sequence[str]
         return services[host::num_hosts]
     if num_hosts % len(services):
         raise ConfigError(
-            f"data.service has {len(services)} addresses for {num_hosts} input hosts: give a multiple or a divisor of "
-            f"{num_hosts}, so that no host waits for the others"
+            f"stream.service has {len(services)} addresses for {num_hosts} input hosts: give a multiple or a divisor "
+            f"of {num_hosts}, so that no host waits for the others"
         )
     return [services[host % len(services)]]
 
 
 def spread(make: Callable[[int, int], tf.data.Dataset], services: Sequence[str]) -> tf.data.Dataset:
-    """A stream whose batches the services make.
+    """Makes a stream whose batches come from the services.
 
     Args:
-      make: from (parts, part) to the batches part, part + parts, part + 2 parts, ... of an endless stream.
+      make: a function from (parts, part) to the batches part, part + parts, part + 2 parts, ... of an endless stream.
       services: addresses; none: the batches are made here.
 
     Returns:
@@ -115,8 +127,8 @@ def _made_at(address: str, batches: tf.data.Dataset) -> tf.data.Dataset:
 def watched(services: Sequence[str], patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
     """Ends the process with one line and exit code 1 when a service has not answered for `patience_seconds`.
 
-    TensorFlow would wait for it for ever, in a call that nothing in Python can interrupt. What was trained since the
-    last checkpoint is lost, as after a preemption.
+    TensorFlow would wait for the service for ever, in a call that nothing in Python can interrupt. What was trained
+    since the last checkpoint is lost.
     """
     left = threading.Event()
 
@@ -142,13 +154,31 @@ def watched(services: Sequence[str], patience_seconds: float = PATIENCE_SECONDS)
 
 
 def serve(address: str) -> tuple:
-    """Starts a dispatcher at "HOST:PORT" and its worker on the next port; they run while what it returns lives."""
+    """Starts a dispatcher at "HOST:PORT" and its worker on the next port; both run while what it returns lives.
+
+    Raises:
+      OSError: where one of the ports is taken.
+    """
+    host, port = _host_and_port(address)
+    next_port = port + 1
+    for number in (port, next_port):
+        socket.create_server(("", number)).close()  # TensorFlow would share a port with another data service
     service = tf.data.experimental.service
-    host, _, port = address.rpartition(":")
-    dispatcher = service.DispatchServer(service.DispatcherConfig(port=int(port)))
-    own, next_port = f"localhost:{port}", int(port) + 1
-    worker = service.WorkerServer(service.WorkerConfig(own, worker_address=f"{host}:{next_port}", port=next_port))
-    return worker, dispatcher
+    dispatcher = service.DispatchServer(service.DispatcherConfig(port=port))
+    own_worker = service.WorkerConfig(f"localhost:{port}", worker_address=f"{host}:{next_port}", port=next_port)
+    return service.WorkerServer(own_worker), dispatcher
+
+
+def _wait_for_a_signal(announcement: str) -> None:
+    """Prints the announcement once signals are heard, and returns after SIGTERM or SIGINT."""
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    print(announcement, flush=True)
+    # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here. Python
+    # handles the signal in this thread when this thread runs.
+    while not stopped:
+        time.sleep(0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,26 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="HOST:PORT, HOST as the training hosts reach this machine; PORT + 1 is used too",
     )
     address = parser.parse_args(arguments).address.removeprefix(_SCHEME)
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        parser.error(
-            f"--address={address} is no address: write HOST:PORT, such as --address={socket.gethostname()}:5050"
-        )
     try:
-        for each in (int(port), int(port) + 1):
-            socket.create_server(("", each)).close()  # TensorFlow would share a port with another data service
+        _host_and_port(address)
+    except ValueError:
+        example = f"--address={socket.gethostname()}:5050"
+        parser.error(f"--address={address} is no address: write HOST:PORT, such as {example}")
+    try:
         servers = serve(address)  # they live as long as this name
     except (OSError, RuntimeError, tf.errors.OpError) as error:
         print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
         return DataError.exit_code
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopped.append(number))
-    print(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker", flush=True)
-    # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here, and
-    # Python handles it in this one when this one runs.
-    while not stopped:
-        time.sleep(0.5)
+    _wait_for_a_signal(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker")
     print("stopped", flush=True)
     # Shutting the servers down would wait for clients, which may never let go.
     os._exit(0)

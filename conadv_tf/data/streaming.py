@@ -1,7 +1,9 @@
 """Data streamed from files, decoded on the way."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
+import gin
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -10,8 +12,43 @@ from conadv_tf.data import augment, decode, record_files, records
 from conadv_tf.data import service as data_service
 from conadv_tf.data.cache import Cache
 from conadv_tf.data.examiner import Examiner, count_bad
-from conadv_tf.data.pipeline import SPLITS, ImageData, Layout
+from conadv_tf.data.pipeline import SPLITS, HostReading, ImageData
 from conadv_tf.errors import ConfigError
+
+CACHES = ("none", "memory")
+
+
+@gin.configurable("stream")
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """How files are streamed. Images in memory do without.
+
+    Attributes:
+      shuffle_buffer: the number of records in the shuffle buffer of each host.
+      cache: "none", or "memory": each host keeps what it reads in its memory. Of the training split it keeps the
+        encoded records of its share (of ImageNet 140 GB over all hosts), of the test split the decoded images of its
+        share (7.5 GB over all hosts at 224 pixels). The batches are the same; nothing is fetched, and for evaluation
+        nothing decoded, a second time.
+      service: addresses of processes that decode and augment the training stream in the hosts' place,
+        "grpc://HOST:PORT", commas between several; None: the hosts do. See docs/data.md.
+    """
+
+    shuffle_buffer: int = 16_384
+    cache: str = "none"
+    service: str | None = None
+
+    def __post_init__(self):
+        if self.shuffle_buffer < 1:
+            raise ConfigError(
+                f"stream.shuffle_buffer={self.shuffle_buffer} must be at least 1, which does not shuffle: raise it"
+            )
+        if self.cache not in CACHES:
+            raise ConfigError(f"stream.cache={self.cache!r} is not known: choose one of {', '.join(CACHES)}")
+        if self.cache != "none" and self.service:
+            raise ConfigError(
+                f"stream.cache={self.cache!r} with stream.service={self.service!r}: the service reads in the hosts' "
+                "place, which thus have nothing to keep: drop one of them"
+            )
 
 
 class StreamData(ImageData):
@@ -23,11 +60,11 @@ class StreamData(ImageData):
     Args beyond those of ImageData:
       files, schema: indexed files by split, and how a record becomes an example.
       image_size: height and width of every image after cropping and resizing, pixels.
-      augmentation: of training images; without a random crop they are the central one.
-      shuffle_buffer: records in the shuffle buffer.
+      augmentation: the augmentation of training images; without a random crop, the central one is taken.
+      shuffle_buffer: the number of records in the shuffle buffer.
       cached: whether a host keeps, once it has read them, the encoded records of its share of the training split and
         the decoded images of its share of the test split. What is handed out is the same.
-      services: addresses of processes that decode the training split, see data_service.py; empty: the hosts do.
+      services: addresses of processes that decode the training split, see service.py; empty: the hosts do.
     """
 
     def __init__(
@@ -51,7 +88,9 @@ class StreamData(ImageData):
         self._caches: dict[tuple[object, ...], Cache] = {}
         if cached:
             shown = (name, *(size / 1e9 for size in self.cache_bytes))
-            logging.info("%s: data.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *shown)
+            logging.info(
+                "%s: stream.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *shown
+            )
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
@@ -74,43 +113,47 @@ class StreamData(ImageData):
         return max(self._share(split, num_hosts, host) for host in range(num_hosts))
 
     def _records(
-        self, split: str, layout: Layout, kept: Cache | None, reorder: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+        self,
+        split: str,
+        reading: HostReading,
+        kept: Cache | None,
+        reorder: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     ) -> tf.data.Dataset:
         """The host's records (payload, file, record), files in the order that `reorder` gives them."""
-        files, hosts, host = self._files[split], layout.num_hosts, layout.host
+        files, hosts, host = self._files[split], reading.num_hosts, reading.host
         if len(files) % hosts == 0:
             return records.raw_records(files, reorder(tf.range(host, len(files), hosts, dtype=tf.int64)), kept=kept)
         return records.raw_records(files, reorder(tf.range(len(files), dtype=tf.int64)), hosts, host, kept)
 
-    def _kept_records(self, layout: Layout) -> Cache | None:
-        """Where the host keeps what it reads of the training split."""
+    def _kept_records(self, reading: HostReading) -> Cache | None:
+        """The cache in which the host keeps what it reads of the training split; None where nothing is kept."""
         if not self._cached:
             return None
-        return self._cache("train", layout.num_hosts, layout.host, specs=records.RECORD_SPECS)
+        return self._cache("train", reading.num_hosts, reading.host, specs=records.RECORD_SPECS)
 
-    def _shuffled(self, layout: Layout, seed: int, epoch: tf.Tensor, kept: Cache | None) -> tf.data.Dataset:
-        # Of this function graph alone: the order must not depend on the program's global seed.
+    def _shuffled(self, reading: HostReading, seed: int, epoch: tf.Tensor, kept: Cache | None) -> tf.data.Dataset:
+        # Seeds this function graph alone: the order must not depend on the program's global seed.
         tf.random.set_seed(1)
-        order_seed = tf.stack([augment.epoch_seed(seed, layout.host, epoch), -1])  # no image's
+        order_seed = tf.stack([augment.epoch_seed(seed, reading.host, epoch), -1])  # no image has this seed
         in_file_order = self._records(
-            "train", layout, kept, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
+            "train", reading, kept, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
         )
         return in_file_order.shuffle(self._shuffle_buffer, order_seed[0], reshuffle_each_iteration=False)
 
-    def _train(self, layout: Layout, start_position: int, seed: int) -> tf.data.Dataset:
-        share = self._share("train", layout.num_hosts, layout.host)
-        if start_position % layout.num_hosts or not share:
+    def _train(self, reading: HostReading, start_position: int, seed: int) -> tf.data.Dataset:
+        share = self._share("train", reading.num_hosts, reading.host)
+        if start_position % reading.num_hosts or not share:
             raise ConfigError(
                 f"start_position={start_position} and {self.num_train} records do not divide over num_hosts="
-                f"{layout.num_hosts}: start at a multiple of the global batch, use fewer hosts than records"
+                f"{reading.num_hosts}: start at a multiple of the global batch, use fewer hosts than records"
             )
-        first_epoch, skipped = divmod(start_position // layout.num_hosts, share)
-        kept = self._kept_records(layout)
+        first_epoch, skipped = divmod(start_position // reading.num_hosts, share)
+        kept = self._kept_records(reading)
 
         def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
-            key = tf.data.Dataset.from_tensors(augment.epoch_seed(seed, layout.host, epoch)).repeat()
+            key = tf.data.Dataset.from_tensors(augment.epoch_seed(seed, reading.host, epoch)).repeat()
             index = tf.data.Dataset.range(tf.int64.max)
-            seeded = tf.data.Dataset.zip(self._shuffled(layout, seed, epoch, kept), key, index)
+            seeded = tf.data.Dataset.zip(self._shuffled(reading, seed, epoch, kept), key, index)
             return seeded.skip(tf.cast(epoch == first_epoch, tf.int64) * skipped)
 
         stream = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records)
@@ -119,22 +162,22 @@ class StreamData(ImageData):
             return augment.jpeg(encoded, self.augmentation, self.image_shape[0], image_seed)
 
         decoder = decode.Decoder(self._files["train"], self._schema, image, self.train_shape, replaces=True)
-        services = data_service.of_host(self.services, layout.num_hosts, layout.host)
+        services = data_service.of_host(self.services, reading.num_hosts, reading.host)
         batches = data_service.spread(
-            lambda parts, part: decoder.batches(stream, layout.rows_per_replica, parts, part), services
+            lambda parts, part: decoder.batches(stream, reading.rows_per_replica, parts, part), services
         )
         counted = count_bad(batches, self._examiners["train"])
         return counted.map(lambda images, labels, weights: (images, labels))
 
-    def _evaluation(self, split: str, layout: Layout, steps: int, keeps: bool) -> tf.data.Dataset:
-        kept = self._kept_records(layout) if keeps and split == "train" else None
+    def _evaluation(self, split: str, reading: HostReading, steps: int, keeps: bool) -> tf.data.Dataset:
+        kept = self._kept_records(reading) if keeps and split == "train" else None
         none = tf.constant(decode.NO_PLACE, tf.int64)
         padding = tf.data.Dataset.from_tensors((tf.constant(""), none, none)).repeat()
         zero = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64)).repeat()  # nothing is drawn
 
         def fresh() -> tf.data.Dataset:
-            padded = self._records(split, layout, kept).concatenate(padding).take(steps * layout.rows_per_host)
-            batches = decoder.batches(tf.data.Dataset.zip(padded, zero, zero), layout.rows_per_replica)
+            padded = self._records(split, reading, kept).concatenate(padding).take(steps * reading.rows_per_host)
+            batches = decoder.batches(tf.data.Dataset.zip(padded, zero, zero), reading.rows_per_replica)
             return count_bad(batches, self._examiners[split])
 
         decoder = decode.Decoder(
@@ -147,7 +190,7 @@ class StreamData(ImageData):
         batches = fresh()
         if not (self._cached and keeps and split == "test"):
             return batches
-        cache = self._cache(split, layout, specs=batches.element_spec)
-        count = tf.constant(steps * layout.replicas_per_host, tf.int64)
+        cache = self._cache(split, reading, specs=batches.element_spec)
+        count = tf.constant(steps * reading.replicas_per_host, tf.int64)
         once = tf.data.Dataset.from_tensors(tf.constant(0, tf.int64))
         return once.flat_map(lambda group: cache.through(batches, group, tf.data.Dataset.range(count), count))

@@ -8,19 +8,19 @@ import numpy as np
 from conadv_tf.errors import ConfigError
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
-_SEED = 0  # of what is drawn; not the run's, so that all seeds of a study train on the same images
+_SEED = 0  # draws the images; not the run's seed, so that all seeds of a study train on the same images
 
 
 @gin.configurable("subset")
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """What is taken of a data set.
+    """The part of a data set in memory that a run takes.
 
     Attributes:
-      train_images: so many training images, drawn once and for all; None: all but those of the validation split.
-      validation_images: so many of the other training images are a split of their own, "validation", on which settings
-        are chosen without a look at the test images. They do not depend on `train_images`.
-      downscale: height and width are divided by it; a pixel is the mean of the block it replaces, rounded.
+      train_images: the number of training images to take, drawn once and for all; None: all but the validation images.
+      validation_images: the number of other training images to set aside as the split "validation", on which settings
+        are chosen without a look at the test images. The choice of images does not depend on `train_images`.
+      downscale: the divisor of height and width; a pixel is the mean of the block it replaces, rounded.
     """
 
     train_images: int | None = None
@@ -43,7 +43,7 @@ class Subset:
         return (self.train_images, self.validation_images, self.downscale) == (None, 0, 1)
 
     def num_train(self, available: int) -> int:
-        """Training images taken of those there are.
+        """The number of training images taken of those available.
 
         Raises:
           ConfigError: if there are too few.
@@ -57,7 +57,7 @@ class Subset:
         return wanted
 
     def of(self, splits: Splits) -> Splits:
-        """The subset of "train" and "test", images uint8 [n, H, W, C] and labels int32 [n].
+        """Takes the subset of "train" and "test", images uint8 [n, H, W, C] and labels int32 [n].
 
         Raises:
           ConfigError: if there are too few images, or their sides do not divide by `downscale`.
@@ -74,12 +74,12 @@ class Subset:
         return {split: (self.downscaled(images), labels) for split, (images, labels) in taken.items()}
 
     def downscaled(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 [n, H, W, C] of fewer pixels."""
-        rows, height, width, channels = images.shape
+        """Makes images uint8 [n, H, W, C] of fewer pixels."""
+        count, height, width, channels = images.shape
         side = self.downscale
         if height % side or width % side:
             raise ConfigError(f"subset.downscale={side} does not divide the images' {height}x{width} pixels: choose 2")
         if side == 1:
             return images
-        blocks = images.reshape(rows, height // side, side, width // side, side, channels)
+        blocks = images.reshape(count, height // side, side, width // side, side, channels)
         return np.round(blocks.mean((2, 4), np.float32)).astype(np.uint8)

@@ -47,7 +47,7 @@ SURFACE_RADIUS = 1.0
 PGD_STEPS = 20
 
 # How a run is looked at, whatever it was trained with.
-LOOKING = ("train.precision = 'float32'", "train.jit_compile = False", "data.cache = 'none'", "data.service = None")
+LOOKING = ("train.precision = 'float32'", "train.jit_compile = False", "stream.cache = 'none'", "stream.service = None")
 FACTS = (
     "recipe",
     "method",
@@ -129,7 +129,8 @@ def restore(path: str, data_dir: str | None) -> Run:
       RunError: if it has not finished, or its last checkpoint is gone.
     """
     folder, result = _finished(path)
-    config.configure([], [*(folder.read_config() or "").splitlines(), *LOOKING])
+    kept = config.kept_settings(folder.read_config() or "")
+    config.configure([], [*(f"{name} = {value}" for name, value in kept.items()), *LOOKING])
     strategy = make_strategy("one_device")
     built = build(result["recipe"], strategy, data_dir, result["num_replicas"])
     updates = checkpoint.Checkpoints(built.model, folder.file("checkpoints")).restore()

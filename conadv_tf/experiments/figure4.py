@@ -73,8 +73,7 @@ def compared() -> list[methods.Method]:
 def built_run(recipe: str, rows: int) -> Run:
     """A recipe with `rows` images on one replica, on synthetic data of its size."""
     settings = [f"train.global_batch_size = {rows}", f"train.microbatch_size = {rows}"]
-    settings += ["data.source = 'synthetic'", "data.augmentation = 'none'"]
-    config.configure([recipe], settings)
+    config.configure_without_files([recipe], settings)
     return build("scaling", tf.distribute.OneDeviceStrategy("CPU:0"), None, 1)
 
 

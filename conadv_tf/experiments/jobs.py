@@ -93,10 +93,10 @@ class Folders:
 
     def _params(self, cell: Cell) -> list[str]:
         own = cell.gin_params()
-        varied = {_bound(param): param for param in own}
+        varied = {config.bound_name(param): param for param in own}
         for param in self._gin_params:
-            if _bound(param) in varied:
-                own_one = varied[_bound(param)]
+            if config.bound_name(param) in varied:
+                own_one = varied[config.bound_name(param)]
                 raise ConfigError(f"--gin_param={param} would replace {own_one}, by which runs are compared: drop it")
         return own + self._gin_params
 
@@ -109,11 +109,6 @@ class Folders:
                 f"{self.model_dir(cell)} was run with {name} = {old}, its recipe now says {new}: pass another "
                 "--results, or put the recipe back"
             )
-
-
-def _bound(param: str) -> str:
-    """What a gin parameter binds, without its module: "attack.epsilon_pixels"."""
-    return ".".join(param.partition("=")[0].strip().split(".")[-2:])
 
 
 class _Running(NamedTuple):

@@ -141,7 +141,7 @@ class Cell:
         row, scale = ROWS[self.row], SCALES[self.scale]
         params = [*row.params, f"train.seed={self.seed}"]
         if row.is_augmented:
-            params.append(f"data.autoaugment='{scale.policy}'")
+            params.append(f"autoaugment.policy='{scale.policy}'")
         if self.rate is not None:
             params.append(f"learning_rate.peak_learning_rate={self.rate}")
         if self.epsilon is not None:

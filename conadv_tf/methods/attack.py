@@ -33,18 +33,19 @@ class Attack:
       step_size_pixels: α > 0 of each step; None means ε. 1.25 ε is fast FGSM.
       steps: gradient steps, ≥ 1; 1 is the paper's. Each ends projected to the ε-ball and clipped to [0, 255].
       norm: "linf" (sign of the gradient, |δ| ≤ ε) or "l2" (gradient by its per-image RMS, RMS(δ) ≤ ε).
-      goal: "untargeted" ascends the loss of the true label; "random_target" descends that of a uniformly
-        random wrong one.
-      label: "hard" or "smoothed" (the training loss) cross-entropy; None: as the schedule has it, "hard" where it
-        leaves the choice.
-      random_start_probability: of δ_0 ~ U(−ε, ε) rather than 0, drawn per batch, in [0, 1]; None: as the schedule
-        has it, 1 where it leaves the choice.
+      goal: "untargeted" ascends the loss of the true label; "random_target" descends the loss of a uniformly random
+        wrong label.
+      label: "hard" or "smoothed" (the training loss) cross-entropy; None: "smoothed" for the schedules "paired" and
+        "phased", else "hard".
+      random_start_probability: the probability, drawn per batch, that δ_0 ~ U(−ε, ε) rather than 0, in [0, 1]; None: 0
+        for the schedules "paired" and "phased", else 1.
       batch_norm: what the attack looks through, never updating it: "main" or "aux" (that branch with
         batch statistics), or "moving" (main with moving statistics, about 25 % cheaper).
       units: "pixels", or "release_units": ε and α times 2/255 on images normalised by ImageNet's mean and
         deviation and clipped to [−1, 1] there, as in the TF1 release (P is about 0.45 P pixel levels).
-      compute_dtype: of the attacked network's activations: "bfloat16", or None for that of training. Where training is
-        in float32 a bfloat16 attack saves time, and changes a few signs in a hundred, fewer than a delay of one update.
+      compute_dtype: the dtype of the attacked network's activations: "bfloat16"; None: the dtype of training. Where
+        training is in float32 a bfloat16 attack saves time, and changes a few signs in a hundred, fewer than a delay of
+        one update.
     """
 
     epsilon_pixels: float = 3.0

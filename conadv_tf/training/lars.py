@@ -95,7 +95,14 @@ def is_adapted(variable) -> bool:
 def make_lars(
     learning_rate, momentum: float = 0.9, weight_decay: float = 5e-4, trust_coefficient: float = 0.001
 ) -> LARS:
-    """LARS; see the class. Defaults are Table 6 of the paper."""
+    """LARS; the defaults are Table 6 of the paper.
+
+    Args:
+      learning_rate: the rate, or the schedule of the rate.
+      momentum: m in [0, 1).
+      weight_decay: β ≥ 0 of the kernels.
+      trust_coefficient: η > 0.
+    """
     if not trust_coefficient > 0:
         raise ConfigError(f"lars.trust_coefficient={trust_coefficient} must be above 0 (the paper's is 0.001)")
     _check("lars", momentum, weight_decay)
@@ -104,7 +111,13 @@ def make_lars(
 
 @gin.configurable("sgd", denylist=["learning_rate"])
 def make_sgd(learning_rate, momentum: float = 0.9, weight_decay: float = 5e-4) -> LARS:
-    """SGD with momentum and L2 decay of the kernels: v ← m v + lr (g + β w); w ← w − v."""
+    """SGD with momentum and L2 decay of the kernels: v ← m v + lr (g + β w); w ← w − v.
+
+    Args:
+      learning_rate: the rate, or the schedule of the rate.
+      momentum: m in [0, 1).
+      weight_decay: β ≥ 0 of the kernels.
+    """
     _check("sgd", momentum, weight_decay)
     return LARS(learning_rate, momentum, weight_decay, trust_coefficient=None, name="SGD")
 

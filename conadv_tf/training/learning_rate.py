@@ -21,10 +21,10 @@ def warmup_poly_decay(
     Args:
       steps_per_epoch: updates in an epoch.
       total_steps: updates in the run; the decay reaches `end_learning_rate` one step after the last.
-      peak_learning_rate: > 0.
-      warmup_epochs: ≥ 0 and shorter than the run; may be fractional.
-      end_learning_rate: ≥ 0.
-      power: of the decay polynomial, > 0.
+      peak_learning_rate: the rate at the end of the warm-up, > 0.
+      warmup_epochs: the epochs of linear warm-up from 0, ≥ 0 and shorter than the run; may be fractional.
+      end_learning_rate: the rate at the end of the run, ≥ 0 and at most the peak.
+      power: the power of the decay polynomial, > 0.
 
     Raises:
       ConfigError: if one of these is out of range.

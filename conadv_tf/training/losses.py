@@ -13,6 +13,7 @@ class SmoothedCrossEntropy(tf_keras.losses.Loss):
 
     Args:
       label_smoothing: s in [0, 1); 0.1 is Table 6 of the paper.
+      name: the name of the loss in Keras.
     """
 
     def __init__(self, label_smoothing: float = 0.1, name: str = "smoothed_cross_entropy"):
