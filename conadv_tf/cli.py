@@ -1,4 +1,4 @@
-"""The command line: flags → gin → one run. The only module that reads flags (SPEC section 6)."""
+"""The command line: flags → gin → one run. No other module reads flags."""
 
 import os
 import signal
@@ -29,7 +29,19 @@ flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and i
 def main() -> None:
     """Entry point of `python train.py` and `conadv-train`."""
     signal.signal(signal.SIGTERM, preemption.end_at_once)
-    app.run(_main, flags_parser=_parse_flags)
+    app.run(_run, flags_parser=_parse_flags)
+
+
+def run_command_line(arguments: list[str]) -> None:
+    """Does what `main` does, in a process that lives on: SIGTERM keeps its meaning, and absl is not set up.
+
+    Args:
+      arguments: the program's name, then the flags.
+
+    Raises:
+      SystemExit: for whatever `main` ends with another exit code than 0.
+    """
+    _run(_parse_flags(arguments))
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
@@ -42,7 +54,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     return rest
 
 
-def _main(_: list[str]) -> None:
+def _run(_: list[str]) -> None:
     _quiet()
     try:
         _train()
@@ -62,7 +74,7 @@ def _main(_: list[str]) -> None:
 
 
 def _quiet() -> None:
-    """TensorFlow and absl report saving and tracing as news; a run's own lines should stand alone."""
+    """Leaves a run's own lines alone on the screen: TensorFlow and absl report saving and tracing as news."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
@@ -94,7 +106,11 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
 
 
 def _check_effect() -> None:
-    """A flag that changes nothing is a mistake; a recipe may set more than this run needs."""
+    """Names the settings that this run does not use: a recipe may have some.
+
+    Raises:
+      ConfigError: for a --gin_param among them, which is a mistake.
+    """
     idle = config.bindings_without_effect()
     asked = [name for name in idle if any(binding.startswith(name) for binding in FLAGS.gin_param)]
     if asked:
@@ -104,7 +120,7 @@ def _check_effect() -> None:
 
 
 def _fail(error: ConfigError | DataError | RunError) -> None:
-    """Ends with the error's exit code and one line, with --v=1 after the traceback."""
+    """Ends with the error's exit code and one line; --v=1 adds the traceback before the line."""
     if FLAGS.is_parsed() and logging.get_verbosity() >= 1:
         traceback.print_exception(error)
     # gin appends lines of its own about the call the error came from.

@@ -1,4 +1,4 @@
-"""One process at a time on a folder: a lock that ends with its holder, however that ends."""
+"""One process at a time in a run's folder: a lock that ends with its holder, however the holder ends."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from conadv_tf.errors import RunError
 
 try:
     import fcntl
-except ImportError:  # not on Windows: folders are not locked there
+except ImportError:  # on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 _FILE = ".lock"
@@ -18,12 +18,12 @@ _FILE = ".lock"
 
 @contextlib.contextmanager
 def held(folder: str) -> Iterator[None]:
-    """Holds the lock of a local folder that exists; of a remote one (gs://) nothing.
+    """Holds the lock of a local folder that exists. A remote folder (gs://) is not locked.
 
-    The kernel keeps it, for the open file: it is free as soon as the process is gone, killed or not.
+    The kernel keeps the lock for the open file: it is free as soon as the process is gone, killed or not.
 
     Raises:
-      RunError: if another process holds it, or its file cannot be opened.
+      RunError: if another process holds the lock, or the lock's file cannot be opened.
     """
     if fcntl is None or "://" in folder:
         yield

@@ -1,4 +1,4 @@
-"""From --tpu and --strategy to a tf.distribute strategy, and the collectives replicas need."""
+"""From --tpu and --strategy to a tf.distribute strategy."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ACCELERATOR_TYPE = re.compile(r"^(v\d+[a-z]*|v5litepod)-(\d+)$")
 
 
 def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
-    """The strategy for --strategy and --tpu (SPEC section 6).
+    """The strategy for --strategy and --tpu.
 
     Args:
       strategy: one of STRATEGIES; "auto" takes a TPU if --tpu is given, several workers if TF_CONFIG names

@@ -82,6 +82,13 @@ def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (SPEC section 4)."""
     if stale is network:
         return tf.constant(0.0)
-    variables = zip(leaf_variables(network), leaf_variables(stale), strict=True)
-    pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in variables if now.trainable]
-    return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm([now for now, _ in pairs])
+    weights = [tf.convert_to_tensor(variable) for variable in leaf_variables(network) if variable.trainable]
+    return distance(network, stale) / tf.linalg.global_norm(weights)
+
+
+def distance(network: ResNet, stale: ResNet) -> tf.Tensor:
+    """‖θ_t − θ_{t−τ}‖ over all variables that the network trains, float32 scalar."""
+    pairs = zip(leaf_variables(network), leaf_variables(stale), strict=True)
+    return tf.linalg.global_norm(
+        [tf.convert_to_tensor(now) - tf.convert_to_tensor(then) for now, then in pairs if now.trainable]
+    )
