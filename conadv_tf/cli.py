@@ -25,6 +25,8 @@ flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
 
+HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
+
 
 def main() -> None:
     """Entry point of `python train.py` and `conadv-train`."""
@@ -45,6 +47,10 @@ def run_command_line(arguments: list[str]) -> None:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
+    if HELP & set(arguments[1:]):
+        # absl's own --help shows the flags of the main module, which has none, and ends with an error's exit code.
+        terminal.say(f"usage: {os.path.basename(arguments[0])} [--FLAG=VALUE ...]\n{FLAGS.module_help(__name__)}")
+        sys.exit(0)
     try:
         rest = FLAGS(arguments)
         if len(rest) > 1:

@@ -80,9 +80,7 @@ def _figure_name(given: str) -> str:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = terminal.Parser(
-        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
     names = "2, 4, gain, rates, staleness or curves"

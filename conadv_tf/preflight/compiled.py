@@ -30,7 +30,7 @@ class CompiledPrograms:
         self._built, self._compiler = built, compiler
         self._seconds: dict[str, float] = {}  # of the compilations under way, by their labels
         self._given_up = False
-        self._index_file = os.path.join(compiler.folder, f"run-{_fingerprint(built, compiler.generation)}.json")
+        self._index_file = os.path.join(compiler.folder, f"run-{fingerprint(built, compiler.generation)}.json")
 
     def costs(self, lowerings: Lowerings, rows: int) -> dict[str, Cost]:
         """By the names of `lowerings`. Programs are compiled beside each other, and while the next is lowered.
@@ -104,8 +104,8 @@ def _wait(pending: Iterable[concurrent.futures.Future]) -> None:
             future.result()
 
 
-def _fingerprint(built: Run, generation: Generation) -> str:
-    """Of everything that programs depend on: the same fingerprint, the same programs."""
+def fingerprint(built: Run, generation: Generation) -> str:
+    """The hash of everything that programs depend on: the same fingerprint, the same programs."""
     parts: list[object] = [config.operative_config(), built.plan, built.settings, built.data.train_shape, generation]
     parts += [sorted(built.model.network.get_config().items(), key=str), built.model.method.attack]
     parts += [kind(built.model.method), built.model.method.tau, run_versions(), tpu_compiler.versions()]
