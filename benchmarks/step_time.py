@@ -79,7 +79,9 @@ def keras_models(name: str) -> dict[str, Callable[[], tf_keras.Model]]:
         return lambda: ours(name, method(*arguments, **settings))
 
     makers = {PLAIN: lambda: plain(name), VANILLA: maker(methods.vanilla), "disadv": maker(methods.disadv)}
-    makers |= {f"conadv, {schedule}": maker(methods.conadv, schedule=schedule) for schedule in methods.SCHEDULES}
+    makers |= {
+        f"conadv, {schedule}": maker(methods.conadv, schedule=schedule) for schedule in methods.schedules_of("conadv")
+    }
     makers[MOVING] = maker(methods.conadv, Attack(batch_norm="moving"))
     makers[MOVING_BFLOAT16] = maker(methods.conadv, Attack(batch_norm="moving", compute_dtype="bfloat16"))
     return makers

@@ -94,7 +94,7 @@ def compile_all(recipe: str, rows: int, generation: Generation, only: list[str])
     built = built_run(recipe, rows)
     programs, compiler = Programs(built, rows), Compiler(generation)
     compared = {VANILLA: methods.vanilla(), "disadv": methods.disadv()}
-    compared |= {schedule: methods.conadv(schedule=schedule, tau=1) for schedule in methods.SCHEDULES}
+    compared |= {schedule: methods.conadv(schedule=schedule, tau=1) for schedule in methods.schedules_of("conadv")}
     compared[MOVING] = methods.conadv(Attack(batch_norm="moving"), tau=1)
 
     def compiled(name: str, lowered: Callable[[], bytes]) -> Cost:

@@ -31,7 +31,7 @@ HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
 def main() -> None:
     """Entry point of `python train.py` and `conadv-train`."""
     signal.signal(signal.SIGTERM, preemption.end_at_once)
-    app.run(_run, flags_parser=_parse_flags)
+    app.run(_run, flags_parser=parse_flags)
 
 
 def run_command_line(arguments: list[str]) -> None:
@@ -43,10 +43,11 @@ def run_command_line(arguments: list[str]) -> None:
     Raises:
       SystemExit: for whatever `main` ends with another exit code than 0.
     """
-    _run(_parse_flags(arguments))
+    _run(parse_flags(arguments))
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Sets FLAGS from the program's name and its flags; ends with exit code 2 where they are wrong, 0 after --help."""
     if HELP & set(arguments[1:]):
         # absl's own --help shows the flags of the main module, which has none, and ends with an error's exit code.
         terminal.say(f"usage: {os.path.basename(arguments[0])} [--FLAG=VALUE ...]\n{FLAGS.module_help(__name__)}")

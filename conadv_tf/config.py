@@ -27,6 +27,7 @@ CONFIGURED_MODULES = (
     "data.subset",
     "methods.attack",
     "methods.method",
+    "methods.mixture",
     "run.build",
     "run.divergence",
     "run.monitor",

@@ -214,7 +214,7 @@ def test_impossible_settings_are_refused_by_name_and_value(setting, value):
 @pytest.mark.parametrize(("setting", "value"), [("weight", 1.5), ("fraction", 0.0), ("start_epoch", -1)])
 def test_impossible_halves_are_refused_by_name_and_value(setting, value):
     with pytest.raises(ConfigError, match=f"adversarial.{setting}={value!r}"):
-        methods.AdversarialHalf(**{setting: value})
+        methods.Mixture(**{setting: value})
 
 
 def test_release_units_are_refused_for_grey_images():

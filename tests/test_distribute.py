@@ -112,7 +112,7 @@ def test_group_means_are_over_neighbouring_replicas(group, expected):
 
 
 def test_methods_are_known_by_name():
-    assert [methods.make_method(name).name for name in methods.METHODS] == ["vanilla", "disadv", "conadv"]
+    assert [methods.make_method(name).name for name in methods.method_names()] == ["vanilla", "disadv", "conadv"]
     assert methods.make_method("conadv").tau == 1
     assert methods.make_method("conadv").schedule == "shadow"
     with pytest.raises(ConfigError, match=r"train\.method='sharpness'"):

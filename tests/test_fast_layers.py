@@ -106,7 +106,7 @@ def test_a_network_compiled_with_expansions_computes_what_it_does_without(monkey
 
 def test_after_orders_what_xla_compiles_and_nothing_else():
     def function(x, y):
-        [first], [second] = xla.after([x * 2.0], [y])
+        [first], [second] = xla.barrier([x * 2.0], [y])
         return first, second + 1.0
 
     arguments = tf.constant(1.0), tf.constant(2.0)

@@ -158,13 +158,13 @@ def test_training_weights_are_refused_rather_than_ignored():
 
 def test_a_fraction_needs_batches_of_a_known_size():
     images, labels = arrays(20)
-    made = make_model(methods.conadv(half=methods.AdversarialHalf(fraction=0.5)))
+    made = make_model(methods.conadv(mixture=methods.Mixture(fraction=0.5)))
     with pytest.raises(ConfigError, match="drop_remainder"):
         made.fit(images, labels, batch_size=8, verbose=0)
 
 
 def test_a_fraction_that_leaves_no_row_is_refused():
     images, labels = random_batches(2, 4)
-    made = make_model(methods.conadv(half=methods.AdversarialHalf(fraction=0.1)))
+    made = make_model(methods.conadv(mixture=methods.Mixture(fraction=0.1)))
     with pytest.raises(ConfigError, match="leaves none"):
         made.fit(tf.data.Dataset.from_tensor_slices((images, labels)), verbose=0)

@@ -24,7 +24,7 @@ import sys
 from helpers import fit, make_model, mirrored, random_batches
 from conadv_tf import methods
 method, microbatches, replicas = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = make_model(methods.METHODS[method](), microbatches=microbatches, strategy=mirrored(replicas))
+model = make_model(methods.make_method(method), microbatches=microbatches, strategy=mirrored(replicas))
 images, labels = random_batches(microbatches, 4 * replicas)
 fit(model, images, labels, 1)
 """

@@ -18,7 +18,7 @@ from conadv_tf.run.build import Run
 from conadv_tf.run.build import build as build_run
 
 SETTINGS = ["train.global_batch_size = 128", "train.microbatch_size = 8", "model.replicas_per_group = 1"]
-KINDS = {"vanilla", "disadv", *methods.SCHEDULES}
+KINDS = set(methods.SCHEDULES)
 
 
 def build(replicas: int, *settings: str) -> Run:
@@ -41,7 +41,7 @@ def compiler(name: str = "v3") -> Compiler:
     return Compiler(GENERATIONS[name])
 
 
-def row_of(result: preflight.Preflight, kind: str) -> table.Row:
+def row_of(result: preflight.Preflight, kind: str) -> table.CostRow:
     (row,) = [row for row in result.methods if kind in row.name.replace(",", "").split()]
     return row
 
@@ -159,7 +159,7 @@ def test_an_unknown_generation_is_refused():
 
 def test_the_estimate_is_calibrated_on_mlperfs_measurement():
     # What the compiler says of vanilla ResNet-50 at 128 images on v3, by either measure, gives the measured 125.7 ms.
-    layout = table.Layout(32, 4096, 4096)
+    layout = table.Workload(32, 4096, 4096)
     work = table.Work(3.08e12, 34.54e9, 0.09737, 0.0004, 1.34e8)
     for error in (0.0004, 1.0):
         row = table.make_row(

@@ -117,7 +117,7 @@ def test_preflight_prints_what_the_readme_shows(command, checkout):
     assert shown[: len(plan)] == plan
     table = shown[len(plan) :]
     assert table[0].split()[0] == "method"
-    assert all(any(schedule in row for row in table[1:]) for schedule in methods.SCHEDULES)
+    assert all(any(schedule in row for row in table[1:]) for schedule in methods.schedules_of("conadv"))
 
 
 @pytest.mark.parametrize("command", ON_A_TPU)

@@ -23,8 +23,8 @@ from reference import Recipe, Rows, State
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
+from conadv_tf.methods import Mixture
 from conadv_tf.methods.attack import Attack
-from conadv_tf.methods.method import AdversarialHalf
 from conadv_tf.models import resnet
 from conadv_tf.training import lars, trainer
 
@@ -77,11 +77,9 @@ def test_lookahead_equals_shadow_with_micro_batches_concat3_and_a_fraction():
     images, labels = global_batches(2 * (UPDATES + 1), ROWS)
     others, _ = global_batches(len(images), ROWS, seed=9)
     both = np.stack([images, others], axis=2)
-    half = AdversarialHalf(weight=1 / 3, fraction=0.5)
+    mixture = Mixture(weight=1 / 3, fraction=0.5, augmented=True)
     runs = [
-        trained(
-            methods.conadv(half=half, schedule=schedule, augmented=True), both, labels, microbatches=2, branches=CONCAT
-        )
+        trained(methods.conadv(mixture=mixture, schedule=schedule), both, labels, microbatches=2, branches=CONCAT)
         for schedule in ("lookahead", "shadow")
     ]
     assert_equal_runs(*runs, 2e-5)
@@ -129,9 +127,9 @@ def test_paired_equals_the_formulas(replicas, weight, fraction):
     """Independent float64: clean B_t at θ_t; x̂ of B_{t−1} by one step from its clean images at θ_{t−1}."""
     updates, recipe = 4, Recipe(smoothed=True, weight=weight, fraction=fraction, momentum=0.9)
     images, labels = global_batches(updates, replicas * ROWS, seed=7)
-    half = AdversarialHalf(weight=weight, fraction=fraction)
+    mixture = Mixture(weight=weight, fraction=fraction)
     strategy = mirrored(replicas) if replicas > 1 else None
-    model = make_model(methods.conadv(half=half, schedule="paired"), lars.LARS(2.0), strategy=strategy)
+    model = make_model(methods.conadv(mixture=mixture, schedule="paired"), lars.LARS(2.0), strategy=strategy)
     model.create_optimizer_variables()
     states = [state_of(snapshot(model))]
     data = tf.data.Dataset.from_tensor_slices((images, labels))
@@ -296,7 +294,7 @@ def test_bytes_and_floats_train_alike(attack):
 
 
 def test_costs_are_those_of_the_specification():
-    units = {schedule: methods.conadv(schedule=schedule).forward_units for schedule in methods.SCHEDULES}
+    units = {schedule: methods.conadv(schedule=schedule).forward_units for schedule in methods.schedules_of("conadv")}
     assert units == {"shadow": 8, "lookahead": 8, "paired": 6, "phased": 3}
 
 
@@ -326,12 +324,12 @@ def test_another_delay_than_one_is_refused(schedule):
 
 
 @pytest.mark.parametrize(
-    ("half", "augmented", "named"),
-    [({"fraction": 0.5}, False, "fraction=0.5"), ({"start_epoch": 1}, False, "start_epoch=1"), ({}, True, "concat3")],
+    ("mixture", "named"),
+    [({"fraction": 0.5}, "fraction=0.5"), ({"start_epoch": 1}, "start_epoch=1"), ({"augmented": True}, "concat3")],
 )
-def test_unequal_work_is_refused_by_turns(half, augmented, named):
+def test_unequal_work_is_refused_by_turns(mixture, named):
     with pytest.raises(ConfigError, match=rf"{named}.*phased"):
-        methods.conadv(half=AdversarialHalf(**half), schedule="phased", augmented=augmented)
+        methods.conadv(mixture=Mixture(**mixture), schedule="phased")
 
 
 def test_turns_need_an_even_number_of_places_and_own_batch_statistics():

@@ -39,9 +39,10 @@ def traces(monkeypatch) -> dict[str, int]:
 
         return traced
 
-    monkeypatch.setattr(schedules, "vanilla", counting("vanilla", schedules.vanilla))
-    make = schedules.shadow
-    monkeypatch.setattr(schedules, "shadow", lambda *given: counting("conadv", make(*given)))
+    for name, kind in (("vanilla", "vanilla"), ("conadv", "shadow")):
+        record = methods.SCHEDULES[kind]
+        make = lambda *given, name=name, record=record: counting(name, record.gradients(*given))  # noqa: E731
+        monkeypatch.setitem(methods.SCHEDULES, kind, dataclasses.replace(record, gradients=make))
     return counts
 
 
@@ -68,7 +69,7 @@ def test_updates_on_replicas_are_traced_once_for_each(traces):
 
 
 def test_a_start_epoch_makes_two_programs_and_runs_vanilla_before(traces):
-    model = make_model(methods.conadv(half=methods.AdversarialHalf(start_epoch=2)))
+    model = make_model(methods.conadv(mixture=methods.Mixture(start_epoch=2)))
     images, labels = batches(4)
     data = tf.data.Dataset.from_tensor_slices((images, labels)).repeat()
     model.fit(data, steps_per_epoch=5, epochs=2, verbose=0)
@@ -89,7 +90,7 @@ def test_several_updates_in_one_call_are_traced_once(traces):
 
 def test_before_its_start_epoch_an_update_is_the_vanilla_update_bit_for_bit():
     images, labels = batches(4)
-    late = methods.conadv(half=methods.AdversarialHalf(start_epoch=3))
+    late = methods.conadv(mixture=methods.Mixture(start_epoch=3))
     model, vanilla = make_model(late), make_model(methods.vanilla())
     bare = make_model(methods.vanilla(), branches=("main",), trained=False)
     bare_late = make_model(late, trained=False)
@@ -219,7 +220,7 @@ def test_trust_ratios_and_gradient_norm_are_those_of_the_update():
 
 
 def test_a_late_half_logs_zeros_until_it_begins():
-    model = make_model(methods.conadv(half=methods.AdversarialHalf(start_epoch=1)))
+    model = make_model(methods.conadv(mixture=methods.Mixture(start_epoch=1)))
     images, labels = batches(2)
     first, second = fit(model, images, labels, 2)
     assert first.keys() == second.keys()
@@ -232,14 +233,14 @@ def test_costs_are_those_of_the_specification():
     assert methods.disadv().forward_units == 8
     assert methods.conadv().forward_units == 8
     assert methods.conadv(Attack(steps=3)).forward_units == 12
-    assert methods.disadv(half=methods.AdversarialHalf(fraction=0.5)).forward_units == 5.5
+    assert methods.disadv(mixture=methods.Mixture(fraction=0.5)).forward_units == 5.5
     assert_close({"moving": methods.conadv(Attack(batch_norm="moving")).forward_units}, {"moving": 7.5}, 0)
 
 
-@pytest.mark.parametrize("name", some_of(methods.METHODS, "conadv"))
+@pytest.mark.parametrize("name", some_of(methods.method_names(), "conadv"))
 def test_whole_update_and_evaluation_are_xla_programs(name):
     """What a TPU compiles: gradients, statistics, shadow copies, LARS and metrics, in bfloat16."""
-    method = methods.conadv(tau=2) if name == "conadv" else methods.METHODS[name]()
+    method = methods.conadv(tau=2) if name == "conadv" else methods.make_method(name)
     model = make_model(method, network={"dtype": "mixed_bfloat16"})
     model.create_optimizer_variables()
     (images,), (labels,) = random_batches(1, 8)
@@ -251,10 +252,10 @@ def test_whole_update_and_evaluation_are_xla_programs(name):
     assert 0 <= float(model.metrics[2].result()) <= 1
 
 
-@pytest.mark.parametrize("name", some_of(methods.METHODS, "vanilla", "conadv"))
+@pytest.mark.parametrize("name", some_of(methods.method_names(), "vanilla", "conadv"))
 def test_imagenet_update_is_lowered_whole_for_a_core(name):
     """ResNet-50 on 64 images of 224 × 224 in bfloat16, an update with everything that changes: no call out of XLA."""
-    method = methods.METHODS[name]()
+    method = methods.make_method(name)
     network = resnet.ResNet("resnet50", 1000, (224, 224, 3), method.branches, dtype="mixed_bfloat16")
     model = trainer.ConAdvModel(network, method)
     model.compile(lars.LARS(1.0))

@@ -140,7 +140,7 @@ def test_a_folder_without_a_program_is_one_line(tmp_path):
 
 
 def test_a_program_that_changes_during_the_run_is_refused(tmp_path):
-    late = methods.conadv(half=methods.AdversarialHalf(start_epoch=1))
+    late = methods.conadv(mixture=methods.Mixture(start_epoch=1))
     with pytest.raises(ConfigError, match=r"start_epoch=1.*start_epoch=0"):
         export(model_of(late, 1), str(tmp_path))
 

@@ -18,9 +18,9 @@ RATE, RUN_SEED = 2.0, 5
 SAFE_MARGIN = 5e-6
 
 
-def case(recipe=None, attack=None, half=None, updates=2, **settings):
+def case(recipe=None, attack=None, mixture=None, updates=2, **settings):
     """`settings` are of the data and the optimizer; without an attack the method is vanilla."""
-    return recipe or Recipe(), attack, half or {}, updates, settings
+    return recipe or Recipe(), attack, mixture or {}, updates, settings
 
 
 STILL = {"random_start_probability": 0.0}
@@ -71,13 +71,13 @@ TRACED = (
 )
 
 
-def method_of(recipe: Recipe, attack: dict | None, half: dict, augmented: bool) -> methods.Method:
+def method_of(recipe: Recipe, attack: dict | None, mixture: dict, augmented: bool) -> methods.Method:
     if attack is None:
         return methods.vanilla()
-    made, half = Attack(**attack), methods.AdversarialHalf(**half)
+    made, mixed = Attack(**attack), methods.Mixture(**mixture, augmented=augmented)
     if recipe.tau:
-        return methods.conadv(made, half, tau=recipe.tau, augmented=augmented)
-    return methods.disadv(made, half, augmented)
+        return methods.conadv(made, mixed, tau=recipe.tau)
+    return methods.disadv(made, mixed)
 
 
 def reference_names(variables: dict, moving: bool) -> dict:
@@ -99,13 +99,13 @@ def state_of(model) -> State:
 
 def build(name: str):
     """The product's model of a case, its data, and how the reference sees each update's micro-batches."""
-    recipe, attack, half, updates, settings = CASES[name]
+    recipe, attack, mixture, updates, settings = CASES[name]
     make = lars.make_sgd if settings.get("sgd") else lars.make_lars
     optimizer = make(settings.get("rate", RATE), momentum=recipe.momentum, weight_decay=recipe.decay)
     count = settings.get("microbatches", 1)
     augmented = settings.get("augmented", False)
     model = make_model(
-        method_of(recipe, attack, half, augmented),
+        method_of(recipe, attack, mixture, augmented),
         optimizer,
         recipe.network,
         microbatches=count,

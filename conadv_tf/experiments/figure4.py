@@ -21,7 +21,7 @@ from conadv_tf import config, methods
 from conadv_tf.errors import RunError
 from conadv_tf.experiments import labels, paper
 from conadv_tf.methods.attack import Attack
-from conadv_tf.preflight.passes import contributed_bytes, ingredients, kind
+from conadv_tf.preflight.passes import contributed_bytes
 from conadv_tf.preflight.programs import Programs
 from conadv_tf.preflight.table import Work, estimated_seconds
 from conadv_tf.preflight.tpu_compiler import Compiler
@@ -68,7 +68,7 @@ def built_run(recipe: str, images: int) -> Run:
 
 
 def compile_passes(built: Run, images: int, compiler: Compiler, end: Work | None) -> dict[str, Work]:
-    """The passes of `ingredients`, and "end": what an update does once, whatever the number of `images`."""
+    """The passes of methods by kind, and "end": what an update does once, whatever the number of `images`."""
     programs = Programs(built, images)
 
     def cost(name: str, lower: Callable[[], bytes]) -> Work:
@@ -81,7 +81,7 @@ def compile_passes(built: Run, images: int, compiler: Compiler, end: Work | None
     whole = cost("vanilla", lambda: programs.update(methods.vanilla()))
     passes = {
         "attack": cost("attack", lambda: programs.attack(Attack())),
-        "both": cost("clean pass with attack", lambda: programs.training_pass_with_attack(Attack())),
+        "train and attack": cost("clean pass with attack", lambda: programs.training_pass_with_attack(Attack())),
         "end": end or cost("end of an update", programs.end_of_update),
     }
     return {**passes, "train": whole - passes["end"]}
@@ -100,9 +100,9 @@ def point(
     replicas = batch // images * method.updates_per_batch
     if replicas > LARGEST_SLICE or replicas % generation.replicas_per_chip:
         return None
-    work = sum((passes[name] * count for name, count in ingredients(method).items()), passes["end"])
+    work = sum((passes[name] * count for name, count in method.passes.items()), passes["end"])
     moving = allreduce_seconds(generation, replicas, contributed)
-    return Point(panel, kind(method), batch, replicas, 1000 * estimated_seconds(work, generation), 1000 * moving)
+    return Point(panel, method.kind, batch, replicas, 1000 * estimated_seconds(work, generation), 1000 * moving)
 
 
 def points(recipe: str, generation: Generation) -> list[Point]:

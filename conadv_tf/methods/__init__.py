@@ -1,14 +1,41 @@
 """The training methods: attack, schedules, and the choice between them. schedules.py is the page to read."""
 
+from conadv_tf.methods.attack import Attack
+from conadv_tf.methods.interface import SCHEDULES, Batch, Requirement, Schedule, Update, carrying, register
 from conadv_tf.methods.method import (
-    METHODS,
-    SCHEDULES,
-    AdversarialHalf,
     Method,
+    alternatives,
     conadv,
     disadv,
     make_method,
+    method_names,
+    schedules_of,
     vanilla,
 )
+from conadv_tf.methods.mixture import Mixture
+from conadv_tf.methods.schedules import Part, attack_images, parts_of, train_on, training_pass
 
-__all__ = ["METHODS", "SCHEDULES", "AdversarialHalf", "Method", "conadv", "disadv", "make_method", "vanilla"]
+__all__ = [
+    "SCHEDULES",
+    "Attack",
+    "Batch",
+    "Method",
+    "Mixture",
+    "Part",
+    "Requirement",
+    "Schedule",
+    "Update",
+    "alternatives",
+    "attack_images",
+    "carrying",
+    "conadv",
+    "disadv",
+    "make_method",
+    "method_names",
+    "parts_of",
+    "register",
+    "schedules_of",
+    "train_on",
+    "training_pass",
+    "vanilla",
+]

@@ -1,4 +1,4 @@
-"""The attack: a one-step or PGD perturbation of a batch of images, in true pixel units (SPEC section 1)."""
+"""The attack: a one-step or PGD perturbation of a batch of images, in pixel units (paper Eq. 3; docs/method.md)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LogitsFunction = Callable[[tf.Tensor], tf.Tensor]
 @gin.configurable("attack")
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """How adversarial examples are made; the defaults are the paper's.
+    """The way adversarial examples are made; the defaults are the paper's.
 
         x̂ = Π_ε( x + δ_0 + α · sign ∇_x L(θ; x + δ_0, y) ), clipped to [0, 255]
 
@@ -122,6 +122,11 @@ class Attack:
         The result is that of `adversarial_examples`; the scale of the gradient does not matter.
         """
         return tf.stop_gradient(self._moved(images, tf.zeros_like(images), gradient))
+
+    @property
+    def forward_units(self) -> float:
+        """The cost of making x̂, in forward passes over the images (docs/method.md)."""
+        return self.steps * (1.5 if self.batch_norm == "moving" else 2.0)
 
     def keeps_whole_pixels(self) -> bool:
         """Whether it takes images of whole pixel levels to images of whole pixel levels."""

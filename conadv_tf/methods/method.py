@@ -1,5 +1,4 @@
-"""The training methods (SPEC section 1; paper Eq. 2-5 and Algorithm 1) and how they are chosen; schedules.py has their
-mathematics on one page.
+"""The training methods (paper Eq. 2-5 and Algorithm 1) and how they are chosen; schedules.py has their mathematics.
 
     vanilla   g = ∇_θ mean L(θ_t; x, y; main BN)
     disadv    x̂ from θ_t,      g = (1 − w) ∇_θ mean L(θ_t; x, y; main BN) + w ∇_θ mean L(θ_t; x̂, y; adversarial BN)
@@ -7,239 +6,262 @@ mathematics on one page.
 
 Where the data bring an AutoAugment image beside each clean one ("concat3"), both adversarial methods train on it too,
 through BN statistics of its own; it shares the clean one's weight 1 − w equally.
-
-A further method or schedule is one function in schedules.py and one entry here.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import Any, cast
 
 import gin
 import tensorflow as tf
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.methods import schedules
+from conadv_tf.methods import schedules  # noqa: F401  (the page registers its schedules)
 from conadv_tf.methods.attack import Attack
+from conadv_tf.methods.interface import PASSES, SCHEDULES, Begin, Gradients, Passes, Schedule
+from conadv_tf.methods.mixture import Mixture
 from conadv_tf.models.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN
 
-SCHEDULES = ("shadow", "lookahead", "paired", "phased")
+_BRANCHES = {"clean": MAIN, "augmented": AUGMENTED, "adversarial": ADVERSARIAL}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A training method.
+    """A schedule with its settings: all that training, preflight and reports ask of a method.
 
     Attributes:
-      name, schedule: for reports; `schedule` is None where there is no choice of one.
-      gradients: what one replica computes for a micro-batch, see schedules.py.
-      branches: the BN branches it trains.
-      metric_names: the keys of the metrics it returns; each is a mean over the micro-batch.
-      tau: delay of the weights the attack sees; the trainer keeps that many shadow copies.
-      start_epoch: before it the run trains as `vanilla`.
-      attack: how it makes adversarial examples, None if it makes none.
-      forward_units: cost of an update in forward passes over the batch (vanilla: 3; SPEC section 2).
-      carried: what it carries between updates, from the spec of a micro-batch's images; None: nothing.
-      begin: (stale network, loss, batch) → the carry, where a run begins or goes on; see `batches_ahead`.
-      batches_ahead: update t is handed batch t + batches_ahead. `begin` takes the batch before that one; a run's
-        first update goes without where there is none.
-      updates_per_batch: updates that one batch of every replica lasts for.
+      record: the schedule.
+      tau: delay of the weights that the attack sees; the trainer keeps that many shadow copies.
+      attack: how adversarial examples are made; None where there are none.
+      mixture: the part that adversarial examples have in an update; None where there are none.
     """
 
-    name: str
-    gradients: schedules.Gradients
-    branches: tuple[str, ...] = (MAIN,)
-    metric_names: tuple[str, ...] = ("loss", "clean_loss", "clean_top1")
-    schedule: str | None = None
-    tau: int = 0
-    start_epoch: int = 0
-    attack: Attack | None = None
-    forward_units: float = 3.0
-    carried: Callable[[tf.TensorSpec], dict[str, tf.TensorSpec]] | None = None
-    begin: Callable[..., schedules.Carry] | None = None
-    batches_ahead: int = 0
-    updates_per_batch: int = 1
+    record: Schedule
+    tau: int
+    attack: Attack | None
+    mixture: Mixture | None
+
+    @property
+    def name(self) -> str:
+        """The value of train.method."""
+        return self.record.method or self.record.name
+
+    @property
+    def schedule(self) -> str | None:
+        """The schedule's name, for reports; None where a method has no choice of one."""
+        return self.record.name if self.record.method else None
+
+    @property
+    def kind(self) -> str:
+        """The name of the record: what distinguishes the method from every other."""
+        return self.record.name
+
+    @property
+    def gradients(self) -> Gradients:
+        """The function that one replica runs for a micro-batch."""
+        return self.record.gradients(*self._given)
+
+    @property
+    def begin(self) -> Begin | None:
+        """The function that makes the first carry; None where nothing has to be made."""
+        return self.record.begin and self.record.begin(*self._given)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The kinds of images of an update: "clean", "augmented", "adversarial"."""
+        if self.mixture is None:
+            return ("clean",)
+        return ("clean", "augmented", "adversarial") if self.mixture.augmented else ("clean", "adversarial")
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The BN branches that the method trains."""
+        return tuple(_BRANCHES[images] for images in self.images)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The keys of the metrics of an update, each a mean over the micro-batch."""
+        return ("loss", *(f"{images}_{metric}" for images in self.images for metric in ("loss", "top1")))
+
+    @property
+    def start_epoch(self) -> int:
+        """The first epoch of the method; before it a run trains as `vanilla`."""
+        return self.mixture.start_epoch if self.mixture else 0
+
+    @property
+    def passes(self) -> Passes:
+        """The passes of a micro-batch on one replica, by kind."""
+        return self.record.passes(self._given[1])
+
+    @property
+    def forward_units(self) -> float:
+        """The cost of an update in forward passes over the batch of a replica (vanilla: 3; docs/method.md)."""
+        attack_units = self.attack.forward_units if self.attack else 0.0
+        return sum(count * (PASSES[kind] or attack_units) for kind, count in self.passes.items())
+
+    @property
+    def batches_ahead(self) -> int:
+        """See `Schedule`."""
+        return self.record.batches_ahead
+
+    @property
+    def updates_per_batch(self) -> int:
+        """See `Schedule`."""
+        return self.record.updates_per_batch
+
+    @property
+    def carries(self) -> bool:
+        """Whether an update leaves anything to the next one."""
+        return self.record.carries is not None
+
+    def carried(self, images: tf.TensorSpec) -> dict[str, tf.TensorSpec]:
+        """Specs of what an update leaves to the next one; empty where it leaves nothing.
+
+        Args:
+          images: of a replica's micro-batch as the data hand it out, [rows, H, W, C] or [rows, 2, H, W, C].
+
+        Raises:
+          ConfigError: where the batches' size is not fixed.
+        """
+        if self.record.carries is None:
+            return {}
+        if images.shape[0] is None:
+            raise ConfigError(
+                f"{self.record.setting} carries images between updates and needs batches of one size: "
+                "batch the data with drop_remainder=True"
+            )
+        return self.record.carries(*self._given, images)
 
     def batches_before(self, update: int) -> int:
         """Batches of every replica that the data must be past for a run to go on at `update`.
 
-        Those consumed, less the one that `begin` takes again. `update` counts from the start of the adversarial half.
+        They are those consumed, less the one that `begin` takes again. `update` counts from `start_epoch`.
         """
-        if not self.begin or update + self.batches_ahead < 1:
+        if not self.record.begin or update + self.batches_ahead < 1:
             return update
         return (update + self.batches_ahead - 1) // self.updates_per_batch
 
-
-@gin.configurable("adversarial")
-@dataclasses.dataclass(frozen=True)
-class AdversarialHalf:
-    """What the adversarial examples count for.
-
-    Attributes:
-      weight: w of the adversarial loss; the clean one, or the clean and the augmented one, have 1 − w; in [0, 1].
-      fraction: of each micro-batch made adversarial (its first rows), in (0, 1].
-      start_epoch: first epoch with an adversarial half; before it the step is, and costs, the vanilla step.
-    """
-
-    weight: float = 0.5
-    fraction: float = 1.0
-    start_epoch: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.weight <= 1:
-            raise ConfigError(f"adversarial.weight={self.weight} is outside [0, 1]: the paper's is 0.5")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(
-                f"adversarial.fraction={self.fraction} is outside (0, 1]: 1 makes every image adversarial"
-            )
-        if not isinstance(self.start_epoch, int) or self.start_epoch < 0:
-            raise ConfigError(f"adversarial.start_epoch={self.start_epoch!r} must be a whole number of at least 0")
+    @property
+    def _given(self) -> tuple[Attack, Mixture]:
+        # A schedule without attacks is handed None twice, and looks at neither.
+        return cast(Attack, self.attack), cast(Mixture, self.mixture)
 
 
-def vanilla(augmented: bool = False) -> Method:
-    """Training without adversarial examples.
-
-    Raises:
-      ConfigError: for data with an augmented image beside the clean one.
-    """
-    if augmented:
-        raise ConfigError(
-            "data.autoaugment_mode='concat3' is for adversarial methods: with train.method='vanilla' use 'replace'"
-        )
-    return Method("vanilla", schedules.vanilla)
+def vanilla() -> Method:
+    """Training without adversarial examples."""
+    return _plain(SCHEDULES["vanilla"])
 
 
-def disadv(attack: Attack | None = None, half: AdversarialHalf | None = None, augmented: bool = False) -> Method:
+def disadv(attack: Attack | None = None, mixture: Mixture | None = None) -> Method:
     """Distributed adversarial learning: x̂ from the current weights, two dependent gradients (paper 3.2).
 
-    Args: as of `conadv`.
+    Args: see `conadv`.
     """
-    return _adversarial("disadv", None, 0, attack, half, augmented)
+    return _method(SCHEDULES["disadv"], attack, mixture)
 
 
-@gin.configurable(denylist=["attack", "half", "augmented"])
+@gin.configurable(denylist=["attack", "mixture"])
 def conadv(
-    attack: Attack | None = None,
-    half: AdversarialHalf | None = None,
-    schedule: str = "shadow",
-    tau: int = 1,
-    augmented: bool = False,
+    attack: Attack | None = None, mixture: Mixture | None = None, schedule: str = "shadow", tau: int = 1
 ) -> Method:
     """Concurrent adversarial learning: x̂ from weights `tau` updates old (paper 3.3).
 
     Args:
       attack: how x̂ is made; None takes gin's `attack`.
-      half: what x̂ counts for; None takes gin's `adversarial`.
+      mixture: the part that x̂ has in an update; None takes gin's `adversarial`.
       schedule: how an update is carried out, see schedules.py: "shadow", "lookahead", "paired" or "phased".
       tau: ≥ 0; 0 is disadv. The schedules other than "shadow" have 1.
-      augmented: whether the data bring an augmented image beside each clean one, see `schedules.Batch`.
 
     Raises:
-      ConfigError: for a schedule or delay there is not, or settings that the schedule cannot have.
+      ConfigError: for an unknown schedule or delay, or settings that the schedule cannot have.
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"conadv.schedule={schedule!r} is not known: choose one of {SCHEDULES}")
+    choices = schedules_of("conadv")
+    if schedule not in choices:
+        raise ConfigError(f"conadv.schedule={schedule!r} is not known: choose one of {choices}")
+    record = SCHEDULES[schedule]
     if not isinstance(tau, int) or tau < 0:
         raise ConfigError(f"conadv.tau={tau!r} must be a whole number of updates, at least 0; the paper's is 1")
-    if schedule != "shadow" and tau != 1:
+    if record.delay not in (None, tau):
         raise ConfigError(
-            f"conadv.tau={tau} with conadv.schedule={schedule!r}, whose delay is 1: set conadv.tau=1 or use 'shadow'"
+            f"conadv.tau={tau} with {record.setting}, whose delay is {record.delay}: set conadv.tau={record.delay} or "
+            "use 'shadow'"
         )
-    return _adversarial("conadv", schedule, tau, attack, half, augmented)
+    return _method(record, attack, mixture, tau)
 
 
-def _adversarial(
-    name: str,
-    schedule: str | None,
-    tau: int,
-    attack: Attack | None,
-    half: AdversarialHalf | None,
-    augmented: bool,
+def _plain(record: Schedule, augmented: bool = False) -> Method:
+    """A schedule without adversarial examples, which has no settings."""
+    record.check({"autoaugment.mode": _mode(augmented)})
+    return Method(record, record.delay or 0, None, None)
+
+
+def _method(
+    record: Schedule, attack: Attack | None = None, mixture: Mixture | None = None, tau: int | None = None
 ) -> Method:
-    attack, half = attack or Attack(), half or AdversarialHalf()
-    if schedule in ("paired", "phased"):
-        _check_shared_pass(schedule, attack)
-    if schedule == "phased":
-        _check_phased(half, augmented)
-    label, start = ("smoothed", 0.0) if schedule in ("paired", "phased") else ("hard", 1.0)
-    given = attack.random_start_probability
+    """A schedule with its settings, checked and resolved."""
+    attack, mixture = attack or Attack(), mixture or Mixture()
+    record.check(_settings(attack, mixture))
+    start = attack.random_start_probability
     attack = dataclasses.replace(
-        attack, label=attack.label or label, random_start_probability=start if given is None else given
+        attack,
+        label=attack.label or record.default("attack.label", "hard"),
+        random_start_probability=record.default("attack.random_start_probability", 1.0) if start is None else start,
     )
-    shares = schedules.Half(half.weight, half.fraction, augmented)
-    names = ("clean", "augmented", "adversarial") if augmented else ("clean", "adversarial")
-    execution: dict = {"gradients": schedules.shadow(attack, shares)}
-    if schedule and schedule != "shadow":
-        execution = {
-            "gradients": getattr(schedules, schedule)(attack, shares),
-            "begin": getattr(schedules, f"begin_{schedule}")(attack, shares),
-            "carried": functools.partial(schedules.carried, schedule, attack, shares),
-            "batches_ahead": 1 if schedule == "lookahead" else 0,
-            "updates_per_batch": 2 if schedule == "phased" else 1,
-        }
-    return Method(
-        name,
-        branches=(MAIN, AUGMENTED, ADVERSARIAL) if augmented else (MAIN, ADVERSARIAL),
-        metric_names=("loss", *(f"{name}_{metric}" for name in names for metric in ("loss", "top1"))),
-        schedule=schedule,
-        tau=tau,
-        start_epoch=half.start_epoch,
-        attack=attack,
-        forward_units=_forward_units(schedule, attack, half, len(names)),
-        **execution,
-    )
+    return Method(record, (record.delay or 0) if tau is None else tau, attack, mixture)
 
 
-def _forward_units(schedule: str | None, attack: Attack, half: AdversarialHalf, passes: int) -> float:
-    """Cost of an update, SPEC section 2; on each replica for "phased"."""
-    if schedule == "phased":
-        return 3.0
-    attack_units = 0.0 if schedule == "paired" else attack.steps * (1.5 if attack.batch_norm == "moving" else 2.0)
-    return 3 * passes - 3 + half.fraction * (3 + attack_units)
-
-
-def _check_shared_pass(schedule: str, attack: Attack) -> None:
-    """The clean pass is the attack's: one step from the clean image, along the gradient of the training loss."""
-    wanted = {
-        "random_start_probability": (None, 0.0),
-        "label": (None, "smoothed"),
-        "steps": (1,),
-        "goal": ("untargeted",),
-        "batch_norm": ("main",),
-        "compute_dtype": (None,),
+def _settings(attack: Attack, mixture: Mixture) -> dict[str, Any]:
+    """The settings that a schedule may exclude, by their names in recipes."""
+    return {
+        **{f"attack.{name}": value for name, value in dataclasses.asdict(attack).items()},
+        **{f"adversarial.{name}": value for name, value in dataclasses.asdict(mixture).items()},
+        "autoaugment.mode": _mode(mixture.augmented),
     }
-    for setting, values in wanted.items():
-        if getattr(attack, setting) not in values:
-            raise ConfigError(
-                f"attack.{setting}={getattr(attack, setting)!r} with conadv.schedule={schedule!r}, whose attack is a "
-                f"by-product of the clean pass: set it to {values[-1]!r}, or use schedule 'shadow' or 'lookahead'"
-            )
 
 
-def _check_phased(half: AdversarialHalf, augmented: bool) -> None:
-    """Every replica runs the same pass at every update."""
-    if augmented:
-        raise ConfigError(
-            "data.autoaugment_mode='concat3' with conadv.schedule='phased', which has no third turn: "
-            "use data.autoaugment_mode='replace', or schedule 'paired'"
-        )
-    for setting, value in (("fraction", 1.0), ("start_epoch", 0)):
-        if getattr(half, setting) != value:
-            raise ConfigError(
-                f"adversarial.{setting}={getattr(half, setting)} with conadv.schedule='phased', where every replica "
-                f"does the same work at every update: set it to {value:g}, or use schedule 'paired'"
-            )
+def _mode(augmented: bool) -> str:
+    return "concat3" if augmented else "replace"
 
 
-METHODS = {"vanilla": vanilla, "disadv": disadv, "conadv": conadv}
+def method_names() -> tuple[str, ...]:
+    """The values that train.method may have."""
+    return tuple(dict.fromkeys(record.method or name for name, record in SCHEDULES.items()))
+
+
+def schedules_of(method: str) -> tuple[str, ...]:
+    """The names of the schedules that a method offers as a choice."""
+    return tuple(name for name, record in SCHEDULES.items() if record.method == method)
 
 
 def make_method(name: str, augmented: bool = False) -> Method:
     """The method called `name`, configured by gin, for data with or without an augmented image beside each clean one.
 
     Raises:
-      ConfigError: if there is none.
+      ConfigError: if there is none, or its settings exclude each other.
     """
-    if name not in METHODS:
-        raise ConfigError(f"train.method={name!r} is not known: choose one of {', '.join(METHODS)}")
-    return METHODS[name](augmented=augmented)
+    if name not in method_names():
+        raise ConfigError(f"train.method={name!r} is not known: choose one of {', '.join(method_names())}")
+    if name not in SCHEDULES:
+        return conadv(mixture=Mixture(augmented=augmented))
+    record = SCHEDULES[name]
+    return _method(record, mixture=Mixture(augmented=augmented)) if record.attacks else _plain(record, augmented)
+
+
+def alternatives(own: Method) -> tuple[list[Method], list[str]]:
+    """A method and every other under the same settings of attack and mixture, as gin has them.
+
+    Returns:
+      (the methods, `own` first; a line for each that the settings exclude).
+    """
+    augmented = "augmented" in own.images
+    found, excluded = [own], []
+    for name, record in SCHEDULES.items():
+        if name == own.kind:
+            continue
+        try:
+            # The paper's delay, where a schedule has any.
+            tau = 1 if record.delay is None else record.delay
+            other = _method(record, mixture=Mixture(augmented=augmented), tau=tau) if record.attacks else vanilla()
+            found.append(other)
+        except ConfigError as error:
+            excluded.append(f"no row for {name}: {str(error).splitlines()[0]}")
+    return found, excluded

@@ -1,7 +1,7 @@
 """Residual networks with split batch normalisation: ImageNet, CIFAR and a tiny one for digits.
 
 ResNet-50 is v1.5 (the stride sits in the 3×3 convolution) as in MLPerf and tf-models, with 25,557,032
-parameters and one BN set (SPEC section 3). Networks take images in [0, 255] and normalise them inside,
+parameters and one BN set (docs/method.md). Networks take images in [0, 255] and normalise them inside,
 so that an attack can work in pixel levels.
 """
 
@@ -13,7 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.models import stem_convolution, xla
+from conadv_tf.models import expansion, stem_convolution, xla
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
 # Channel means and standard deviations on the 0..1 scale.
@@ -24,7 +24,7 @@ GREY_MEAN, GREY_STDDEV = (0.3,), (0.38,)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What distinguishes one network of the family from another.
+    """The features that distinguish one network of the family from another.
 
     Attributes:
       blocks: residual blocks in each stage.
@@ -109,11 +109,19 @@ class ConvBatchNorm(tf_keras.layers.Layer):
     def _normalized(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
         kernel = tf.cast(self.conv.kernel, inputs.dtype)
         if self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
-            return self.norm(inputs, kernel=kernel, **norm_call)
+            return self._expanded(inputs, kernel, norm_call)
         return self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
 
+    def _expanded(self, inputs: tf.Tensor, kernel: tf.Tensor, norm_call: dict) -> tf.Tensor:
+        """Convolution and batch norm in one, without the wide intermediate (expansion.py)."""
+        branch, norm = norm_call["branch"], self.norm
+        gamma, beta = norm.gamma_and_beta(branch)
+        outputs, mean, variance = expansion.expand_and_normalize(inputs, kernel, gamma, beta, norm.epsilon)
+        norm.learn(mean, variance, branch, norm_call["update_statistics"])
+        return outputs
+
     def _folded(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        """With moving statistics batch norm is a scale of the kernel and a bias: one pass over the outputs less."""
+        """Convolution and batch norm with moving statistics: a scaled kernel and a bias, one pass less."""
         scale, shift = self.norm.moving_affine(norm_call["branch"])
         kernel = tf.cast(tf.cast(self.conv.kernel, tf.float32) * scale, inputs.dtype)
         return tf.nn.bias_add(self.conv.convolution_op(inputs, kernel), tf.cast(shift, inputs.dtype))
@@ -154,7 +162,7 @@ class ResidualBlock(tf_keras.layers.Layer):
 
     @property
     def all_convs(self) -> list[ConvBatchNorm]:
-        """That of the shortcut too, where it has one."""
+        """The convolutions of the block, and that of the shortcut where there is one."""
         return self.convs + ([] if self.shortcut is None else [self.shortcut])
 
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
@@ -280,6 +288,11 @@ class ResNet(tf_keras.Model):
         """Creates the variables of every branch and returns self."""
         self(tf.zeros((1, *self.image_shape)), training=False)
         return self
+
+    def leaf_variables(self) -> list[tf.Variable]:
+        """All variables, in an order that does not depend on which of them are trainable."""
+        leaves = [m for m in self.submodules if isinstance(m, tf_keras.layers.Layer) and not any(m.submodules)]
+        return [variable for leaf in leaves for variable in leaf.weights]
 
     def moving_statistics(self, branches: Sequence[str]) -> list[tf.Variable]:
         """The moving means and variances of `branches`, float32 [channels] each."""

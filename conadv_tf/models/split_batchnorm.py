@@ -1,7 +1,7 @@
 """Split batch normalisation: one layer, one set of γ, β and moving statistics per named branch.
 
-Clean images pass through the branch "main", adversarial ones through "adversarial" (AdvProp; SPEC
-section 1). Every call says which branch it uses, whether it normalises with the statistics of the batch
+Clean images pass through the branch "main", adversarial ones through "adversarial" (AdvProp, Xie et al. 2020;
+docs/method.md). Every call says which branch it uses, whether it normalises with the statistics of the batch
 or with the moving ones, and whether the moving ones learn from it, so that an attack can look through a
 branch without leaving a trace in it.
 """
@@ -15,7 +15,6 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.models import expansion
 
 MAIN = "main"
 ADVERSARIAL = "adversarial"
@@ -118,7 +117,6 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         mode: str = "batch",
         update_statistics: bool | tf.Tensor = False,
         synchronize: bool = True,
-        kernel: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Normalises `inputs`.
 
@@ -129,9 +127,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
           update_statistics: whether the moving averages learn this batch's statistics ("batch" only); a bool tensor
             decides it when the program runs. A Turn's "main" always learns.
           synchronize: False keeps the statistics local whatever `replicas_per_group` says: the attack
-            never talks to another replica (SPEC section 1).
-          kernel: of a widening 1×1 convolution to do first, [1, 1, C, channels] for inputs of C channels, where
-            `is_local` (expansion.py).
+            never talks to another replica.
 
         Raises:
           ConfigError: for a branch or mode there is not.
@@ -140,10 +136,8 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         if mode == "moving":
             scale, shift = self.moving_affine(branch)
             return tf.cast(tf.cast(inputs, tf.float32) * scale + shift, inputs.dtype)
-        gamma, beta = _chosen(self.gammas, branch), _chosen(self.betas, branch)
-        if kernel is not None:
-            outputs, mean, variance = expansion.expand_and_normalize(inputs, kernel, gamma, beta, self.epsilon)
-        elif self.replicas_per_group > 1 and synchronize:
+        gamma, beta = self.gamma_and_beta(branch)
+        if self.replicas_per_group > 1 and synchronize:
             outputs, mean, variance = self._group_batch(inputs, gamma, beta)
         else:
             outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -155,13 +149,21 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
                 epsilon=self.epsilon,
                 is_training=True,
             )
-        if update_statistics is not False:
-            self._learn(self.moving_means, mean, branch, update_statistics)
-            self._learn(self.moving_variances, variance, branch, update_statistics)
+        self.learn(mean, variance, branch, update_statistics)
         return outputs
 
+    def gamma_and_beta(self, branch: str | Turn) -> tuple[tf.Variable | tf.Tensor, tf.Variable | tf.Tensor]:
+        """γ and β of a branch, float32 [channels]."""
+        return _chosen(self.gammas, branch), _chosen(self.betas, branch)
+
+    def learn(self, mean: tf.Tensor, variance: tf.Tensor, branch: str | Turn, learns: bool | tf.Tensor) -> None:
+        """Moves the moving averages of a branch towards a batch's statistics, float32 [channels], if it `learns`."""
+        if learns is not False:
+            self._learn(self.moving_means, mean, branch, learns)
+            self._learn(self.moving_variances, variance, branch, learns)
+
     def moving_affine(self, branch: str | Turn) -> tuple[tf.Tensor, tf.Tensor]:
-        """What mode "moving" does to each channel: (scale, shift), float32 [channels].
+        """The affine map that mode "moving" applies to each channel: (scale, shift), float32 [channels].
 
         Raises:
           ConfigError: for a branch there is not.
@@ -196,9 +198,11 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
 
     def _learn(self, moving: dict[str, tf.Variable], statistic: tf.Tensor, branch: str | Turn, learns) -> None:
         if isinstance(branch, Turn):
+            # Half of the places have either turn: what they measure counts twice in the mean over all places.
+            twice = 2.0 * statistic
             other = moving[ADVERSARIAL]
-            self._record(moving[MAIN], tf.where(branch.clean, 2.0 * statistic, 0.0))
-            self._record(other, tf.where(branch.clean, 0.0, 2.0 * tf.where(learns, statistic, other)))
+            self._record(moving[MAIN], tf.where(branch.clean, twice, 0.0))
+            self._record(other, tf.where(branch.clean, 0.0, tf.where(learns, twice, 2.0 * other)))
         else:
             own = moving[branch]
             self._record(own, statistic if learns is True else tf.where(learns, statistic, own))

@@ -1,7 +1,7 @@
 """The 7×7 stride-2 convolution of the ImageNet stem, with a cheap gradient with respect to the images.
 
 An attack needs that gradient; as a transposed convolution onto 3 channels it alone costs a quarter of a whole
-training step on a TPU (SPEC section 2). Here it is a plain convolution onto 4 × 4 pixels side by side, 48 channels.
+training step on a TPU (docs/method.md). Here it is a plain convolution onto 4 × 4 pixels side by side, 48 channels.
 """
 
 import tensorflow as tf

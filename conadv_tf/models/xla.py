@@ -1,4 +1,4 @@
-"""What is for programs that XLA compiles alone, such as an order between computations that are independent."""
+"""Tools for programs that XLA compiles, such as a barrier between computations that are independent."""
 
 import contextlib
 import contextvars
@@ -37,8 +37,8 @@ def is_compiling() -> bool:
     return _compiling.get()
 
 
-def after(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """Both lists, `values` not to be used before `earlier` are computed.
+def barrier(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Both lists, behind an optimization barrier: `values` are not used before `earlier` are computed.
 
     XLA would otherwise be free to interleave two passes, and to keep the activations of both.
     """

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import conadv_tf
 from conadv_tf import config
 from conadv_tf.preflight import tpu_compiler
-from conadv_tf.preflight.passes import kind
 from conadv_tf.preflight.tpu_compiler import Compiler, Cost
 from conadv_tf.preflight.tpu_generations import Generation
 from conadv_tf.run.build import Run
@@ -33,9 +32,9 @@ class CompiledPrograms:
         self._index_file = os.path.join(compiler.folder, f"run-{fingerprint(built, compiler.generation)}.json")
 
     def costs(self, lowerings: Lowerings, rows: int) -> dict[str, Cost]:
-        """By the names of `lowerings`. Programs are compiled beside each other, and while the next is lowered.
+        """The costs by the names of `lowerings`, compiled beside each other while the next program is lowered.
 
-        Where the first one exceeds HBM, it alone is returned.
+        Where the first program exceeds HBM, its cost alone is returned.
         """
         index = self._read_index()
         labels = {name: f"{name}, {rows} images" for name in lowerings}
@@ -59,7 +58,7 @@ class CompiledPrograms:
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[concurrent.futures.Executor]:
-        """Threads that each drive a compiler; what ends one of them or this one, a signal too, ends all at once."""
+        """Gives threads that each drive a compiler. An error or a signal in one of them, or here, ends all at once."""
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 yield pool
@@ -69,7 +68,7 @@ class CompiledPrograms:
                 raise
 
     def _compile(self, program: bytes, label: str, first: str) -> Cost | None:
-        """None where the program kept under `first`, which has been compiled before, exceeds HBM."""
+        """Compiles a program; gives None where the program kept under `first`, compiled before it, exceeds HBM."""
         if getattr(self._compiler.cached(first), "over_bytes", 0):
             return None
         try:
@@ -95,7 +94,7 @@ class CompiledPrograms:
 
 
 def _wait(pending: Iterable[concurrent.futures.Future]) -> None:
-    """Until all are done; raises what one of them does as soon as it does."""
+    """Waits until all are done; raises the error of the first that fails, at once."""
     waiting = set(pending)
     while waiting:
         # Looks again and again: a signal that another thread receives wakes nothing that waits here.
@@ -105,10 +104,10 @@ def _wait(pending: Iterable[concurrent.futures.Future]) -> None:
 
 
 def fingerprint(built: Run, generation: Generation) -> str:
-    """The hash of everything that programs depend on: the same fingerprint, the same programs."""
+    """A hash of everything that programs depend on: the same hash, the same programs."""
     parts: list[object] = [config.operative_config(), built.plan, built.settings, built.data.train_shape, generation]
     parts += [sorted(built.model.network.get_config().items(), key=str), built.model.method.attack]
-    parts += [kind(built.model.method), built.model.method.tau, run_versions(), tpu_compiler.versions()]
+    parts += [built.model.method.kind, built.model.method.tau, run_versions(), tpu_compiler.versions()]
     text = repr(parts)
     for path in sorted(pathlib.Path(conadv_tf.__file__).parent.rglob("*.py")):
         text += path.read_text()
@@ -116,7 +115,7 @@ def fingerprint(built: Run, generation: Generation) -> str:
 
 
 def _say(text: str, passing: bool = False) -> None:
-    """Progress on stderr; a passing line is overwritten by the next, and left out where that cannot be."""
+    """Prints progress on stderr. The next line overwrites a passing one, which only a terminal shows."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K  {text}", end="", file=sys.stderr, flush=True)
     elif text and not passing:

@@ -16,11 +16,11 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "cust
 
 
 class TextCost(NamedTuple):
-    """Of one execution of a program.
+    """The cost of one execution of a program.
 
     Attributes:
       cycles: sum of the compiler's estimate for each instruction.
-      hbm_bytes: what instructions read and write in HBM, layouts' padding included; on-chip memory is left out.
+      hbm_bytes: bytes that instructions read and write in HBM, with the padding of layouts, without on-chip memory.
       custom_calls: instructions that the compiler's cost model counts as −1 second, −1 FLOP and −1 byte.
       timed: instructions that compute or move something.
     """

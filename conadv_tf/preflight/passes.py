@@ -1,12 +1,12 @@
-"""How an update of any method is put together from compiled programs: work, memory, and so a row of the table.
+"""Updates of any method put together from compiled programs: their work, their memory, their row of the table.
 
-The run's own update and that of `vanilla` are compiled whole. The others are put together from passes, which cost in a
-program what they cost alone:
+The run's own update and the update of `vanilla` are compiled whole. The others are put together from passes, which cost
+in a program what they cost alone:
 
-    end      the end of an update: moving averages, optimizer, metrics      compiled
-    train    a training pass                                                vanilla − end
-    attack   the pass that makes x̂                                          own − end − its other passes, or compiled
-    both     a training pass that makes x̂ too, as in `paired`               likewise
+    end                the end of an update: moving averages, optimizer, metrics      compiled
+    train              a training pass                                                vanilla − end
+    attack             the pass that makes x̂                                          own − end − others, or compiled
+    train and attack   a training pass that makes x̂ too, as in `paired`               own − end − others, or compiled
 
 An update of M micro-batches is M times its passes, M additions to the sums, and one end.
 """
@@ -15,8 +15,8 @@ import dataclasses
 import math
 
 from conadv_tf import methods
-from conadv_tf.models.split_batchnorm import AUGMENTED, MAIN
-from conadv_tf.preflight.table import Layout, Row, Work, make_row
+from conadv_tf.models.split_batchnorm import MAIN
+from conadv_tf.preflight.table import CostRow, Work, Workload, make_row
 from conadv_tf.preflight.tpu_compiler import Cost
 from conadv_tf.preflight.tpu_generations import Generation
 from conadv_tf.run.build import Run
@@ -25,30 +25,6 @@ from conadv_tf.training.sizes import count_numbers
 
 # Names of compiled programs, beside that of the run's own method.
 VANILLA, END, ATTACK, BOTH = "vanilla", "end of an update", "attack pass", "clean pass of paired"
-
-
-def kind(method: methods.Method) -> str:
-    """What distinguishes it from others: "vanilla", "disadv", or the schedule of conadv."""
-    return method.schedule or method.name
-
-
-def ingredients(method: methods.Method) -> dict[str, float]:
-    """Passes of one micro-batch of a method, by how many; the module's docstring names them.
-
-    Raises:
-      KeyError: for a schedule that is not in SPEC section 2.
-    """
-    extra = {"train": 1.0} if AUGMENTED in method.branches else {}
-    fraction = methods.AdversarialHalf().fraction
-    three = {"train": 1.0 + extra.get("train", 0.0) + fraction, "attack": fraction}
-    return {
-        "vanilla": {"train": 1.0},
-        "disadv": three,
-        "shadow": three,
-        "lookahead": three,
-        "paired": {"both": 1.0, "train": extra.get("train", 0.0) + fraction},
-        "phased": {"both": 1.0},
-    }[kind(method)]
 
 
 class Passes:
@@ -66,35 +42,35 @@ class Passes:
         self._end = Work.of(costs[END])
         train = Work.of(costs[VANILLA]) - self._end
         self._passes = {"train": train}
-        for name, key, share_of_train in (("attack", ATTACK, 2 / 3), ("both", BOTH, 1.0)):
+        for name, key, share_of_train in (("attack", ATTACK, 2 / 3), ("train and attack", BOTH, 1.0)):
             if key in costs:
                 # A pass that exceeds HBM has no cost: its row says that it does not fit, beside the time of its units.
                 self._passes[name] = train * share_of_train if costs[key].over_bytes else Work.of(costs[key])
         own = compared[0]
-        parts = ingredients(own)
+        parts = own.passes
         for name in parts.keys() - self._passes.keys():
             known = sum((self._passes[part] * count for part, count in parts.items() if part != name), Work())
-            self._passes[name] = (Work.of(costs[kind(own)]) - self._end - known) * (1 / parts[name])
+            self._passes[name] = (Work.of(costs[own.kind]) - self._end - known) * (1 / parts[name])
 
-    def row(self, method: methods.Method, generation: Generation) -> Row:
+    def row(self, method: methods.Method, generation: Generation) -> CostRow:
         """The row of one method."""
         plan = self._built.plan
         return make_row(
             _label(method),
-            kind(method) in self._costs and microbatches(self._built, method, self._rows) % 1 == 0,
+            method.kind in self._costs and microbatches(self._built, method, self._rows) % 1 == 0,
             self.work(method),
             self.used_bytes(method),
             reduced_bytes(self._built, method),
             generation,
-            Layout(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
+            Workload(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
         )
 
     def work(self, method: methods.Method) -> Work:
-        """Of one update of the run on one replica."""
-        if kind(method) in self._costs:
-            microbatch = Work.of(self._costs[kind(method)]) - self._end
+        """The work of one update of the run on one replica."""
+        if method.kind in self._costs:
+            microbatch = Work.of(self._costs[method.kind]) - self._end
         else:
-            microbatch = sum((self._passes[name] * n for name, n in ingredients(method).items()), Work())
+            microbatch = sum((self._passes[name] * n for name, n in method.passes.items()), Work())
         count = microbatches(self._built, method, self._rows)
         if count <= 1:
             return microbatch * count + self._end
@@ -104,16 +80,16 @@ class Passes:
         return (microbatch + adding) * count + self._end
 
     def used_bytes(self, method: methods.Method) -> float:
-        """HBM of a replica."""
-        if kind(method) in self._costs:
-            return used_bytes(self._built, self._rows, method, self._costs[kind(method)])
+        """Bytes of HBM that a replica uses."""
+        if method.kind in self._costs:
+            return used_bytes(self._built, self._rows, method, self._costs[method.kind])
         # One pass after the other, each beside the gradients of those before it.
-        parts = ingredients(method)
+        parts = method.passes
         compiled = [self._costs[name] for name in (VANILLA, ATTACK, BOTH) if name in self._costs]
         temporary = max(cost.temp_bytes for cost in compiled)
         if sum(parts.values()) > 1:
             own = self._built.model.method
-            whole = self._costs[kind(own)].temp_bytes if sum(ingredients(own).values()) > 1 else 0
+            whole = self._costs[own.kind].temp_bytes if sum(own.passes.values()) > 1 else 0
             temporary = max(temporary + contributed_bytes(self._built, method), whole)
         network = self._built.model.network
         branch = 12 * count_numbers(network.moving_statistics([MAIN]))  # γ, β, their momentum, the moving statistics
@@ -130,7 +106,7 @@ class Passes:
 
 
 def contributed_bytes(built: Run, method: methods.Method) -> int:
-    """Gradients and BN statistics of a replica that trains by `method`, float32."""
+    """Bytes of gradients and BN statistics of a replica that trains by `method`, float32."""
     network = built.model.network
     branch = count_numbers(network.moving_statistics([MAIN]))  # γ and β have as many numbers
     shared = count_numbers(network.trainable_variables) - branch * len(network.branches)
@@ -138,14 +114,14 @@ def contributed_bytes(built: Run, method: methods.Method) -> int:
 
 
 def reduced_bytes(built: Run, method: methods.Method) -> int:
-    """What each replica adds to the all-reduce: gradients in their dtype on the way, BN statistics."""
+    """Bytes that each replica adds to the all-reduce: gradients in their dtype on the way, and BN statistics."""
     statistics = 4 * len(method.branches) * count_numbers(built.model.network.moving_statistics([MAIN]))
     gradients = contributed_bytes(built, method) - statistics
     return gradients * built.model.all_reduce_dtype.size // 4 + statistics
 
 
 def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> float:
-    """HBM of a replica, from its program for one micro-batch; infinite where the compiler refused that."""
+    """Bytes of HBM of a replica, from its program for one micro-batch; infinite where the compiler refused it."""
     if cost.over_bytes:
         return math.inf
     count = microbatches(built, method, rows)
@@ -156,7 +132,7 @@ def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> flo
 
 
 def carried_bytes(built: Run, rows: int, method: methods.Method) -> int:
-    """What a micro-batch of a run carries to the next update."""
+    """Bytes that a micro-batch of a run carries to the next update."""
     return sizes.carried_bytes(method, rows, built.data.train_shape)
 
 
@@ -175,5 +151,5 @@ def microbatches(built: Run, method: methods.Method, rows: int) -> float:
 
 
 def _label(method: methods.Method) -> str:
-    delay = f", τ {method.tau}" if method.schedule == "shadow" else ""
+    delay = f", τ {method.tau}" if method.record.delay is None else ""
     return f"{method.name}, {method.schedule}{delay}" if method.schedule else method.name

@@ -1,5 +1,6 @@
-"""What a run would be on a TPU, without one: memory, time and cost of its method beside every other, from programs
-compiled by the real TPU compiler. preflight_passes.py says which, and how they make up an update.
+"""The preflight of a run for a TPU, without one: memory, time and cost of its method beside every other.
+
+The figures come from programs compiled by the real TPU compiler; passes.py says which, and how they make up an update.
 """
 
 import dataclasses
@@ -9,7 +10,6 @@ from collections.abc import Callable
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.attack import Attack
-from conadv_tf.models.split_batchnorm import AUGMENTED
 from conadv_tf.preflight import tpu_compiler
 from conadv_tf.preflight.compiled import CompiledPrograms, Lowerings
 from conadv_tf.preflight.passes import (
@@ -19,13 +19,11 @@ from conadv_tf.preflight.passes import (
     VANILLA,
     Passes,
     contributed_bytes,
-    ingredients,
-    kind,
     share,
     used_bytes,
 )
 from conadv_tf.preflight.programs import Programs
-from conadv_tf.preflight.table import Row, calibration, table
+from conadv_tf.preflight.table import CostRow, calibration, table
 from conadv_tf.preflight.tpu_compiler import Compiler, Cost
 from conadv_tf.preflight.tpu_generations import GENERATIONS, GIB, Generation
 from conadv_tf.run.build import Run
@@ -51,12 +49,12 @@ class Preflight:
     rows: int
     microbatches: int
     proposal: str
-    methods: list[Row]
+    methods: list[CostRow]
     unavailable: list[str]
     programs: dict[str, Cost]
 
     def text(self, generation: Generation) -> str:
-        """For a person."""
+        """The table and its remarks, for a person."""
         lines = [self.proposal] if self.proposal else []
         lines += [table(self.methods, generation)] if self.methods else []
         if self.microbatches > 1:
@@ -113,11 +111,12 @@ def find_generation(tpu: str) -> Generation:
 def run_preflight(built: Run, compiler: Compiler) -> Preflight:
     """Compiles what is needed and works out every method's row, on the slice that the run is planned for."""
     programs = CompiledPrograms(built, compiler)
-    compared, unavailable = _alternatives(built.model.method)
+    compared, excluded = methods.alternatives(built.model.method)
+    unavailable = [f"  {line}" for line in excluded]
     rows, proposal = built.plan.rows, ""
     costs = programs.costs(_lowerings(built, rows, compared), rows)
-    if not _fits(built, rows, costs[kind(compared[0])], compiler.generation):
-        rows = _fitting_rows(built, costs[kind(compared[0])], programs, compiler.generation)
+    if not _fits(built, rows, costs[compared[0].kind], compiler.generation):
+        rows = _fitting_rows(built, costs[compared[0].kind], programs, compiler.generation)
         proposal = _proposal(built, rows, compiler.generation)
         costs = programs.costs(_lowerings(built, rows, compared), rows) if rows else costs
     if not rows:
@@ -127,37 +126,19 @@ def run_preflight(built: Run, compiler: Compiler) -> Preflight:
     return Preflight(rows, share(built) // rows, proposal, table_rows, unavailable, costs)
 
 
-def _alternatives(own: methods.Method) -> tuple[list[methods.Method], list[str]]:
-    """The run's own method and every other under the run's settings; a line for each that these exclude."""
-    augmented = AUGMENTED in own.branches
-    makers: dict[str, Callable[[], methods.Method]] = {
-        "vanilla": methods.vanilla,
-        "disadv": functools.partial(methods.disadv, augmented=augmented),
-    }
-    for schedule in methods.SCHEDULES:
-        makers[schedule] = functools.partial(methods.conadv, schedule=schedule, tau=1, augmented=augmented)
-    found, unavailable = [own], []
-    for name, make in makers.items():
-        try:
-            found += [make()] if name != kind(own) else []
-        except ConfigError as error:
-            unavailable.append(f"  no row for {name}: {str(error).splitlines()[0]}")
-    return found, unavailable
-
-
 def _lowerings(built: Run, rows: int, compared: list[methods.Method]) -> Lowerings:
     """The programs that the rows of the table need, the run's own update first."""
     lower, own = Programs(built, rows), compared[0]
     attack = next((method.attack for method in compared if method.attack), None) or Attack()
     wanted: dict[str, Callable[[], bytes]] = {
-        kind(own): functools.partial(lower.update, own),
+        own.kind: functools.partial(lower.update, own),
         VANILLA: functools.partial(lower.update, methods.vanilla()),
         END: lower.end_of_update,
     }
-    needed = {part for method in compared for part in ingredients(method)} - ingredients(own).keys()
+    needed = {part for method in compared for part in method.passes} - own.passes.keys()
     if "attack" in needed:
         wanted[ATTACK] = functools.partial(lower.attack, attack)
-    if "both" in needed:
+    if "train and attack" in needed:
         wanted[BOTH] = functools.partial(lower.training_pass_with_attack, attack)
     return wanted
 
@@ -181,7 +162,7 @@ def _fitting_rows(built: Run, cost: Cost, programs: "CompiledPrograms", generati
         expected = held + contributed_bytes(built, method) + cost.temp_bytes * rows / built.plan.rows
         if expected <= generation.hbm_bytes:
             update = functools.partial(Programs(built, rows).update, method)
-            if _fits(built, rows, programs.costs({kind(method): update}, rows)[kind(method)], generation):
+            if _fits(built, rows, programs.costs({method.kind: update}, rows)[method.kind], generation):
                 return rows
     return 0
 

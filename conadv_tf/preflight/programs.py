@@ -30,24 +30,23 @@ class Programs:
         """One update from one micro-batch: `train_step`, optimizer and metrics included."""
         model = self._model(method)
         images, labels = self._data(method)
-        if method.carried:
-            model.create_carry(images)
+        model.create_carry(images)
         return lower(lambda x, y: model.train_step((x, y)), images, labels)
 
     def end_of_update(self) -> bytes:
-        """What an update of `vanilla` does once its micro-batches are summed: moving averages, optimizer, metrics."""
+        """The end of an update of `vanilla`, once its micro-batches are summed: moving averages, optimizer, metrics."""
         method = methods.vanilla()
-        model = self._model(method)
-        sums = [tf.TensorSpec(shape) for shape in model._contribution_shapes(method)]
-        return lower(lambda *values: model._apply(method, list(values)), *sums)
+        update = self._model(method).update_by(method)
+        sums = [tf.TensorSpec(shape) for shape in update.contribution_shapes]
+        return lower(lambda *values: update.apply(list(values)), *sums)
 
     def attack(self, attack: Attack) -> bytes:
         """The pass that makes x̂ from a micro-batch, through the main branch."""
         model = self._model(methods.vanilla())
 
         def attacked(images, labels):
-            batch = schedules.Batch(tf.cast(images, tf.float32), labels, tf.constant([0, 1]))
-            return schedules.attack_images(attack, model.network, model._example_losses, batch)
+            batch = methods.Batch(tf.cast(images, tf.float32), labels, tf.constant([0, 1]))
+            return schedules.attack_images(attack, model.network, model.example_losses, batch)
 
         return lower(attacked, *self._data(methods.vanilla()))
 
@@ -59,15 +58,15 @@ class Programs:
             images = tf.cast(images, tf.float32)
             with deferred_statistics() as statistics:
                 gradients, by_image, value, top1 = schedules.training_pass(
-                    model.network, MAIN, model._example_losses, images, labels
+                    model.network, MAIN, model.example_losses, images, labels
                 )
             return gradients, [new for _, new in statistics], value, top1, attack.one_step(images, by_image)
 
         return lower(both, *self._data(methods.vanilla()))
 
     def _model(self, method: methods.Method) -> ConAdvModel:
-        """A model like the run's, for one micro-batch, of another method perhaps; outside of any strategy."""
-        key = (method.name, method.schedule)
+        """A model of a method, like the run's but for one micro-batch, outside of any strategy."""
+        key = (method.kind, method.tau)
         if key not in self._models:
             like = self._built.model
             # Alone, the replica has no neighbours to share batch statistics with.
@@ -94,7 +93,7 @@ class Programs:
 def lower(function: Callable, *specs: tf.TensorSpec) -> bytes:
     """The XLA program of a TensorFlow function of tensors, as a serialized HloModule; the same for the same program.
 
-    What TensorFlow adds of the process that made it is left out: it numbers functions, and notes lines of source.
+    TensorFlow numbers functions and notes lines of source; both are left out.
     """
     compiled = tf.function(function, jit_compile=True, autograph=False)
     with xla.compiling_for_tpu():

@@ -59,9 +59,7 @@ class Program:
 
 
 def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
-    """The variables that an update reads or assigns, as far as there are: network/…, shadow0/…, optimizer/…, metric/…,
-    carry/….
-    """
+    """The variables that an update reads or assigns, by names such as network/…, shadow0/…, optimizer/…, carry/…."""
     groups = {
         "network": model.network.variables,
         **{f"shadow{i}": shadow.variables for i, shadow in enumerate(model.shadows)},
@@ -73,7 +71,7 @@ def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
     for group, variables in groups.items():
         for variable in variables:
             named[f"{group}/{variable_path(variable)}"] = variable
-    return named | {f"carry/{name}": variable for name, variable in model._carry.variables.items()}
+    return named | {f"carry/{name}": variable for name, variable in model.carry.variables.items()}
 
 
 def _hyperparameters(optimizer) -> list[tf.Variable]:
@@ -120,13 +118,13 @@ def export(model: ConAdvModel, images: tf.TensorSpec, folder: str, facts: dict) 
             "export it with adversarial.start_epoch=0"
         )
     model.create_optimizer_variables()
-    own_carry = model._carry
+    own_carry = model.carry
     try:
         model.create_carry(images)
         found = _programs(model, images)
         values = {name: variable.numpy() for name, variable in named_variables(model).items()}
     finally:
-        model._carry = own_carry  # of a run in progress, or none: fit then begins its own
+        model.carry = own_carry  # of a run in progress, or none: fit then begins its own
     for program in found.values():
         values |= program.constants
     description = {
@@ -168,26 +166,26 @@ def load_weights(network: ResNet, path: str) -> None:
 
 def _update(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
     """One update from a batch of micro-batches; logs are means since the metric was reset."""
-    method = model.method
     if model.microbatches == 1:
         model.train_step((images[0], labels[0]))
-        return model._train_logs()
+        return model.train_logs()
+    update = model.update_by(model.method)
 
     def add(index, *sums):
-        contributions = model._computed(method, (images[index], labels[index]), index)
-        return index + 1, *(total + value for total, value in zip(sums, contributions, strict=True))
+        shares = update.contribute((images[index], labels[index]), index)
+        return index + 1, *(total + value for total, value in zip(sums, shares, strict=True))
 
-    zeros = [tf.zeros(shape) for shape in model._contribution_shapes(method)]
+    zeros = [tf.zeros(shape) for shape in update.contribution_shapes]
     _, *sums = tf.while_loop(lambda index, *_: index < model.microbatches, add, (0, *zeros), parallel_iterations=1)
-    model._apply(method, sums)
-    return model._train_logs()
+    update.apply(sums)
+    return model.train_logs()
 
 
 def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Values:
-    """Sums over the rows, weighted."""
+    """The weighted sums over the rows of a batch: loss, top1, images."""
     logits = model.network(images, training=False)
     correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
-    losses = model._example_losses(labels, logits)
+    losses = model.example_losses(labels, logits)
     return {
         "loss": tf.reduce_sum(weights * losses),
         "top1": tf.reduce_sum(weights * tf.cast(correct, tf.float32)),
@@ -198,7 +196,7 @@ def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights:
 def _begin(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
     """The carry into the update whose batch this is."""
     for index in range(model.microbatches):
-        model._begin_microbatch(model.method, (images[index], labels[index]), tf.constant(index))
+        model.update_by(model.method).begin((images[index], labels[index]), tf.constant(index))
     return {}
 
 
@@ -224,7 +222,7 @@ def _lower(model: ConAdvModel, name: str, function: Callable[..., Values], data:
 
 
 def _captures(model: ConAdvModel, program: str, captured: list[tf.Tensor]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of what a function captures, and the values of what is no variable."""
+    """The names of the tensors that a function captures, and the values of those that are no variables."""
     by_handle = {id(variable.handle): name for name, variable in named_variables(model).items()}
     names, constants = [], {}
     for index, tensor in enumerate(captured):
@@ -239,14 +237,14 @@ def _captures(model: ConAdvModel, program: str, captured: list[tf.Tensor]) -> tu
 
 
 def _signature(text: str) -> tuple[int, int]:
-    """Number of arguments and of results of a program."""
+    """The numbers of arguments and of results of a program."""
     line = next(line for line in text.splitlines() if "func.func" in line and "@main(" in line)
     arguments, results = line.split(" -> ", 1)
     return arguments.count("%arg"), results.count("tensor<")
 
 
 def _plain(text: str) -> str:
-    """StableHLO alone: without the remarks of XLA's own dialect, and the places in TensorFlow it came from."""
+    """The program in StableHLO alone, without XLA's own dialect and without the places in TensorFlow it came from."""
     text = re.sub(r"^module @\S+ attributes \{.*\} \{$", "module {", text, count=1, flags=re.MULTILINE)
     text = re.sub(r" ?\{mhlo\.frontend_attributes = \{[^}]*\}\}", "", text)
     text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
@@ -310,7 +308,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module; returns the exit code."""
+    """Entry point of `conadv-step-program`; returns the exit code."""
     return terminal.exit_code(
         lambda: _export_recipe(_arguments(arguments)), "--out is not whole", "check space and permissions of --out"
     )

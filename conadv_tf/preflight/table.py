@@ -1,4 +1,4 @@
-"""From compiled cost to a row of the preflight's table: time, images a second, hours."""
+"""The rows of the preflight's table from compiled cost: time, images a second, hours."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ TOLERATED_ERROR = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program, or a part of one, does on one replica; see Cost. Parts add up."""
+    """The work of a program, or of a part of one, on one replica; see Cost. Parts add up."""
 
     flop: float = 0.0
     hbm_bytes: float = 0.0
@@ -61,8 +61,8 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Of the updates that rows are about: replicas, clean images of a global batch, images the whole run sees."""
+class Workload:
+    """The size of a run: replicas, clean images of a global batch, images that the whole run sees."""
 
     replicas: int
     global_batch_size: int
@@ -70,7 +70,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CostRow:
     """One method of the table. Per replica and update where nothing else is said; a replica is a core or a chip.
 
     Attributes:
@@ -107,7 +107,7 @@ class Row:
 
 
 def calibration() -> tuple[float, float]:
-    """Measured time of an update without its all-reduce over the compiler's estimate, and over the roofline."""
+    """The measured time of an update without its all-reduce, over the compiler's estimate and over the roofline."""
     moving = allreduce_seconds(GENERATIONS["v3"], MEASURED_REPLICAS, RESNET50_BYTES)
     computing = MEASURED_SECONDS - moving
     return computing / COMPILED_SECONDS, computing / ROOFLINE_SECONDS
@@ -127,24 +127,24 @@ def make_row(
     used_bytes: float,
     reduced_bytes: int,
     generation: Generation,
-    layout: Layout,
-) -> Row:
+    workload: Workload,
+) -> CostRow:
     """The row of a method.
 
     Args:
       name: of the method.
-      compiled: see Row.
+      compiled: see CostRow.
       work: of one update on one replica.
       used_bytes: HBM of a replica.
       reduced_bytes: what each replica adds to the all-reduce.
       generation: of the slice.
-      layout: of the run.
+      workload: of the run.
     """
-    moving = allreduce_seconds(generation, layout.replicas, reduced_bytes)
+    moving = allreduce_seconds(generation, workload.replicas, reduced_bytes)
     update = estimated_seconds(work, generation) + moving
-    images_per_second = layout.global_batch_size / update
-    hours = layout.images / images_per_second / 3600
-    return Row(
+    images_per_second = workload.global_batch_size / update
+    hours = workload.images / images_per_second / 3600
+    return CostRow(
         name,
         compiled,
         work.flop,
@@ -158,11 +158,11 @@ def make_row(
         update,
         images_per_second,
         hours,
-        hours * layout.replicas,
+        hours * workload.replicas,
     )
 
 
-def table(rows: list[Row], generation: Generation) -> str:
+def table(rows: list[CostRow], generation: Generation) -> str:
     """The rows for a person, with what they mean below."""
     unit = generation.unit
     head = ["method", "TFLOP", "GB moved", "HBM", "compiler", "roofline", "all-reduce"]
@@ -176,11 +176,11 @@ def table(rows: list[Row], generation: Generation) -> str:
     return "\n".join([*text, *_legend(rows, generation)])
 
 
-def _name(row: Row) -> str:
+def _name(row: CostRow) -> str:
     return row.name if row.compiled else f"≈ {row.name}"
 
 
-def _numbers(row: Row) -> list[str]:
+def _numbers(row: CostRow) -> list[str]:
     spare = 100 * (1 - row.used_bytes / row.available_bytes)
     memory = f"{row.used_bytes / GIB:.2f} GiB, " + (f"{spare:.0f} % spare" if row.fits else "does NOT fit")
     milliseconds = [row.compiler_seconds, row.roofline_seconds, row.allreduce_seconds, row.update_seconds]
@@ -196,11 +196,11 @@ def _numbers(row: Row) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """Three digits that count, and no exponent where people read."""
+    """A number for people: three digits that count, and no exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _legend(rows: list[Row], generation: Generation) -> list[str]:
+def _legend(rows: list[CostRow], generation: Generation) -> list[str]:
     by_compiler, by_roofline = calibration()
     unit = generation.unit
     legend = [

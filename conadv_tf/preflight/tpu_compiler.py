@@ -73,7 +73,7 @@ class Cost:
 
     @property
     def resident_bytes(self) -> int:
-        """HBM beside the temporaries: arguments and outputs, aliased ones once, and the program itself."""
+        """Bytes of HBM beside the temporaries: arguments and outputs, aliased ones once, and the program itself."""
         return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.code_bytes
 
 
@@ -90,7 +90,7 @@ class Compiler:
         self.folder = folder or cache_folder()
 
     def key(self, program: bytes) -> str:
-        """What a cost is kept under: hash of the program, the generation, the compiler's version and our reading."""
+        """The name that a cost is kept under: a hash of program, generation, compiler and this reader's source."""
         parts = [program, repr((self.generation, versions())).encode()]
         for reader in ("tpu_compiler.py", "hlo_text.py"):
             with open(os.path.join(os.path.dirname(__file__), reader), "rb") as file:
@@ -128,7 +128,7 @@ class Compiler:
 
 
 def cache_folder() -> str:
-    """~/.cache/conadv_tf/preflight, or below XDG_CACHE_HOME; it may be deleted at any time."""
+    """The folder ~/.cache/conadv_tf/preflight, or one below XDG_CACHE_HOME; it may be deleted at any time."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "conadv_tf", "preflight")
 
@@ -148,7 +148,7 @@ def write_file(path: str, text: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the compiler and what drives it.
+    """The versions of the compiler and of what drives it.
 
     Raises:
       ConfigError: if one is not installed.
@@ -187,7 +187,7 @@ def _compile_apart(program: bytes, generation: Generation, progress: Callable[[f
 
 
 def _wait(process: subprocess.Popen, tick: Callable[[], None]) -> str:
-    """The output of a process that has ended; none is left running behind an interruption."""
+    """Waits for a process and gives its output; an interruption ends the process too."""
     try:
         while True:
             tick()
@@ -210,7 +210,7 @@ def _failure(code: int, errors: str, generation: Generation) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """See the module."""
+    """Prints the cost of a program; see the module."""
     if len(arguments) != 2 or arguments[1] not in GENERATIONS:
         print(f"usage: python -m conadv_tf.preflight.tpu_compiler PROGRAM {{{','.join(GENERATIONS)}}}", file=sys.stderr)
         sys.exit(2)

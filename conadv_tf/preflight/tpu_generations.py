@@ -1,4 +1,4 @@
-"""What is public about each TPU generation: the peaks of a replica, its memory, the network between chips."""
+"""Public figures of each TPU generation: the peaks of a replica, its memory, the network between chips."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ HOP_SECONDS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One generation. A replica is a core on v2 and v3, a chip on the later ones (`distribute.replicas_of`).
+    """One generation. A replica is a core on v2 and v3, a chip on the later ones (`run.strategy.replicas_of`).
 
     Attributes:
       name: as in an accelerator type.
@@ -41,7 +41,7 @@ class Generation:
 
     @property
     def unit(self) -> str:
-        """What a replica is called."""
+        """The name of a replica: "core" or "chip"."""
         return "core" if self.replicas_per_chip == 2 else "chip"
 
 

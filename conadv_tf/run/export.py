@@ -6,7 +6,6 @@ from conadv_tf.errors import RunError, one_line
 from conadv_tf.models.resnet import ResNet, variable_path
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.run.checkpoint import free_space
-from conadv_tf.training.shadows import leaf_variables
 
 
 def export(network: ResNet, directory: str) -> None:
@@ -20,11 +19,11 @@ def export(network: ResNet, directory: str) -> None:
     """
     config = {**network.get_config(), "branches": (MAIN,), "replicas_per_group": 1, "dtype": "float32"}
     exported = ResNet.from_config(config).create_variables()
-    values = {variable_path(variable): variable for variable in leaf_variables(network)}
-    for variable in leaf_variables(exported):
+    values = {variable_path(variable): variable for variable in network.leaf_variables()}
+    for variable in exported.leaf_variables():
         variable.assign(values[variable_path(variable)].numpy())
     module = tf.Module()
-    module.network_variables = leaf_variables(exported)
+    module.network_variables = exported.leaf_variables()
 
     @tf.function(input_signature=[tf.TensorSpec((None, *network.image_shape), tf.float32, "images")], autograph=False)
     def predict(images: tf.Tensor) -> dict[str, tf.Tensor]:

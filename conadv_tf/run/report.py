@@ -16,7 +16,6 @@ from conadv_tf import __version__, methods
 from conadv_tf.run.build import Run
 from conadv_tf.training import sizes
 from conadv_tf.training.learning_rate import peak_of
-from conadv_tf.training.shadows import leaf_variables
 
 
 def facts(run: Run) -> dict:
@@ -77,7 +76,7 @@ def _method_text(method: methods.Method) -> str:
 def _carried_text(run: Run) -> str:
     """What one update leaves to the next on each replica, beside weights and optimizer."""
     model, plan = run.model, run.plan
-    weights = sizes.FLOAT_BYTES * sum(sizes.count_numbers(leaf_variables(shadow)) for shadow in model.shadows)
+    weights = sizes.FLOAT_BYTES * sum(sizes.count_numbers(shadow.leaf_variables()) for shadow in model.shadows)
     images = plan.microbatches * sizes.carried_bytes(model.method, plan.rows, run.data.train_shape)
     and_images = f" and {_megabytes(images)} of images" if images else ""
     return f"{_megabytes(weights)} of old weights{and_images} on each replica"

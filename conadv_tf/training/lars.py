@@ -11,7 +11,7 @@ EPSILON = 1e-9
 
 
 class LARS(tfm_lars.LARS):
-    """Layer-wise adaptive rate scaling (You et al. 2017), as in the paper and MLPerf (SPEC section 3).
+    """Layer-wise adaptive rate scaling (You et al. 2017), as in the paper and MLPerf (docs/method.md).
 
         λ = η‖w‖ / (‖g‖ + β‖w‖ + ε_L), 1 if either norm is 0
         v ← m v + lr · λ · (g + β w);  w ← w − v

@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up from 0 to the peak, then polynomial decay (SPEC section 3)."""
+"""Learning rate: linear warm-up from 0 to the peak, then polynomial decay (docs/method.md)."""
 
 import gin
 import tf_keras

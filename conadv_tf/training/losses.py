@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy with label smoothing (SPEC section 3)."""
+"""The training loss: cross-entropy with label smoothing (paper, Table 6)."""
 
 import gin
 import tensorflow as tf

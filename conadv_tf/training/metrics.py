@@ -1,4 +1,4 @@
-"""What an update says of itself beside its losses, and the means of an epoch that tell whether all of it was finite."""
+"""Values that watch an update beside its losses, and the means of an epoch, which tell whether all of it was finite."""
 
 import math
 
@@ -8,7 +8,6 @@ import tf_keras
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.learning_rate import next_rate
-from conadv_tf.training.shadows import leaf_variables
 
 MONITORS = (
     "learning_rate",
@@ -79,16 +78,16 @@ def trust_ratios(optimizer, variables: list[tf.Variable], gradients: list[tf.Ten
 
 
 def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
-    """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (SPEC section 4)."""
+    """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (Lemma 1 of the paper)."""
     if stale is network:
         return tf.constant(0.0)
-    weights = [tf.convert_to_tensor(variable) for variable in leaf_variables(network) if variable.trainable]
+    weights = [tf.convert_to_tensor(variable) for variable in network.leaf_variables() if variable.trainable]
     return distance(network, stale) / tf.linalg.global_norm(weights)
 
 
 def distance(network: ResNet, stale: ResNet) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ over all variables that the network trains, float32 scalar."""
-    pairs = zip(leaf_variables(network), leaf_variables(stale), strict=True)
+    pairs = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
     return tf.linalg.global_norm(
         [tf.convert_to_tensor(now) - tf.convert_to_tensor(then) for now, then in pairs if now.trainable]
     )

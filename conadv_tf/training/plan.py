@@ -1,4 +1,4 @@
-"""The arithmetic of a run: global batch → replicas × micro-batches × rows, epochs → updates (SPEC section 5)."""
+"""The arithmetic of a run: global batch → replicas × micro-batches × rows, epochs → updates (docs/method.md)."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ BATCH_NORM_IMAGES = 64  # what batch statistics are over in the paper's "normal 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a run is laid out.
+    """The layout of a run: batches, micro-batches, updates.
 
     Attributes:
       global_batch_size: clean images per update, B.
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def passes(self) -> float:
-        """How often the run sees each training image; a little below `epochs` where B does not divide N."""
+        """The times that the run sees each training image; a little below `epochs` where B does not divide N."""
         return self.total_steps * self.global_batch_size / self.num_train
 
     def replicas_for_batch_norm(self) -> int:
@@ -48,7 +48,7 @@ class Plan:
         return next((d for d in divisors if d * self.rows >= BATCH_NORM_IMAGES), self.num_replicas)
 
     def remainder_note(self) -> str:
-        """What becomes of the images that fill no whole batch; empty where there are none."""
+        """A sentence on the images that fill no whole batch; empty where there are none."""
         remainder = self.num_train % self.global_batch_size
         if not remainder:
             return ""

@@ -1,7 +1,6 @@
-"""Shadow copies: the network at earlier weights, in non-trainable variables (SPEC section 2)."""
+"""Shadow copies: the network at earlier weights, in non-trainable variables (docs/method.md)."""
 
 import tensorflow as tf
-import tf_keras
 
 from conadv_tf.models.resnet import ResNet
 
@@ -16,12 +15,6 @@ def shadow_copy(network: ResNet) -> ResNet:
     with tf.variable_creator_scope(non_trainable):
         copy.create_variables()
     copy.trainable = False
-    for shadow, weights in zip(leaf_variables(copy), leaf_variables(network), strict=True):
+    for shadow, weights in zip(copy.leaf_variables(), network.leaf_variables(), strict=True):
         shadow.assign(weights)
     return copy
-
-
-def leaf_variables(network: ResNet) -> list[tf.Variable]:
-    """All variables, in an order that does not depend on which of them are trainable."""
-    leaves = [m for m in network.submodules if isinstance(m, tf_keras.layers.Layer) and not any(m.submodules)]
-    return [variable for leaf in leaves for variable in leaf.weights]

@@ -23,7 +23,5 @@ def carried_bytes(method: Method, rows: int, image_shape: tuple[int, ...]) -> in
       rows: images of the micro-batch.
       image_shape: shape of one image as the data hand it out, uint8: (H, W, C), or (2, H, W, C) with an augmented one.
     """
-    if not method.carried:
-        return 0
     specs = method.carried(tf.TensorSpec((rows, *image_shape), tf.uint8)).values()
     return sum(math.prod(spec.shape) * spec.dtype.size for spec in specs)
