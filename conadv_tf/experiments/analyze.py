@@ -71,12 +71,12 @@ Batches = list[tuple[tf.Tensor, tf.Tensor]]
 
 
 def fgsm(epsilon_pixels: float) -> attack.Attack:
-    """One step of ε from the image itself; `epsilon_pixels` in (0, 255]."""
+    """The attack of one step of ε from the image itself; `epsilon_pixels` in (0, 255]."""
     return attack.Attack(epsilon_pixels, label="hard", random_start_probability=0.0, batch_norm="moving")
 
 
 def pgd20(epsilon_pixels: float) -> attack.Attack:
-    """20 steps of 2.5 ε / 20 from a random start; `epsilon_pixels` in (0, 255]."""
+    """The attack of 20 steps of 2.5 ε / 20 from a random start; `epsilon_pixels` in (0, 255]."""
     return dataclasses.replace(
         fgsm(epsilon_pixels),
         steps=PGD_STEPS,
@@ -239,7 +239,7 @@ def _surface(loss: sharpness.MeanLoss, directions: list[sharpness.Direction], po
 
 
 def flat_row(analysis: dict) -> dict[str, Any]:
-    """One run's numbers by the names of the CSV's columns; None where a method has no such setting."""
+    """The numbers of one run by the names of the CSV's columns; None where a method has no such setting."""
     row = {name: analysis[name] for name in ("run", *FACTS)}
     row |= {"train_loss": analysis["sharpness"]["loss"], "lambda_max": analysis["sharpness"]["lambda_max"]}
     row["lambda_residual"] = analysis["sharpness"]["residual"]
@@ -253,7 +253,7 @@ def flat_row(analysis: dict) -> dict[str, Any]:
 
 
 def csv_text(analyses: list[dict]) -> str:
-    """One row a run, under names; empty where a method has no such setting."""
+    """The CSV of all runs, a row a run under names; empty where a method has no such setting."""
     rows = [flat_row(analysis) for analysis in analyses]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

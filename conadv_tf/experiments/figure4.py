@@ -39,7 +39,7 @@ LARGEST_SLICE = 2048  # cores of a v3 pod, chips of most others
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One method at one batch size: images/ms of clean images, and how an update's milliseconds come about."""
+    """A method at a batch size: images/ms of clean images, and the parts of an update's milliseconds."""
 
     panel: str
     method: str

@@ -24,11 +24,11 @@ from conadv_tf.run.folder import RunFolder
 
 _POLL_SECONDS = 0.5
 _LOG, _FAILED = "log.txt", "failed.txt"
-_MOST_INTERRUPTIONS = 3  # of a run, from outside, before it counts as failed
+_MOST_INTERRUPTIONS = 3  # interruptions of a run from outside, before it counts as failed
 
 
 class Folders:
-    """Where the runs of a study are kept.
+    """The folders that keep the runs of a study.
 
     Args:
       local: folder of logs and marks of failure; one folder for each cell.
@@ -196,7 +196,7 @@ class Runner:
         return bool(ended)
 
     def _goes_on(self, cell: Cell, code: int) -> bool:
-        """Whether a run was only ended from outside, and so starts again: choices wait for its result."""
+        """Tells whether a run was only ended from outside, and so starts again: choices wait for its result."""
         if code >= 0 and code != Preempted.exit_code:
             return False
         self._interrupted[cell] += 1

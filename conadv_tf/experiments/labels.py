@@ -1,4 +1,4 @@
-"""What tables and figures call the schedules of ConAdv, beside the methods that study.METHOD_ROWS names."""
+"""Labels of ConAdv's schedules in tables and figures; study.METHOD_ROWS has those of the methods."""
 
 # Rows of Table 3's estimates, by the beginning of a method's name in preflight.json.
 TABLE3_ESTIMATES = {

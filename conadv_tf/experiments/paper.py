@@ -1,4 +1,4 @@
-"""What the paper (arXiv 2106.00221) reports, for printing beside what is measured.
+"""Numbers that the paper (arXiv 2106.00221) reports, for printing beside measured ones.
 
 Accuracies are top-1 in percent, ResNet-50 on ImageNet, 90 epochs. Methods have the names of study.METHOD_ROWS.
 """

@@ -134,7 +134,7 @@ class Reproduction:
         )
         asked = arguments.table + arguments.figure
         self._experiments = [EXPERIMENTS[name] for name in asked if name in EXPERIMENTS]
-        self._has_figure4 = "figure4" in asked  # of compiled programs, not of runs
+        self._has_figure4 = "figure4" in asked  # made of compiled programs, not of runs
         if self._has_figure4 and self._scale != "imagenet":
             raise ConfigError(f"--figure=4 is about TPUs, --scale={self._scale} is not: pass --scale=imagenet")
         self._has_estimates = self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments
@@ -231,7 +231,7 @@ class Reproduction:
         return sum(cell.cost for cell in self._unsettled(guess=True))
 
     def _is_settled(self, cell: Cell) -> bool:
-        """Whether a run is over. One that failed in an earlier call is not, unless this call runs nothing."""
+        """Tells whether a run is over. A run that failed in an earlier call is not, unless this call runs nothing."""
         failed = cell in self._failed or (not self._arguments.jobs and self._folders.failure(cell) is not None)
         return failed or self._folders.result(cell) is not None
 

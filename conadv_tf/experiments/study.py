@@ -124,7 +124,7 @@ SCALES = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a recipe with its settings. The name of a cell is the folder that keeps the run."""
+    """A run: a recipe with its settings. The name of a cell is the folder that keeps the run."""
 
     scale: str
     batch: str
@@ -164,7 +164,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One number of a table: the mean over seeds of a method at a batch size.
+    """A number of a table: the mean over seeds of a method at a batch size.
 
     Attributes:
       epsilon: None: the one chosen, or the recipe's.

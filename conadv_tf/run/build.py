@@ -24,7 +24,7 @@ ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """What a recipe says about training.
+    """Settings of training.
 
     Attributes:
       method: "vanilla", "disadv" or "conadv".
@@ -77,11 +77,11 @@ class TrainSettings:
             raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
 
     def evaluation_is_due(self, epoch: int) -> bool:
-        """Whether the test images are evaluated after an epoch (from 0)."""
+        """Tells whether the test images are evaluated after an epoch (from 0)."""
         return self._is_due(epoch, self.evaluate_every_epochs)
 
     def checkpoint_is_due(self, epoch: int) -> bool:
-        """Whether an epoch (from 0) ends with a checkpoint."""
+        """Tells whether an epoch (from 0) ends with a checkpoint."""
         return self._is_due(epoch, self.checkpoint_every_epochs)
 
     def _is_due(self, epoch: int, every: int) -> bool:
@@ -90,7 +90,7 @@ class TrainSettings:
 
 @dataclasses.dataclass
 class Run:
-    """Everything a run is made of, built and not yet trained."""
+    """The parts of a run, built and not yet trained."""
 
     recipe: str
     settings: TrainSettings

@@ -1,4 +1,4 @@
-"""What a run shows and keeps while it trains: progress bar, metrics.jsonl, TensorBoard, checkpoints."""
+"""Callbacks that show and keep a run while it trains: speed, evaluation, progress bar, metrics.jsonl, checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -129,7 +129,7 @@ class EndEarly(tf_keras.callbacks.Callback):
 
 
 class ProgressBar(tf_keras.callbacks.Callback):
-    """One bar for the run with ETA, images/s and input-wait share; one line an epoch where there is no terminal."""
+    """Shows a bar for the run with ETA, images/s and input-wait share, or a line an epoch where there is no terminal."""
 
     _supports_tf_logs = True
 

@@ -19,7 +19,7 @@ _LISTED = re.compile(rb'"(?:[^"]*/)?ckpt-(\d+)"')
 
 
 class EpochSoFar(NamedTuple):
-    """What an epoch's line in metrics.jsonl will need of the updates before a checkpoint within the epoch.
+    """The part of an epoch before a checkpoint within it, for the epoch's line in metrics.jsonl.
 
     means: values of the variables of the model's training metric, in their order; seconds: seconds of training.
     """
@@ -162,7 +162,7 @@ def free_space(directory: str) -> str:
 
 
 def _damage(path: str) -> str | None:
-    """Why a checkpoint cannot be read to its end, on one line; None for a whole one, of whatever model."""
+    """The reason why a checkpoint cannot be read to its end, on one line; None for a whole one, of whatever model."""
     try:
         reader = tf.train.load_checkpoint(path)
         for name in reader.get_variable_to_shape_map():

@@ -25,7 +25,7 @@ CHECK_SECONDS = 0.5
 @gin.configurable("divergence")
 @dataclasses.dataclass(frozen=True)
 class DivergenceSettings:
-    """What a run does when an update is not finite.
+    """Settings of a run's answer to an update that is not finite.
 
     Attributes:
       retries: how often in a run it goes back to the last checkpoint and goes on with a lower peak; 0: it ends.

@@ -62,7 +62,7 @@ class RunFolder:
         self._write("divergences.json", json.dumps(divergences, indent=2) + "\n")
 
     def read_layout(self) -> dict | None:
-        """How the run was spread over replicas when it was last started; see `resuming.spread_of`."""
+        """The way the run was spread over replicas when it was last started; see `resuming.spread_of`."""
         return self._parsed("layout.json", json.loads)
 
     def write_layout(self, layout: dict) -> None:
@@ -72,14 +72,14 @@ class RunFolder:
         self._write("preflight.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict]:
-        """One dict an epoch; see `callbacks.Recorder`."""
+        """The metrics, a dict an epoch; see `callbacks.Recorder`."""
         return self._parsed("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
 
     def write_metrics(self, epochs: list[dict]) -> None:
         self._write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
     def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
-        """What a file holds; None where there is no file, or an empty one."""
+        """The content of a file; None where there is no file, or an empty one."""
         text = self._read(name)
         try:
             return parse(text) if text else None

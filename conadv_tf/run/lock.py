@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder: a lock that ends with its holder, however the holder ends."""
+"""The lock of a run's folder: one process at a time, until that process ends, however it ends."""
 
 import contextlib
 import os
@@ -52,7 +52,7 @@ def _opened(path: str) -> TextIO:
 
 
 def is_held(folder: str) -> bool:
-    """Whether a process holds the lock of a local folder."""
+    """Tells whether a process holds the lock of a local folder."""
     path = os.path.join(folder, _FILE)
     if fcntl is None or not os.path.isfile(path):
         return False

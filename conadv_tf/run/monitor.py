@@ -28,7 +28,7 @@ TARGET_SEED = (0, 0)
 @gin.configurable("monitor")
 @dataclasses.dataclass(frozen=True)
 class MonitorSettings:
-    """How often the theory is measured, and on how much.
+    """Settings of the measurements: how often, and on how many images.
 
     Attributes:
       every_epochs: epochs between two measurements; the last epoch always is. 0: about ten times a run.
@@ -86,9 +86,10 @@ class TheoryMonitor(tf_keras.callbacks.Callback):
 
 
 def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
-    """How stale an attack is: a function of (network at θ_t, network at θ_{t−τ}, loss, images, labels).
+    """Makes the measurement of an attack's staleness.
 
-    Its images are [n, H, W, C] in [0, 255] of any numeric dtype, its labels int [n], `loss` maps (labels, logits) to
+    It is a function of (network at θ_t, network at θ_{t−τ}, loss, images, labels). The images are [n, H, W, C] in
+    [0, 255] of any numeric dtype, the labels int [n], and `loss` maps (labels, logits) to
     float32 [n]. The input gradient of an image is that of what the attack ascends, at the image itself. x̂ is one step
     of the attack's size along it, without random start: fresh from θ_t, stale from θ_{t−τ}. It returns float32 scalars:
 

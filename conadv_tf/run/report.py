@@ -1,4 +1,4 @@
-"""What is said about a run: its arithmetic before it trains, its result after it, the versions it depends on.
+"""Reports of a run: its arithmetic before it trains, its result afterwards, the versions that both depend on.
 
 Before:  `facts` are the entries of result.json that are known then, `arithmetic` the lines printed at the start.
 After:   `evaluation_result`, `speed_result` and `theory_result` are result.json's measurements, `result_text` the lines
@@ -74,7 +74,7 @@ def _method_text(method: methods.Method) -> str:
 
 
 def _carried_text(run: Run) -> str:
-    """What one update leaves to the next on each replica, beside weights and optimizer."""
+    """The size of what one update leaves to the next on each replica, beside weights and optimizer."""
     model, plan = run.model, run.plan
     weights = sizes.FLOAT_BYTES * sum(sizes.count_numbers(shadow.leaf_variables()) for shadow in model.shadows)
     images = plan.microbatches * sizes.carried_bytes(model.method, plan.rows, run.data.train_shape)

@@ -1,4 +1,4 @@
-"""What a run that is resumed must share with the run in its folder, and in what it may differ."""
+"""Rules of resuming: what a run must share with the run in its folder, and in what it may differ."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Spread = dict[str, Any]
 
 
 def spread_of(plan: Plan, network: ResNet) -> Spread:
-    """How a run is spread over replicas and micro-batches, and the numbers of images that it depends on.
+    """The spread of a run over replicas and micro-batches, and the numbers of images that it depends on.
 
     Another number of replicas or micro-batches computes the same run, up to rounding. Another batch_norm_images or
     num_train is another run. `rows`, the images of one micro-batch on one replica, follow from batch_norm_images,

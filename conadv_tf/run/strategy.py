@@ -1,4 +1,4 @@
-"""From --tpu and --strategy to a tf.distribute strategy."""
+"""Strategies of tf.distribute, made from --tpu and --strategy."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def _other_workers(config: dict) -> list[str]:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process keeps the run's files: the only one, or the first of several workers."""
+    """Tells whether this process keeps the run's files: the only one, or the first of several workers."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
     resolver = strategy.cluster_resolver
@@ -90,7 +90,7 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 @gin.configurable("mirrored", denylist=["gpus"])
 def _mirrored_strategy(gpus: list[str], logical_cpus: int = 2) -> tf.distribute.Strategy:
-    """All GPUs, or without any `logical_cpus` equal parts of the CPU (to try replicas out)."""
+    """Takes all GPUs, or without any `logical_cpus` equal parts of the CPU (to try replicas out)."""
     if gpus:
         return tf.distribute.MirroredStrategy(gpus)
     if not isinstance(logical_cpus, int) or logical_cpus < 1:

@@ -104,7 +104,7 @@ def _lower_peak(run: Run, peak: float) -> None:
 
 
 def _is_alone(run: Run) -> bool:
-    """Whether this process trains alone: one of several workers cannot end, or save sums over replicas, alone."""
+    """Tells whether this process trains alone: one of several workers cannot end, or save sums over replicas, alone."""
     return not isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
