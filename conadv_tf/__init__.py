@@ -11,7 +11,7 @@ import importlib
 import os
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # tf-models and this package use tf_keras; without this TensorFlow loads Keras 3 too, a quarter of its start-up time.
 # With it `tf.keras` is tf_keras, unless TensorFlow is there already.

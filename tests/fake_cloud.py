@@ -57,7 +57,7 @@ class Cloud:
         shutil.copytree(ROOT / "tpu_scripts", self.checkout / "tpu_scripts")
         for name in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg", "train.py"):
             shutil.copy(ROOT / name, self.checkout / name)
-        for name in ("conadv_tf/version.py", "gin/96k_conadv.gin"):
+        for name in ("conadv_tf/__init__.py", "gin/96k_conadv.gin"):
             (self.checkout / name).parent.mkdir()
             shutil.copy(ROOT / name, self.checkout / name)
 

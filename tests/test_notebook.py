@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -11,6 +12,8 @@ import nbclient
 import nbformat
 import pytest
 from helpers import some_of
+
+import conadv_tf
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "conadv_colab.ipynb"
@@ -71,6 +74,43 @@ def test_notebook_is_valid_and_stored_without_results():
         assert len(cell.source.splitlines()) <= 30
     results = re.compile(r"\d ?%|\d points")
     assert not [cell.id for cell in notebook.cells if cell.cell_type == "markdown" and results.search(cell.source)]
+
+
+# The first two cells where conadv_tf is not installed, with a pip that only says what it is asked for.
+WITHOUT_PACKAGE = """
+import importlib.util, json, sys
+from IPython.core.interactiveshell import InteractiveShell
+importlib.util.find_spec = lambda name: None
+shell = InteractiveShell.instance()
+shell.register_magic_function(lambda line: print("pip", line), magic_name="pip")
+for cell in json.load(sys.stdin):
+    outcome = shell.run_cell(cell)
+print("end", outcome.error_in_exec)
+"""
+
+
+@pytest.mark.parametrize(("folder_of", "source"), [(NOTEBOOK.parent, str(ROOT)), (None, "conadv_tf")])
+def test_notebook_finds_its_checkout_or_asks_for_a_release(folder_of, source, tmp_path):
+    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    outcome = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE],
+        cwd=folder_of or tmp_path,
+        env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": ""},
+        input=json.dumps(code[:2]),
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert f'pip install --quiet matplotlib "{source}"' in outcome.stdout
+    (end,) = [line for line in outcome.stdout.splitlines() if line.startswith("end ")]
+    assert end.startswith(f"end {source} could not be installed: set SOURCE")
+
+
+def test_notebook_uses_public_names():
+    code = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    (names,) = re.findall(r"^from conadv_tf import \(([^)]*)\)", code, re.MULTILINE)
+    assert set(names.replace(",", " ").split()) <= set(conadv_tf.__all__)
+    assert not re.search(r"(from|import) conadv_tf\.", code)
 
 
 @pytest.mark.parametrize(("strategy", "replicas"), some_of(LAYOUTS, LAYOUTS[0]))

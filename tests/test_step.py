@@ -19,7 +19,6 @@ from helpers import (
 )
 
 from conadv_tf import methods
-from conadv_tf.methods import schedules
 from conadv_tf.methods.attack import Attack
 from conadv_tf.models import resnet
 from conadv_tf.training import lars, trainer
@@ -167,9 +166,10 @@ def test_random_starts_differ_between_updates_and_between_micro_batches():
 
     def spy(network, stale, loss, batch, carry):
         tf.py_function(lambda seed: seen.append(tuple(seed.numpy())), [batch.seed], [])
-        return schedules.vanilla(network, stale, loss, batch, carry)
+        return methods.vanilla().gradients(network, stale, loss, batch, carry)
 
-    method = dataclasses.replace(methods.vanilla(), gradients=spy)
+    record = dataclasses.replace(methods.SCHEDULES["vanilla"], gradients=lambda attack, mixture: spy)
+    method = dataclasses.replace(methods.vanilla(), record=record)
     model = make_model(method, microbatches=3)
     fit(model, images, labels, 4)
     assert len(seen) == len(set(seen)) == 12
