@@ -129,7 +129,7 @@ class EndEarly(tf_keras.callbacks.Callback):
 
 
 class ProgressBar(tf_keras.callbacks.Callback):
-    """Shows a bar for the run with ETA, images/s and input-wait share, or a line an epoch where there is no terminal."""
+    """Shows a bar for the run with ETA, images/s and input-wait share; a line an epoch where there is no terminal."""
 
     _supports_tf_logs = True
 
