@@ -114,9 +114,19 @@ def make_network(
     batch_norm_epsilon: float = 1e-5,
     replicas_per_group: int = 1,
 ) -> ResNet:
-    """The network of a recipe: `name` from resnet.ARCHITECTURES, with the branches the method trains.
+    """The network of a recipe, with the branches the method trains.
 
-    `replicas_per_group` replicas share batch statistics; 0: as few as have 64 images together (docs/method.md).
+    Args:
+      data: the data set, for the number of classes and the shape of an image.
+      method: the method, for its branches.
+      plan: the plan, for the replicas that have 64 images together.
+      seed: the seed of the initial weights.
+      dtype: the dtype policy of the layers.
+      name: the architecture, "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"; "cifar_resnet" with 8,
+        14, 20, 32, 44, 56 or 110 behind it; "digits_resnet".
+      batch_norm_momentum: the momentum of the moving averages, in [0, 1).
+      batch_norm_epsilon: what is added to a variance, > 0.
+      replicas_per_group: the number of replicas that share batch statistics; 0: as few as have 64 images together.
     """
     if not 0 <= batch_norm_momentum < 1 or not batch_norm_epsilon > 0:
         raise ConfigError(

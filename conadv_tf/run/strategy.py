@@ -90,7 +90,12 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 @gin.configurable("mirrored", denylist=["gpus"])
 def _mirrored_strategy(gpus: list[str], logical_cpus: int = 2) -> tf.distribute.Strategy:
-    """Takes all GPUs, or without any `logical_cpus` equal parts of the CPU (to try replicas out)."""
+    """All GPUs, or without any `logical_cpus` equal parts of the CPU (to try replicas out).
+
+    Args:
+      gpus: the GPUs there are.
+      logical_cpus: the number of parts that the CPU is split into where there is no GPU.
+    """
     if gpus:
         return tf.distribute.MirroredStrategy(gpus)
     if not isinstance(logical_cpus, int) or logical_cpus < 1:
