@@ -76,13 +76,13 @@ def test_the_tpu_compilers_process_has_the_package_and_no_tensorflow(tmp_path, m
     pytest.importorskip("libtpu", reason=NO_COMPILER)
     # Beside the names of wings nothing here is called so: what is found are the wings.
     assert [wing for wing in WINGS if importlib.util.find_spec(wing)] == []
-    said = tmp_path / "said.json"
-    (tmp_path / "sitecustomize.py").write_text(REPORTER % (WINGS, str(said)))
+    report = tmp_path / "report.json"
+    (tmp_path / "sitecustomize.py").write_text(REPORTER % (WINGS, str(report)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     compiler = tpu_compiler.Compiler(V3, str(tmp_path / "cache"))
     with pytest.raises(RunError, match="the TPU compiler for v3 ended with"):
         compiler.compile(b"no program")
-    process = json.loads(said.read_text())
+    process = json.loads(report.read_text())
     assert process["package"] == str(ROOT / "conadv_tf" / "__init__.py")
     assert str(ROOT) in process["path"]
     assert str(ROOT / "conadv_tf") not in process["path"]
