@@ -18,11 +18,12 @@ torture: .venv/installed-dev
 	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP tests/test_fuzz_config.py tests/test_fuzz_data.py
 	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP -m torture
 
-# Style and types.
+# Style, types, and what wings may import.
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n 0 tests/test_architecture.py
 
 install: .venv/installed
 

@@ -23,7 +23,7 @@ def main() -> None:
     found = figure4.points(arguments.gin_file, generation)
     figure4.write(found, generation, arguments.out)
     print(figure4.text(found, generation))
-    plots.plot(found, generation, os.path.join(arguments.out, "scaling.png"))
+    plots.figure4(found, generation, os.path.join(arguments.out, "scaling.png"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: flags → gin → one run. The only module that reads flags (SPEC section 6)."""
+"""The command line: flags → gin → one run. No other module reads flags."""
 
 import os
 import signal
@@ -26,14 +26,33 @@ flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
 
+HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
+
 
 def main() -> None:
     """Entry point of `python train.py` and `conadv-train`."""
     signal.signal(signal.SIGTERM, preemption.end_at_once)
-    app.run(_main, flags_parser=_parse_flags)
+    app.run(_run, flags_parser=parse_flags)
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
+def run_command_line(arguments: list[str]) -> None:
+    """Does what `main` does, in a process that lives on: SIGTERM keeps its meaning, and absl is not set up.
+
+    Args:
+      arguments: the program's name, then the flags.
+
+    Raises:
+      SystemExit: for whatever `main` ends with another exit code than 0.
+    """
+    _run(parse_flags(arguments))
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Sets FLAGS from the program's name and its flags; ends with exit code 2 where they are wrong, 0 after --help."""
+    if HELP & set(arguments[1:]):
+        # absl's own --help shows the flags of the main module, which has none, and ends with an error's exit code.
+        terminal.say(f"usage: {os.path.basename(arguments[0])} [--FLAG=VALUE ...]\n{FLAGS.module_help(__name__)}")
+        sys.exit(0)
     try:
         rest = FLAGS(arguments)
         if len(rest) > 1:
@@ -43,7 +62,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     return rest
 
 
-def _main(_: list[str]) -> None:
+def _run(_: list[str]) -> None:
     _quiet()
     try:
         _train()
@@ -63,7 +82,7 @@ def _main(_: list[str]) -> None:
 
 
 def _quiet() -> None:
-    """TensorFlow and absl report saving and tracing as news; a run's own lines should stand alone."""
+    """Leaves a run's own lines alone on the screen: TensorFlow and absl report saving and tracing as news."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
@@ -95,7 +114,11 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
 
 
 def _check_effect() -> None:
-    """A flag that changes nothing is a mistake; a recipe may set more than this run needs."""
+    """Names the settings that this run does not use: a recipe may have some.
+
+    Raises:
+      ConfigError: for a --gin_param among them, which is a mistake.
+    """
     idle = config.bindings_without_effect()
     for binding in FLAGS.gin_param:
         name = config.bound_name(binding)
@@ -118,7 +141,7 @@ def _use_of(name: str) -> str:
 
 
 def _fail(error: ConfigError | DataError | RunError) -> None:
-    """Ends with the error's exit code and one line, with --v=1 after the traceback."""
+    """Ends with the error's exit code and one line; --v=1 adds the traceback before the line."""
     if FLAGS.is_parsed() and logging.get_verbosity() >= 1:
         traceback.print_exception(error)
     # gin appends lines of its own about the call the error came from.

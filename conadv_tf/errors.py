@@ -1,4 +1,4 @@
-"""Errors a user can cause, each one line: the value, the cause, the remedy.
+"""Errors that a user can cause. Each is one line: the value, the cause, the remedy.
 
 The command line prints them without a traceback (`cli.py`) and ends with `exit_code`.
 """
@@ -27,19 +27,19 @@ class RunError(RuntimeError):
 class Preempted(BaseException):
     """A run that SIGTERM ended, whole: the same command goes on. Exit code 75, EX_TEMPFAIL: try again later.
 
-    As KeyboardInterrupt no Exception: a signal comes anywhere, and is no fault of what it came in.
+    Like KeyboardInterrupt it is no Exception: a signal comes anywhere, and is no fault of the code it comes in.
     """
 
     exit_code = 75
 
 
 def one_line(error: Exception) -> str:
-    """The cause that an error tells, for a line of our own."""
+    """The text of an error on one line, for an error line of this package."""
     return " ".join(str(error).split())[:200]
 
 
 def data_error(error: BaseException) -> DataError | None:
-    """The DataError, of one line, that an exception from the pipeline is or carries; None if there is none.
+    """The one-line DataError that an exception from the pipeline is or carries; None if there is none.
 
     TensorFlow wraps what its threads raise, and gin adds a line to what `data.load` raises.
     """
@@ -52,19 +52,19 @@ def data_error(error: BaseException) -> DataError | None:
 
 
 def lost_worker(error: Exception) -> RunError | None:
-    """What an error of TensorFlow's says of another worker, on one line; None if it is about something else.
+    """The one-line error for an error of TensorFlow's about another worker; None if it is about something else.
 
-    TensorFlow notices by the broken connection, or some seconds later by the heartbeats that stay out.
+    TensorFlow notices a lost worker by the broken connection, or some seconds later by the missing heartbeats.
     """
     found = re.search(
         r"Collective ops is aborted by: (.*(?:/task:|heartbeat|Connection|Socket|UNAVAILABLE).*)", str(error), re.DOTALL
     )
-    if found is None or "DataError: " in found.group(1):  # what this worker's own data did
+    if found is None or "DataError: " in found.group(1):  # the cause is this worker's own data
         return None
-    told = " ".join(found.group(1).split())
-    tasks = re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", told)
+    cause = " ".join(found.group(1).split())
+    tasks = re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", cause)
     who = "{} {}".format(*tasks[-1]) if tasks else "another worker"
     return RunError(
-        f"{who} is gone or cannot be reached ({told[:200]}): see its log, then start the same command on every worker, "
-        "which goes on from the last checkpoint"
+        f"{who} is gone or cannot be reached ({cause[:200]}): see its log, then start the same command on every "
+        "worker, which goes on from the last checkpoint"
     )

@@ -1,4 +1,7 @@
-"""Lines for a person, who may have gone: what cannot be shown costs no run and changes no exit code."""
+"""Lines for a person, who may have gone, and the command lines of tools.
+
+Output that cannot be shown costs no run and changes no exit code.
+"""
 
 import argparse
 import contextlib
@@ -18,7 +21,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def may_be_gone() -> Iterator[None]:
-    """Within it output fails silently: into a pipe whose reader has ended, a closed terminal, a full disk."""
+    """Lets output within it fail silently: a pipe whose reader has ended, a closed terminal, a full disk."""
     try:
         yield
     except OSError:
@@ -26,7 +29,7 @@ def may_be_gone() -> Iterator[None]:
             try:
                 stream.flush()
             except OSError:
-                # What is left in the buffer would fail again when Python ends, which then has a code of its own.
+                # What is left in the buffer would fail again when Python ends, and change its exit code.
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
 
@@ -42,9 +45,9 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
     """Does the work of a tool and says on one line of stderr what went wrong.
 
     Args:
-      work: returns an exit code; None is 0.
-      interrupted: what Ctrl-C leaves.
-      remedy: for files that cannot be read or written.
+      work: the work; returns an exit code, None for 0.
+      interrupted: what Ctrl-C leaves behind, for the line about it.
+      remedy: the remedy for files that cannot be read or written.
 
     Returns:
       0, 2 for arguments and settings, 1 for data and files, 130 after Ctrl-C, or what `work` returns.

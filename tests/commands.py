@@ -30,7 +30,7 @@ def call_command_line(*flags: str) -> None:
     """The command line inside this process: as a subprocess each mistake would cost an import of TensorFlow."""
     with flagsaver.flagsaver():
         flags_module.FLAGS.unparse_flags()
-        cli._main(cli._parse_flags(["train.py", *flags]))
+        cli.run_command_line(["train.py", *flags])
 
 
 def free_ports(count: int) -> list[int]:

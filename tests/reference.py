@@ -1,4 +1,4 @@
-"""One update of each method in float64, written from SPEC sections 1 and 3 alone.
+"""One update of each method in float64, written from the formulas of docs/method.md alone.
 
 Shares no code with the product. TensorFlow serves only as a calculator here: float64 convolution, and
 GradientTape for the derivative of the network. The attack, the mixture of losses, moving averages, LARS and
@@ -27,7 +27,7 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What an update does; the defaults are those of SPEC section 1."""
+    """What an update does; the defaults are the paper's."""
 
     adversarial: bool = True
     tau: int = 0

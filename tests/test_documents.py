@@ -50,7 +50,7 @@ def check_train(arguments: list[str]) -> None:
         return
     with flagsaver.flagsaver():
         flags_module.FLAGS.unparse_flags()
-        cli._parse_flags(["train.py", *arguments])
+        cli.parse_flags(["train.py", *arguments])
         config.configure(cli.FLAGS.gin_file or [config.DEFAULT_RECIPE], cli.FLAGS.gin_param)
 
 

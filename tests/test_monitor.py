@@ -46,7 +46,7 @@ def train(model, *callbacks, every: int = UPDATES, seed: int = 2):
     """Trains with a monitor, one update an epoch; the logs of each epoch and the images that were watched."""
     images, labels = random_batches(UPDATES, ROWS, seed=seed)
     (watched,), (watched_labels,) = random_batches(1, ROWS, seed=seed + 50)
-    settings = monitor.Settings(every_epochs=every, images=ROWS)
+    settings = monitor.MonitorSettings(every_epochs=every, images=ROWS)
     seen: list[dict] = []
     keep = tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(dict(logs)))
     model.fit(
@@ -184,7 +184,7 @@ def test_it_is_an_xla_program_with_the_same_values():
     [(2, 5, [2, 4, 5]), (9, 3, [3]), (0, 4, [1, 2, 3, 4]), (0, 25, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 25])],
 )
 def test_it_measures_in_the_epochs_due_and_averages_over_all(every, epochs, due):
-    watcher = monitor.TheoryMonitor(monitor.Settings(every_epochs=every), epochs, None)
+    watcher = monitor.TheoryMonitor(monitor.MonitorSettings(every_epochs=every), epochs, None)
     found = {}
     for epoch in range(epochs):
         logs = {"squared_gradient_norm": float(epoch)}
@@ -194,7 +194,7 @@ def test_it_measures_in_the_epochs_due_and_averages_over_all(every, epochs, due)
 
 
 def test_an_average_that_goes_on_from_its_records_is_the_same_to_the_last_bit():
-    settings, values, averages = monitor.Settings(every_epochs=1), [1 / 3, 2 / 7, 1 / 7], []
+    settings, values, averages = monitor.MonitorSettings(every_epochs=1), [1 / 3, 2 / 7, 1 / 7], []
     for earlier in ([], [{"squared_gradient_norm": 0.333333}, {"squared_gradient_norm": 0.285714}]):
         watcher = monitor.TheoryMonitor(settings, 3, None, earlier)
         for epoch in range(len(earlier), 3):
@@ -207,7 +207,7 @@ def test_an_average_that_goes_on_from_its_records_is_the_same_to_the_last_bit():
 def test_an_average_with_unknown_epochs_is_left_out():
     for earlier in ([], [{"loss": 1.0}]):
         logs = {"squared_gradient_norm": 1.0}
-        monitor.TheoryMonitor(monitor.Settings(every_epochs=1), 2, None, earlier).on_epoch_end(1, logs)
+        monitor.TheoryMonitor(monitor.MonitorSettings(every_epochs=1), 2, None, earlier).on_epoch_end(1, logs)
         assert AVERAGE not in logs
 
 
@@ -225,7 +225,7 @@ def test_the_squared_norm_of_an_epoch_is_the_mean_of_its_updates():
 @pytest.mark.parametrize(("name", "value"), [("every_epochs", -1), ("images", 0)])
 def test_impossible_settings_are_refused_by_value(name, value):
     with pytest.raises(ConfigError, match=rf"monitor\.{name}={value}"):
-        monitor.Settings(**{name: value})
+        monitor.MonitorSettings(**{name: value})
 
 
 FLAGS = ["train.epochs=5", "learning_rate.warmup_epochs=1", "conadv.tau=2", "monitor.images=32"]

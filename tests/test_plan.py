@@ -5,7 +5,7 @@ from conadv_tf.training.plan import check_batch_norm_groups, make_plan
 
 
 def test_96k_on_v3_512_and_on_one_device():
-    """SPEC 5: 1,170 updates of 13 an epoch; 3 micro-batches of 64 on each of 512 cores, 1,536 on one."""
+    """The paper's 96k: 1,170 updates of 13 an epoch; 3 micro-batches of 64 on each of 512 cores, 1,536 on one."""
     pod = make_plan(98_304, 64, 512, 1_281_167, 90)
     assert (pod.steps_per_epoch, pod.total_steps) == (13, 1170)
     assert (pod.rows, pod.microbatches) == (64, 3)

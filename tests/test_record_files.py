@@ -45,14 +45,17 @@ def warnings(monkeypatch) -> list[str]:
     return texts
 
 
-def test_an_index_is_kept_and_read_instead_of_the_files(folder, warnings, monkeypatch):
+def test_an_index_is_kept_and_read_instead_of_the_files(folder, warnings):
     paths = files_of(folder, (3, 1, 5))
     first = index(paths)
     assert [file.num_records for file in first] == [3, 1, 5]
     assert first[2].read(4) == bytes([2]) * 14
     assert len(warnings) == 1
     assert "3 files" in warnings[0]
-    monkeypatch.setattr(record_files, "_index_file", lambda *_: pytest.fail("read a file whole again"))
+    for file in first:  # what would be damaged records, if anyone read them
+        remove(file.path)
+        with tf.io.gfile.GFile(file.path, "wb") as writer:
+            writer.write(bytes(file.size))
     second = index(paths)
     for one, other in zip(first, second, strict=True):
         assert (one.path, one.compression, one.size) == (other.path, other.compression, other.size)

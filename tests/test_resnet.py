@@ -31,7 +31,7 @@ def test_imagenet_networks_have_the_published_number_of_parameters(name, expecte
 def test_a_further_branch_adds_only_its_own_gammas_betas_and_statistics():
     one = ResNet("resnet50", 1000, (32, 32, 3)).create_variables()
     two = ResNet("resnet50", 1000, (32, 32, 3), branches=("main", "adversarial")).create_variables()
-    channels = 53_120 // 2  # SPEC section 2: 53,120 floats of statistics a set
+    channels = 53_120 // 2  # 53,120 numbers of statistics a set
     assert parameters(two) - parameters(one) == 2 * channels
     assert sum(int(np.prod(v.shape)) for v in one.non_trainable_variables) == 2 * channels
     assert len(one.moving_statistics(["main"])) == 2 * 53

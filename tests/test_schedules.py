@@ -1,4 +1,4 @@
-"""The schedules of SPEC section 2: what they compute, against each other and against the formulas."""
+"""The schedules of docs/method.md: what they compute, against each other and against the formulas."""
 
 import dataclasses
 

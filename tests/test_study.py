@@ -7,7 +7,7 @@ import pytest
 
 from conadv_tf import config
 from conadv_tf.experiments import paper
-from conadv_tf.experiments.study import ROWS, SCALES, Cell, Group, Study
+from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Study
 
 SMALL = [name for name in SCALES if name != "imagenet"]
 
@@ -30,8 +30,8 @@ class Records:
         return Study(seeds, self.result, self.settled)
 
 
-def candidates(row: str, batch: str, epsilon: float | None = None, scale: str = "cifar10") -> list[Cell]:
-    return [Cell(scale, batch, row, 0, rate, epsilon) for rate in SCALES[scale].rates]
+def candidates(method: str, batch: str, epsilon: float | None = None, scale: str = "cifar10") -> list[Cell]:
+    return [Cell(scale, batch, method, 0, rate, epsilon) for rate in SCALES[scale].rates]
 
 
 def epsilon_candidates(scale: str = "cifar10") -> list[Cell]:
@@ -51,14 +51,14 @@ def test_a_plain_method_tries_every_rate_then_runs_the_best_on_all_seeds():
 
 
 def test_an_adversarial_method_first_chooses_epsilon_once_for_all():
-    groups = [Group("cifar10", batch, row) for batch in ("32k", "96k") for row in ("disadv", "conadv")]
+    groups = [Group("cifar10", batch, method) for batch in ("32k", "96k") for method in ("disadv", "conadv")]
     first = epsilon_candidates()
     assert Records({}).study().needed(groups) == first
     best = first[2]
     known = dict.fromkeys(first, 40.0) | {best: 41.0}
     expected = [*first]
     for group in groups:
-        expected += candidates(group.row, group.batch, best.epsilon)
+        expected += candidates(group.method, group.batch, best.epsilon)
     assert Records(known).study().needed(groups) == expected
 
 
@@ -98,12 +98,12 @@ def test_a_rate_that_is_given_is_not_chosen():
     assert {(cell.rate, cell.tau) for cell in study.final(group)} == {(0.4, 1)}
     assert study.needed([group]) == study.final(group)
     # epsilon is still chosen first
-    assert {cell.rate for cell in study.needed([dataclasses.replace(group, row="paired")])} == {0.8}
+    assert {cell.rate for cell in study.needed([dataclasses.replace(group, method="paired")])} == {0.8}
 
 
-@pytest.mark.parametrize("row", ["vanilla", "conadv_aa"])
-def test_the_guess_names_as_many_runs_as_there_will_be(row):
-    groups = [Group("cifar10", batch, row) for batch in ("32k", "96k")]
+@pytest.mark.parametrize("method", ["vanilla", "conadv_aa"])
+def test_the_guess_names_as_many_runs_as_there_will_be(method):
+    groups = [Group("cifar10", batch, method) for batch in ("32k", "96k")]
     guessed = Records({}).study().needed(groups, guess=True)
     known: dict[Cell, float] = {}
     while True:
@@ -123,10 +123,10 @@ def test_the_paper_size_is_run_with_the_papers_recipes():
 
 
 @pytest.mark.parametrize(
-    ("row", "batch", "own"), [("conadv", "96k", 8.0), ("conadv", "32k", 3.0), ("conadv_aa", "64k", 7.0)]
+    ("method", "batch", "own"), [("conadv", "96k", 8.0), ("conadv", "32k", 3.0), ("conadv_aa", "64k", 7.0)]
 )
-def test_the_recipes_epsilon_is_run_once_for_tables_1_and_5(row, batch, own):
-    study, group = Records({}).study(), Group("imagenet", batch, row)
+def test_the_recipes_epsilon_is_run_once_for_tables_1_and_5(method, batch, own):
+    study, group = Records({}).study(), Group("imagenet", batch, method)
     assert study.final(dataclasses.replace(group, epsilon=own)) == study.final(group)
     assert study.final(dataclasses.replace(group, epsilon=own + 1)) != study.final(group)
 
@@ -143,8 +143,8 @@ def test_where_epsilon_is_chosen_the_recipes_is_one_like_others():
 
 def test_names_are_different_folders():
     cells = [
-        Cell(scale, batch, row, seed, rate, epsilon, tau)
-        for scale, batch, row, seed, rate, epsilon, tau in itertools.product(
+        Cell(scale, batch, method, seed, rate, epsilon, tau)
+        for scale, batch, method, seed, rate, epsilon, tau in itertools.product(
             ("cifar10",), ("32k", "96k"), ("conadv", "paired"), (0, 1), (None, 1.0, 10.0), (None, 0.0, 4.0), (1, 2)
         )
     ]
@@ -154,8 +154,8 @@ def test_names_are_different_folders():
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_cell_is_a_recipe_that_parses(scale):
     spec = SCALES[scale]
-    for batch, row in itertools.product(spec.batches, spec.rows):
-        cell = Cell(scale, batch, row, 1, *(3.0, 2.0 if ROWS[row].is_adversarial else None))
+    for batch, method in itertools.product(spec.batches, spec.methods):
+        cell = Cell(scale, batch, method, 1, *(3.0, 2.0 if METHOD_ROWS[method].is_adversarial else None))
         config.configure(cell.gin_files(), cell.gin_params())
         assert config.setting("train.seed") == 1
         assert config.setting("learning_rate.peak_learning_rate") == 3.0
@@ -168,3 +168,9 @@ def test_scale_models_make_as_many_updates_as_imagenet(scale):
         images, size = config.setting("subset.train_images"), config.setting("train.global_batch_size")
         assert images // size == paper.IMAGENET_TRAIN // (1024 * int(batch.removesuffix("k")))
         assert size % config.setting("train.microbatch_size") == 0
+
+
+def test_costs_are_the_methods_own():
+    """Forward units of plain training are 3, an attack's pass is 2, a further training pass 3."""
+    costs = {method: row.cost() for method, row in METHOD_ROWS.items()}
+    assert costs == {"vanilla": 3, "aa": 4.5, "disadv": 8, "conadv": 8, "paired": 6, "conadv_aa": 9.5}

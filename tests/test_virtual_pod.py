@@ -1,4 +1,4 @@
-"""SPEC section 5: how a global batch is split into replicas and micro-batches changes nothing."""
+"""The virtual pod: the split of a global batch into replicas and micro-batches changes nothing."""
 
 import functools
 

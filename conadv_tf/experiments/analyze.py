@@ -1,4 +1,4 @@
-"""What finished runs have found: how sharp a minimum, how robust a network; side by side.
+"""Looks at finished runs side by side: how sharp the minimum is, how robust the network.
 
     conadv-analyze RUN [RUN ...] [--data_dir=DIR] [--out=analysis] [--images=1000] [--epsilons=1,2,4,8]
 
@@ -40,14 +40,19 @@ from conadv_tf.run.build import Run, build
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.run.strategy import make_strategy
 
-ROWS = 250  # images at a time
-RADII = (0.1, 0.25, 0.5)  # of the directions: relative changes of each filter
+IMAGES_AT_ONCE = 250
+RADII = (0.1, 0.25, 0.5)  # along the directions: relative changes of each filter
 DIRECTIONS = 10  # seeds 0, 1, ...; the surface spans the first two
 SURFACE_RADIUS = 1.0
 PGD_STEPS = 20
 
-# How a run is looked at, whatever it was trained with.
-LOOKING = ("train.precision = 'float32'", "train.jit_compile = False", "stream.cache = 'none'", "stream.service = None")
+# Settings of every run while it is looked at, whatever it was trained with.
+ANALYSIS_PARAMS = (
+    "train.precision = 'float32'",
+    "train.jit_compile = False",
+    "stream.cache = 'none'",
+    "stream.service = None",
+)
 FACTS = (
     "recipe",
     "method",
@@ -66,12 +71,12 @@ Batches = list[tuple[tf.Tensor, tf.Tensor]]
 
 
 def fgsm(epsilon_pixels: float) -> attack.Attack:
-    """One step of ε from the image itself; `epsilon_pixels` in (0, 255]."""
+    """The attack of one step of ε from the image itself; `epsilon_pixels` in (0, 255]."""
     return attack.Attack(epsilon_pixels, label="hard", random_start_probability=0.0, batch_norm="moving")
 
 
 def pgd20(epsilon_pixels: float) -> attack.Attack:
-    """20 steps of 2.5 ε / 20 from a random start; `epsilon_pixels` in (0, 255]."""
+    """The attack of 20 steps of 2.5 ε / 20 from a random start; `epsilon_pixels` in (0, 255]."""
     return dataclasses.replace(
         fgsm(epsilon_pixels),
         steps=PGD_STEPS,
@@ -86,16 +91,16 @@ ATTACKS: dict[str, Callable[[float], attack.Attack]] = {"FGSM": fgsm, "PGD-20": 
 def robust_accuracy(
     logits: attack.LogitsFunction, num_classes: int, batches: Batches, attacked: attack.Attack | None = None
 ) -> float:
-    """Share of images in [0, 1] that are classified rightly, after `attacked` where there is one.
+    """The share of images, in [0, 1], that are classified rightly, after `attacked` where there is one.
 
-    It is an upper bound: beyond a margin of 16 nats or so the softmax is one-hot in float32, and the attack has no
-    gradient to follow. Networks trained with label smoothing stay far below.
+    The share is an upper bound: beyond a margin of 16 nats or so the softmax is one-hot in float32, and the attack has
+    no gradient to follow. Networks trained with label smoothing stay far below that margin.
 
     Args:
       logits: the network; see attack.py.
       num_classes: width of the logits.
-      batches: (images float32 [rows, H, W, C] in [0, 255], labels int32 [rows]).
-      attacked: on hard labels.
+      batches: (images float32 [n, H, W, C] in [0, 255], labels int32 [n]).
+      attacked: an attack on hard labels.
     """
     right, count = 0, 0
     for number, (images, labels) in enumerate(batches):
@@ -121,16 +126,16 @@ def main_variables(network: ResNet) -> list[tf.Variable]:
 
 
 def restore(path: str, data_dir: str | None) -> Run:
-    """The run in the folder `path` as it ended.
+    """The run in the folder `path`, with its last weights.
 
     Raises:
-      ConfigError: if there is none, or its data need a --data_dir.
+      ConfigError: if there is no run, or its data need a --data_dir.
       DataError: for missing or damaged data.
-      RunError: if it has not finished, or its last checkpoint is gone.
+      RunError: if the run has not finished, or its last checkpoint is gone.
     """
     folder, result = _finished(path)
     kept = config.kept_settings(folder.read_config() or "")
-    config.configure([], [*(f"{name} = {value}" for name, value in kept.items()), *LOOKING])
+    config.configure([], [*(f"{name} = {value}" for name, value in kept.items()), *ANALYSIS_PARAMS])
     strategy = make_strategy("one_device")
     built = build(result["recipe"], strategy, data_dir, result["num_replicas"])
     updates = checkpoint.Checkpoints(built.model, folder.file("checkpoints")).restore()
@@ -158,7 +163,7 @@ def _finished(path: str) -> tuple[RunFolder, dict]:
 
 
 def analyse(path: str, settings: argparse.Namespace) -> dict:
-    """All that is said of one run; see the module. Raises what `restore` does."""
+    """The analysis of one run; see the module. Raises what `restore` raises."""
     _, result = _finished(path)
     built = restore(path, settings.data_dir)
     network = built.model.network
@@ -181,8 +186,9 @@ def analyse(path: str, settings: argparse.Namespace) -> dict:
 
 def _batches(built: Run, split: str, count: int) -> Batches:
     images, labels = built.data.examples(split, count)
-    parts = range(0, len(labels), ROWS)
-    return [(tf.constant(images[i : i + ROWS], tf.float32), tf.constant(labels[i : i + ROWS])) for i in parts]
+    starts = range(0, len(labels), IMAGES_AT_ONCE)
+    parts = [slice(start, start + IMAGES_AT_ONCE) for start in starts]
+    return [(tf.constant(images[part], tf.float32), tf.constant(labels[part])) for part in parts]
 
 
 def _count(batches: Batches) -> int:
@@ -200,9 +206,9 @@ def _sharpness(loss: sharpness.MeanLoss) -> dict:
 
 
 def _loss_rise(loss: sharpness.MeanLoss, directions: list[sharpness.Direction]) -> list[dict]:
-    """Mean and maximum over the directions of L(θ + r d) − L(θ), for each radius r."""
+    """The mean and the maximum over the directions of L(θ + r d) − L(θ), for each radius r."""
     here = loss.value()
-    rises = np.stack([loss.along([each], np.array(RADII)[:, None]) - here for each in directions])
+    rises = np.stack([loss.along([direction], np.array(RADII)[:, None]) - here for direction in directions])
     return [
         {"radius": radius, "mean": float(rise.mean()), "max": float(rise.max())}
         for radius, rise in zip(RADII, rises.T, strict=True)
@@ -210,13 +216,13 @@ def _loss_rise(loss: sharpness.MeanLoss, directions: list[sharpness.Direction]) 
 
 
 def _robustness(logits: attack.LogitsFunction, classes: int, batches: Batches, epsilons: Iterable[float]) -> dict:
-    """Top-1 in percent."""
+    """The top-1 in percent, clean and under each attack at each ε."""
     attacked = []
     for epsilon in epsilons:
-        row = {"epsilon_pixels": epsilon}
+        accuracies = {"epsilon_pixels": epsilon}
         for name, make in ATTACKS.items():
-            row[f"{_key(name)}_top1"] = 100 * robust_accuracy(logits, classes, batches, make(epsilon))
-        attacked.append(row)
+            accuracies[f"{_key(name)}_top1"] = 100 * robust_accuracy(logits, classes, batches, make(epsilon))
+        attacked.append(accuracies)
     return {"clean_top1": 100 * robust_accuracy(logits, classes, batches), "attacked": attacked}
 
 
@@ -234,21 +240,21 @@ def _surface(loss: sharpness.MeanLoss, directions: list[sharpness.Direction], po
 
 
 def flat_row(analysis: dict) -> dict[str, Any]:
-    """One run's numbers by the names of the CSV's columns; None where a method has no such setting."""
+    """The numbers of one run by the names of the CSV's columns; None where a method has no such setting."""
     row = {name: analysis[name] for name in ("run", *FACTS)}
     row |= {"train_loss": analysis["sharpness"]["loss"], "lambda_max": analysis["sharpness"]["lambda_max"]}
     row["lambda_residual"] = analysis["sharpness"]["residual"]
     for rise in analysis["loss_rise"]:
         row |= {f"loss_rise_{of}_at_{rise['radius']:g}": rise[of] for of in ("mean", "max")}
     row["clean_top1"] = analysis["robustness"]["clean_top1"]
-    for each in analysis["robustness"]["attacked"]:
+    for accuracies in analysis["robustness"]["attacked"]:
         for name in ATTACKS:
-            row[f"{_key(name)}_top1_at_{each['epsilon_pixels']:g}"] = each[f"{_key(name)}_top1"]
+            row[f"{_key(name)}_top1_at_{accuracies['epsilon_pixels']:g}"] = accuracies[f"{_key(name)}_top1"]
     return row
 
 
 def csv_text(analyses: list[dict]) -> str:
-    """One row a run, under names; empty where a method has no such setting."""
+    """The CSV of all runs, a row a run under names; empty where a method has no such setting."""
     rows = [flat_row(analysis) for analysis in analyses]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -258,9 +264,9 @@ def csv_text(analyses: list[dict]) -> str:
 
 
 def markdown(analyses: list[dict]) -> str:
-    """The table of all runs, and a line on what its numbers are of."""
+    """The table of all runs, and a line that says what its numbers are."""
     cells = [_markdown_cells(analysis) for analysis in analyses]
-    lines = [_row(cells[0]), "|---" * len(cells[0]) + "|", *(_row(each.values()) for each in cells)]
+    lines = [_row(cells[0]), "|---" * len(cells[0]) + "|", *(_row(of_run.values()) for of_run in cells)]
     note = (
         f"Loss, λ_max (± residual) and rise of the loss (mean / max of {DIRECTIONS} filter-normalised directions, at r "
         f"times the norm of each filter): {_counts(analyses, 'train')} training images. Clean, {' / '.join(ATTACKS)}: "
@@ -270,7 +276,7 @@ def markdown(analyses: list[dict]) -> str:
 
 
 def _counts(analyses: list[dict], split: str) -> str:
-    """Images looked at; several numbers where the data sets of the runs differ."""
+    """The number of images looked at; several numbers where the data sets of the runs differ."""
     return " or ".join(f"{count:,}" for count in sorted({analysis["images"][split] for analysis in analyses}))
 
 
@@ -294,9 +300,9 @@ def _markdown_cells(analysis: dict) -> dict[str, str]:
     }
     cells |= {f"rise at r = {e['radius']:g}": f"{e['mean']:.3g} / {e['max']:.3g}" for e in analysis["loss_rise"]}
     cells["clean"] = f"{robust['clean_top1']:.1f}"
-    for each in robust["attacked"]:
-        both = (f"{each[f'{_key(name)}_top1']:.1f}" for name in ATTACKS)
-        cells[f"ε = {each['epsilon_pixels']:g}: {' / '.join(ATTACKS)}"] = " / ".join(both)
+    for accuracies in robust["attacked"]:
+        both = (f"{accuracies[f'{_key(name)}_top1']:.1f}" for name in ATTACKS)
+        cells[f"ε = {accuracies['epsilon_pixels']:g}: {' / '.join(ATTACKS)}"] = " / ".join(both)
     return cells
 
 
@@ -351,7 +357,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _analyse_all(settings: argparse.Namespace) -> None:
     for path in settings.runs:
-        _finished(path)  # a misspelt one is said before minutes of work on the others
+        _finished(path)  # a misspelt path is told before minutes of work on the others
     analyses = []
     for number, path in enumerate(settings.runs, 1):
         print(f"analysing {path} ({number} of {len(settings.runs)})", file=sys.stderr, flush=True)
@@ -371,7 +377,7 @@ def _plot(analyses: list[dict], path: str) -> None:
     except ImportError:
         print("no surface.png without matplotlib: pip install 'conadv_tf[plots]'", file=sys.stderr)
         return
-    panels = [(f"{short_name(each['run'])}\n{method_text(each)}", each["surface"]) for each in analyses]
+    panels = [(f"{short_name(run['run'])}\n{method_text(run)}", run["surface"]) for run in analyses]
     surface_plot.plot(panels, path)
 
 

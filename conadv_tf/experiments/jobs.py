@@ -1,7 +1,7 @@
-"""Runs many training runs, several at once, each in a process of its own; what is finished is never run again.
+"""Runs many training runs, several at once, each in a process of its own; a finished run is never run again.
 
-Killed at any moment and started again, the same calls end with the same results: a run goes on from its checkpoint, to
-the same bits, and one that an earlier call has left running in a local folder is waited for.
+Killed at any moment and started again, the same calls end with the same results. A run goes on from its checkpoint, to
+the same bits. A run that an earlier call has left running in a local folder is waited for.
 """
 
 import collections
@@ -24,15 +24,15 @@ from conadv_tf.run.folder import RunFolder
 
 _POLL_SECONDS = 0.5
 _LOG, _FAILED = "log.txt", "failed.txt"
-_MOST_INTERRUPTIONS = 3  # of a run, from outside, before it counts as failed
+_MOST_INTERRUPTIONS = 3  # interruptions of a run from outside, before it counts as failed
 
 
 class Folders:
-    """Where the runs of a study are kept.
+    """The folders that keep the runs of a study.
 
     Args:
-      local: logs, and marks of failure; one folder for each cell.
-      runs: `model_dir` of a cell is below it; local too unless it is gs://.
+      local: folder of logs and marks of failure; one folder for each cell.
+      runs: folder that the `model_dir` of every cell is below; local too unless it is gs://.
       gin_params: settings of every run, over its recipe's.
     """
 
@@ -44,16 +44,16 @@ class Folders:
         return os.path.join(self.runs, cell.name)
 
     def arguments(self, cell: Cell) -> list[str]:
-        """Of train.py."""
+        """The arguments of train.py for a cell."""
         files = [f"--gin_file={file}" for file in cell.gin_files()]
         params = [f"--gin_param={param}" for param in self._params(cell)]
         return [*files, *params, f"--model_dir={self.model_dir(cell)}"]
 
     def setting(self, cell: Cell, name: str) -> Any:
-        """What its run has for "train.epochs" and the like.
+        """The value of a setting such as "train.epochs" in a cell's run.
 
         Raises:
-          ConfigError: if its recipe, with the settings of every run, is none.
+          ConfigError: if the cell's recipe is wrong with the settings of every run.
         """
         self._configure(cell)
         return config.setting(name)
@@ -62,10 +62,10 @@ class Folders:
         return os.path.join(self.local, cell.name, _LOG)
 
     def result(self, cell: Cell) -> dict | None:
-        """result.json of a finished cell.
+        """The result.json of a finished cell; None before.
 
         Raises:
-          ConfigError: if it was made by another recipe than the cell's is now.
+          ConfigError: if another recipe made the result than the cell's is now.
         """
         if cell not in self._results:
             folder = RunFolder(self.model_dir(cell), writes=False)
@@ -77,11 +77,11 @@ class Folders:
         return self._results[cell]
 
     def metrics(self, cell: Cell) -> list[dict]:
-        """One dict an epoch, see callbacks.Recorder."""
+        """The metrics of a cell, one dict an epoch; see callbacks.Recorder."""
         return RunFolder(self.model_dir(cell), writes=False).read_metrics()
 
     def failure(self, cell: Cell) -> str | None:
-        """The last line of a cell that failed, and where the others are."""
+        """The last line of the log of a cell that failed, and the log's path; None for other cells."""
         path = os.path.join(self.local, cell.name, _FAILED)
         if not os.path.isfile(path):
             return None
@@ -114,18 +114,18 @@ class Folders:
 class _Running(NamedTuple):
     process: subprocess.Popen
     began: float
-    epochs: int  # of the whole run
-    before: int  # of them, recorded by earlier calls
+    epochs: int  # epochs of the whole run
+    before: int  # epochs that earlier calls have recorded
 
 
 class Runner:
     """Runs cells, `jobs` at once.
 
     Args:
-      folders: where they are kept.
+      folders: where the cells are kept.
       jobs: processes at once.
-      flags: of train.py, for every run, such as --data_dir.
-      total: (cost of all that is known to come, for the time that is left) asked anew whenever a run has ended.
+      flags: flags of train.py for every run, such as --data_dir.
+      total: gives the cost of all runs known to come, for the time that is left.
     """
 
     def __init__(self, folders: Folders, jobs: int, flags: Sequence[str], total: Callable[[], float]):
@@ -136,7 +136,7 @@ class Runner:
         self.failed: dict[Cell, str] = {}
 
     def run(self, more: Callable[[], list[Cell]]) -> None:
-        """Runs what `more` names and has not run; asked again whenever a run has ended, since results name more."""
+        """Runs the cells that `more` names. It is asked again whenever a run has ended: results name further cells."""
         self._bar = tqdm.tqdm(total=0.0, unit="", bar_format=_BAR, mininterval=1.0, dynamic_ncols=True, disable=None)
         try:
             waiting = more()
@@ -152,7 +152,7 @@ class Runner:
 
     def _start(self, waiting: list[Cell]) -> None:
         for cell in waiting:
-            # An orphan of an earlier call: its result is as good, and two on one folder are refused.
+            # A run that an earlier call has left is waited for: its result is as good, and a second one is refused.
             if cell in self._running or lock.is_held(self._folders.model_dir(cell)):
                 continue
             if len(self._running) == self._jobs:
@@ -175,14 +175,14 @@ class Runner:
             )
 
     def _collect(self) -> bool:
-        """Takes leave of what has ended; whether anything has."""
+        """Records the runs that have ended; returns whether any has."""
         ended = [(cell, running) for cell, running in self._running.items() if running.process.poll() is not None]
         for cell, running in ended:
             del self._running[cell]
             if running.process.returncode and lock.is_held(self._folders.model_dir(cell)):
-                continue  # another process was there first, which is waited for
+                continue  # another process was there first, and is waited for
             self._done += self._cost_in_this_call(cell, running)
-            result = self._folders.result(cell)  # whoever made it
+            result = self._folders.result(cell)  # perhaps another process made it
             if result:
                 minutes = (time.monotonic() - running.began) / 60
                 self._say(f"{cell.name}: test top-1 {result['test_top1']:.2f} % in {minutes:.1f} min{self._left()}")
@@ -191,7 +191,7 @@ class Runner:
         return bool(ended)
 
     def _goes_on(self, cell: Cell, code: int) -> bool:
-        """Whether it was only ended from outside, and will be started again: no reason to choose without it."""
+        """Tells whether a run was only ended from outside, and so starts again: choices wait for its result."""
         if code >= 0 and code != Preempted.exit_code:
             return False
         self._interrupted[cell] += 1
@@ -201,7 +201,7 @@ class Runner:
         return True
 
     def _left(self) -> str:
-        """How long it will still take, at the pace so far."""
+        """The time that is left at the pace so far, as the end of a line."""
         left, done = self._to_come(), self._done_in_this_call()
         seconds = left * (time.monotonic() - self._began) / done if done else 0
         return f", about {seconds / 60:.0f} min left" if seconds else ""
@@ -227,7 +227,7 @@ class Runner:
         self._bar.refresh()
 
     def _to_come(self) -> float:
-        """Cost of all that has not been run."""
+        """The cost of what has not been run."""
         runs = [(cell, running) for cell, running in self._running.items() if not self._folders.result(cell)]
         return self._total() - sum(cell.cost * self._epochs(cell) / running.epochs for cell, running in runs)
 
@@ -238,11 +238,11 @@ class Runner:
         return cell.cost * (self._epochs(cell) - running.before) / running.epochs
 
     def _epochs(self, cell: Cell) -> int:
-        """Those it has recorded."""
+        """The number of epochs that a cell has recorded."""
         return len(self._folders.metrics(cell))
 
     def _stop(self) -> None:
-        """Ends what still runs, saved; each goes on from there the next time."""
+        """Ends the runs that still run, saved; the next call goes on with them."""
         for running in self._running.values():
             running.process.terminate()
         for running in self._running.values():
@@ -254,8 +254,8 @@ _BAR = "{percentage:3.0f} % |{bar}| {desc} [{elapsed}<{remaining}]"
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the block as Ctrl-C does, and with it the processes it waits for."""
-    # SIGHUP is a closed terminal's; nohup has it ignored.
+    """Lets SIGTERM and a closed terminal end the block as Ctrl-C does, and with it the processes it waits for."""
+    # A closed terminal sends SIGHUP; under nohup it is ignored.
     ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, _interrupt) for number in ending}
     try:

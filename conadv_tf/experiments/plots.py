@@ -1,4 +1,13 @@
-"""Plots of results, readable in print without colour: accuracy by batch size, by epsilon, and over training."""
+"""Plots of tables and figures, readable in print without colour.
+
+    by_batch         a table of methods by batch size: measured, the paper's, estimated
+    by_column        a table whose columns are numbers, such as epsilon or the delay
+    gaps             training accuracy, test accuracy, and the gap between them
+    training_curves  accuracy over the epochs
+    figure4          throughput over batch sizes
+
+Every curve has a marker and dashes as well as a colour. All of them need matplotlib, and raise ConfigError without it.
+"""
 
 import os
 import statistics
@@ -6,32 +15,41 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.experiments import paper
-from conadv_tf.experiments.figure4 import LABELS, PANELS, PAPER, K, Point
-from conadv_tf.experiments.study import ROWS, Group
+from conadv_tf.experiments import labels, paper
+from conadv_tf.experiments.figure4 import PANELS, K, Point
+from conadv_tf.experiments.study import METHOD_ROWS, Group
 from conadv_tf.experiments.tables import Line, Table
 from conadv_tf.preflight.tpu_generations import Generation
 
-# A shape and dashes as well as a colour.
-_STYLES = {
-    ROWS["vanilla"].label: ("#444444", "o", "-"),
-    ROWS["aa"].label: ("#8a5fa8", "P", ":"),
-    ROWS["disadv"].label: ("#b5402a", "s", "-"),
-    ROWS["conadv"].label: ("#c78a1b", "^", "--"),
-    ROWS["paired"].label: ("#2b6ca3", "D", "-"),
-    ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
+# Colour, marker and dashes by the label of a table's line.
+TABLE_STYLES = {
+    METHOD_ROWS["vanilla"].label: ("#444444", "o", "-"),
+    METHOD_ROWS["aa"].label: ("#8a5fa8", "P", ":"),
+    METHOD_ROWS["disadv"].label: ("#b5402a", "s", "-"),
+    METHOD_ROWS["conadv"].label: ("#c78a1b", "^", "--"),
+    METHOD_ROWS["paired"].label: ("#2b6ca3", "D", "-"),
+    METHOD_ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
 }
-# Two of ConAdv's schedules, as estimates name them.
-_STYLES["+ ConAdv, shadow"] = _STYLES[ROWS["conadv"].label]
-_STYLES["+ ConAdv, phased"] = "#7a7a2b", "X", ":"
-_PANEL = 3.6, 3.1  # inches
-_BATCH_AXIS = "batch size on ImageNet, or its scale model"
+# Two of ConAdv's schedules, by their labels in estimates.
+TABLE_STYLES["+ ConAdv, shadow"] = TABLE_STYLES[METHOD_ROWS["conadv"].label]
+TABLE_STYLES["+ ConAdv, phased"] = "#7a7a2b", "X", ":"
+# Colour, marker and dashes by the kind of a method, for Figure 4.
+FIGURE4_STYLES = {
+    "vanilla": ("#444444", "o", "-"),
+    "disadv": ("#b5402a", "s", "-"),
+    "shadow": ("#c78a1b", "^", "--"),
+    "paired": ("#2b6ca3", "D", "-"),
+    "phased": ("#2f7d4f", "v", "-"),
+}
+FIGURE4_PAPER_MARKERS = {"vanilla": "o", "disadv": "s", "conadv": "*"}
+PANEL_INCHES = 3.6, 3.1
+BATCH_AXIS = "batch size on ImageNet, or its scale model"
 
 Curve = dict[str, tuple[float, float]]  # mean and spread by column
 
 
 def load_pyplot():
-    """matplotlib.pyplot, drawing to files. Raises ConfigError without matplotlib."""
+    """Gives matplotlib.pyplot, drawing to files. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -43,39 +61,46 @@ def load_pyplot():
 
 
 def _figure(columns: int, rows: int = 1):
-    """(pyplot, figure, axes [rows, columns])."""
+    """Gives (pyplot, figure, axes [rows, columns]) for panels in rows and columns."""
     pyplot = load_pyplot()
-    size = columns * _PANEL[0], rows * _PANEL[1] + 0.5
+    size = columns * PANEL_INCHES[0], rows * PANEL_INCHES[1] + 0.5
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     return pyplot, figure, axes
 
 
 def _save(pyplot, figure, path: str) -> None:
-    """With one legend below all panels."""
-    named: dict[str, Any] = {}
+    """Writes the figure with a grid, and one legend below all panels."""
     for axis in figure.axes:
         axis.grid(linewidth=0.4, alpha=0.6)
-        handles, labels = axis.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _add_legend(figure, columns=3)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=200)
     pyplot.close(figure)
 
 
+def _add_legend(figure, columns: int) -> None:
+    """Adds one legend for all panels, below them; a name that several panels have stands there once."""
+    handles_of: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        handles_of |= dict(zip(names, handles, strict=True))
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
+    figure.legend(handles_of.values(), handles_of.keys(), **place)
+
+
 def by_batch(table: Table, path: str, unit: str) -> None:
-    """A table of methods by batch size: a panel of what was measured, the paper's numbers, estimates, as there are."""
+    """Draws a table of methods by batch size: a panel each for measured numbers, the paper's, and estimates."""
     of_mean = any(number.of_mean for line in table.lines for number in line.measured.values())
     panels: dict[str, dict[str, Curve]] = {
         f"measured, mean ± {'s.e.' if of_mean else 's.d.'}": {},
         "paper: ResNet-50, ImageNet": {},
         "estimated": {},
     }
-    measured, said, estimated = panels.values()
+    measured, reported, estimated = panels.values()
     for line in table.lines:
         is_estimate = not any(number.group for number in line.measured.values())
         (estimated if is_estimate else measured)[line.label.removesuffix(", estimate")] = _measured(line)
-        said[line.label] = {column: (value, 0.0) for column, value in line.paper.items()}
+        reported[line.label] = {column: (value, 0.0) for column, value in line.paper.items()}
     drawn = {title: curves for title, curves in panels.items() if any(curves.values())}
     if not drawn:
         return
@@ -83,7 +108,7 @@ def by_batch(table: Table, path: str, unit: str) -> None:
     for axis, (title, curves) in zip(axes[0], drawn.items(), strict=True):
         _draw_curves(axis, [column for column in paper.BATCHES if column in table.columns], curves)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(_BATCH_AXIS, fontsize=9)
+        axis.set_xlabel(BATCH_AXIS, fontsize=9)
         axis.set_ylabel(unit)
     _save(pyplot, figure, path)
 
@@ -96,7 +121,7 @@ def _measured(line: Line) -> Curve:
 def _draw_curves(axis, columns: Sequence[str], curves: dict[str, Curve]) -> None:
     curves = {label: curve for label, curve in curves.items() if curve}
     for number, (label, curve) in enumerate(curves.items()):
-        colour, marker, dashes = _STYLES[label]
+        colour, marker, dashes = TABLE_STYLES[label]
         style = {"color": colour, "marker": marker, "linestyle": dashes, "markersize": 5, "capsize": 3}
         aside = 0.06 * (number - (len(curves) - 1) / 2)  # so that no bar hides another
         places = [columns.index(column) + aside for column in curve]
@@ -105,10 +130,10 @@ def _draw_curves(axis, columns: Sequence[str], curves: dict[str, Curve]) -> None
 
 
 def by_column(table: Table, path: str, unit: str) -> None:
-    """A table whose columns are numbers, such as epsilon: a panel a line, the paper's curve on an axis of its own."""
+    """Draws a table whose columns are numbers: a panel a line, with the paper's curve on an axis of its own."""
     pyplot, figure, axes = _figure(min(3, len(table.lines)), -(-len(table.lines) // 3))
     for axis, line in zip(axes.flat, table.lines, strict=False):
-        _draw_line(axis, table, line)
+        _draw_beside_paper(axis, table, line)
         axis.set_xlabel(table.corner)
         axis.set_ylabel(unit)
     for axis in list(axes.flat)[len(table.lines) :]:
@@ -116,7 +141,7 @@ def by_column(table: Table, path: str, unit: str) -> None:
     _save(pyplot, figure, path)
 
 
-def _draw_line(axis, table: Table, line: Line) -> None:
+def _draw_beside_paper(axis, table: Table, line: Line) -> None:
     curve = _measured(line)
     style = {"color": "#2b6ca3", "marker": "D", "markersize": 4, "capsize": 3, "label": "measured, mean ± s.d."}
     if curve:
@@ -130,8 +155,8 @@ def _draw_line(axis, table: Table, line: Line) -> None:
         other.grid(False)
 
 
-def gaps(table: Table, path: str, columns: str = _BATCH_AXIS) -> None:
-    """A panel for training accuracy, test accuracy and their difference, a line a method, by what `columns` names."""
+def gaps(table: Table, path: str, columns: str = BATCH_AXIS) -> None:
+    """Draws a panel each for training accuracy, test accuracy and their gap, over what `columns` names."""
     pyplot, figure, axes = _figure(3)
     for axis, part in zip(axes[0], ("training", "test", "gap"), strict=True):
         parts = [(line, *line.label.rpartition(", ")) for line in table.lines]
@@ -142,9 +167,9 @@ def gaps(table: Table, path: str, columns: str = _BATCH_AXIS) -> None:
 
 
 def training_curves(table: Table, path: str, curves: Callable[[Group], list[list[dict]]]) -> None:
-    """Accuracy over the epochs, a panel a batch size: training images of the epoch, and test images where evaluated.
+    """Draws accuracy over the epochs, a panel a batch size: training images of the epoch, test images where evaluated.
 
-    `curves`: the epochs of each run of a group (callbacks.Recorder); their mean is drawn.
+    `curves` gives the epochs of every run of a group (callbacks.Recorder); the runs' mean is drawn.
     """
     found = {
         column: {line.label: curves(group) for line in table.lines if (group := line.measured[column].group)}
@@ -157,7 +182,7 @@ def training_curves(table: Table, path: str, curves: Callable[[Group], list[list
     pyplot, figure, axes = _figure(min(3, len(panels)), -(-len(panels) // 3))
     for axis, (batch, seeds_of) in zip(axes.flat, panels.items(), strict=False):
         for label, seeds in seeds_of.items():
-            colour, marker, dashes = _STYLES[label]
+            colour, marker, dashes = TABLE_STYLES[label]
             axis.plot(*_mean_curve(seeds, "clean_top1"), color=colour, linestyle=dashes, linewidth=1)
             axis.plot(*_mean_curve(seeds, "test_top1"), marker, color=colour, markersize=6, label=label)
         axis.set_title(f"batch {batch}: training (lines), test (markers)", fontsize=10)
@@ -169,54 +194,48 @@ def training_curves(table: Table, path: str, curves: Callable[[Group], list[list
 
 
 def _mean_curve(seeds: Sequence[list[dict]], name: str) -> tuple[list[int], list[float]]:
-    """Its mean at the epochs that every seed has."""
+    """The mean of the value `name` at the epochs that every seed has, in percent."""
     found = [{line["epoch"]: line[name] for line in lines if name in line} for lines in seeds]
     epochs = sorted(set.intersection(*map(set, found)))
     return epochs, [100 * statistics.mean(values[epoch] for values in found) for epoch in epochs]
 
 
-# The plot: shapes and dashes as well as colours, for print without them.
-STYLES = {
-    "vanilla": ("#444444", "o", "-"),
-    "disadv": ("#b5402a", "s", "-"),
-    "shadow": ("#c78a1b", "^", "--"),
-    "paired": ("#2b6ca3", "D", "-"),
-    "phased": ("#2f7d4f", "v", "-"),
-}
-PAPER_MARKERS = {"vanilla": "o", "disadv": "s", "conadv": "*"}
-
-
-def plot(found: list[Point], generation: Generation, path: str) -> None:
-    """Both panels. Raises ConfigError without matplotlib."""
+def figure4(found: list[Point], generation: Generation, path: str) -> None:
+    """Draws both panels of Figure 4, and the paper's numbers in them."""
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), width_ratios=(3, 2), layout="constrained")
     for axis, panel in zip(axes, PANELS, strict=True):
-        _draw(axis, panel, found, generation)
-    named: dict = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        _draw_throughput(axis, panel, found)
+        _draw_paper_throughput(axis, panel)
+        _scale_throughput_axes(axis, PANELS[panel][1])
+        axis.set_title(f"({panel}) {PANELS[panel][0]} images per {generation.unit}", fontsize=11)
+    _add_legend(figure, columns=4)
     figure.savefig(path, dpi=200)
     pyplot.close(figure)
 
 
-def _draw(axis, panel: str, found: list[Point], generation: Generation) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-
-    rows, batches = PANELS[panel]
-    for name, (colour, marker, line) in STYLES.items():
-        own = [each for each in found if (each.panel, each.method) == (panel, name)]
-        values = [each.images_per_ms for each in own]
+def _draw_throughput(axis, panel: str, found: list[Point]) -> None:
+    for name, (colour, marker, dashes) in FIGURE4_STYLES.items():
+        own = [point for point in found if (point.panel, point.method) == (panel, name)]
         # DisAdv and shadow all but coincide: one hollow around the other.
         size, fill = (8, "none") if name == "disadv" else (5, "full")
         style = {"color": colour, "marker": marker, "markersize": size, "fillstyle": fill}
-        axis.plot([each.batch for each in own], values, line, label=LABELS[name], **style)
-    for name, marker in PAPER_MARKERS.items():
-        said = [(batch, values[name]) for batch, values in PAPER[panel].items() if name in values]
-        if said:
+        batches, values = [point.batch for point in own], [point.images_per_ms for point in own]
+        axis.plot(batches, values, dashes, label=labels.FIGURE4[name], **style)
+
+
+def _draw_paper_throughput(axis, panel: str) -> None:
+    for name, marker in FIGURE4_PAPER_MARKERS.items():
+        reported = [(batch, values[name]) for batch, values in paper.FIGURE4[panel].items() if name in values]
+        if reported:
             style = {"color": "none", "markeredgecolor": "black", "markersize": 10}
-            axis.plot(*zip(*said, strict=True), marker, label=f"paper: {LABELS.get(name, 'ConAdv')}", **style)
+            label = f"paper: {labels.FIGURE4.get(name, 'ConAdv')}"
+            axis.plot(*zip(*reported, strict=True), marker, label=label, **style)
+
+
+def _scale_throughput_axes(axis, batches: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_locator(FixedLocator(batches))
@@ -227,5 +246,4 @@ def _draw(axis, panel: str, found: list[Point], generation: Generation) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlabel("batch size (clean images)")
     axis.set_ylabel("throughput (clean images / ms)")
-    axis.set_title(f"({panel}) {rows} images per {generation.unit}", fontsize=11)
     axis.grid(which="major", linewidth=0.4, alpha=0.6)

@@ -4,9 +4,10 @@
     python reproduce.py --table=1 --table=2 --figure=2 --scale=cifar10 --data_dir=DIR --jobs=2
     python reproduce.py --table=1 --scale=imagenet --batches=96k --data_dir=gs://bucket/imagenet --tpu=local
 
-Every run is a recipe of gin/ in a process of its own, kept below --results; what has finished is never run again, what
-was interrupted goes on. --jobs=0 runs nothing and prints what is there. A table is written as Markdown, CSV and, with
-matplotlib, a plot. Learning rates and epsilon of the scale models are chosen on validation images, see study.py.
+Every run is a recipe of gin/ in a process of its own, kept below --results; a run that has finished is never run again,
+one that was interrupted goes on. --jobs=0 runs nothing and prints what is there. A table is written as Markdown, CSV
+and, with matplotlib, a plot. Learning rates and epsilon of the scale models are chosen on validation images, see
+study.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 from conadv_tf import data, terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.experiments import figure4, jobs, paper, plots, tpu_times
-from conadv_tf.experiments.study import ROWS, SCALES, Cell, Group, Study
+from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Study
 from conadv_tf.experiments.tables import Table, Tables
 from conadv_tf.preflight.tpu_generations import GENERATIONS
 
@@ -32,29 +33,28 @@ class Experiment:
     """A table or figure: how it is made, and how it is drawn.
 
     Attributes:
-      table: of what is there; what it asks for is what must be run.
-      plot: of (table, path, training curves of a group: an entry a seed, a dict an epoch).
+      table: makes the table from the results there are; the table's groups tell which runs it needs.
+      plot: draws (table, path, training curves of a group: an entry a seed, a dict an epoch).
     """
 
     table: Callable[[Tables], Table]
     plot: Callable[[Table, str, Curves], None]
 
 
-def _accuracy(name: str, caption: str, said: dict, *rows: str) -> Experiment:
+def _accuracy(name: str, caption: str, reported: dict, *methods: str) -> Experiment:
     def table(tables: Tables) -> Table:
         value = operator.itemgetter("test_top1")
-        return tables.by_batch(name, f"{caption}. Test top-1, %.", tables.rows(*rows), value, said)
+        return tables.by_batch(name, f"{caption}. Test top-1, %.", tables.shown(*methods), value, reported)
 
     return Experiment(table, lambda table, path, _: plots.by_batch(table, path, "test top-1, %"))
 
 
-_ALONE = "vanilla", "aa", "disadv", "conadv", "paired"
 EXPERIMENTS = {
-    "table1": _accuracy("table1", "Table 1", paper.TOP1, *_ALONE),
+    "table1": _accuracy("table1", "Table 1", paper.TOP1, "vanilla", "aa", "disadv", "conadv", "paired"),
     "table2": _accuracy("table2", "Table 2", paper.TOP1, "vanilla", "aa", "conadv_aa"),
     "table3": Experiment(Tables.times, lambda table, path, _: plots.by_batch(table, path, "seconds of training")),
     "table4": Experiment(
-        lambda tables: tables.gaps(tables.rows("vanilla", "conadv", "conadv_aa")),
+        lambda tables: tables.gaps(tables.shown("vanilla", "conadv", "conadv_aa")),
         lambda table, path, _: plots.gaps(table, path),
     ),
     "table5": Experiment(Tables.by_epsilon, lambda table, path, _: plots.by_column(table, path, "test top-1, %")),
@@ -62,11 +62,11 @@ EXPERIMENTS = {
     "rates": Experiment(Tables.by_rate, lambda table, path, _: plots.gaps(table, path, table.corner)),
     "figure2": _accuracy("figure2", "Figure 2", paper.FIGURE2, "vanilla", "aa"),
     "gain": Experiment(
-        lambda tables: tables.gains(tables.rows("aa", "disadv", "conadv", "paired", "conadv_aa")),
+        lambda tables: tables.gains(tables.shown("aa", "disadv", "conadv", "paired", "conadv_aa")),
         lambda table, path, _: plots.by_batch(table, path, "points over ResNet"),
     ),
     "curves": dataclasses.replace(
-        _accuracy("curves", "Training curves, at their end", {}, *ROWS), plot=plots.training_curves
+        _accuracy("curves", "Training curves, at their end", {}, *METHOD_ROWS), plot=plots.training_curves
     ),
 }
 
@@ -80,16 +80,14 @@ def _figure_name(given: str) -> str:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = terminal.Parser(
-        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = terminal.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
     names = "2, 4, gain, rates, staleness or curves"
     parser.add_argument("--figure", **several, type=_figure_name, choices=FIGURES, metavar="NAME", help=names)
     parser.add_argument("--scale", default="digits", choices=list(SCALES))
     parser.add_argument("--batches", help="of the paper, such as 32k,96k; default: all that the scale has")
-    parser.add_argument("--rows", help=f"methods, of {','.join(ROWS)}; default: all of the table")
+    parser.add_argument("--rows", help=f"methods, of {','.join(METHOD_ROWS)}; default: all of the table")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each number")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: run nothing, print what is there")
     parser.add_argument("--results", default="results", help="where tables, plots and logs go")
@@ -114,10 +112,10 @@ def _chosen(given: str | None, known: Sequence[str], flag: str) -> tuple[str, ..
 
 
 class Reproduction:
-    """What one call does.
+    """The work of one call of the command line.
 
     Args:
-      arguments: of the command line.
+      arguments: the call's arguments.
     """
 
     def __init__(self, arguments: argparse.Namespace):
@@ -130,24 +128,26 @@ class Reproduction:
         self._not_compiled: list[str] = []
         self._study = Study(arguments.seeds, self._folders.result, self._is_settled)
         batches = _chosen(arguments.batches, scale.batches, "--batches")
-        rows = _chosen(arguments.rows, scale.rows, "--rows")
-        self._tables = Tables(self._scale, batches, rows, self._study, arguments.seeds, self._folder, self._has_failed)
+        methods = _chosen(arguments.rows, scale.methods, "--rows")
+        self._tables = Tables(
+            self._scale, batches, methods, self._study, arguments.seeds, self._folder, failed=self._has_failed
+        )
         asked = arguments.table + arguments.figure
         self._experiments = [EXPERIMENTS[name] for name in asked if name in EXPERIMENTS]
-        self._has_figure4 = "figure4" in asked  # of compiled programs, not of runs
+        self._has_figure4 = "figure4" in asked  # made of compiled programs, not of runs
         if self._has_figure4 and self._scale != "imagenet":
             raise ConfigError(f"--figure=4 is about TPUs, --scale={self._scale} is not: pass --scale=imagenet")
         self._has_estimates = self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments
         for table in self._made():
             if not table.lines or not table.columns:
-                shown = f"--rows={','.join(rows)} --scale={self._scale}"
+                shown = f"--rows={','.join(methods)} --scale={self._scale}"
                 raise ConfigError(f"{table.name} has nothing to show of {shown}: drop it, or choose others")
 
     def run(self) -> None:
-        """Makes what is missing, if anything may run."""
+        """Runs and compiles what is missing, unless --jobs=0."""
         if not self._arguments.jobs:
             return
-        # Once and now, rather than as the end of every run: what fits neither settings nor data.
+        # Settings and data that do not fit are found here, once, rather than at the end of every run.
         sources = {self._folders.setting(cell, "data.source") for cell in self._unsettled(guess=False)}
         self._compile()
         try:
@@ -165,7 +165,7 @@ class Reproduction:
         runner.run(lambda: self._unsettled(guess=False))
 
     def _compile(self) -> None:
-        """Makes what is of compiled programs, which takes no data; what cannot be made keeps nothing else from it."""
+        """Makes the estimates from compiled programs, which take no data; a failure is kept for the end."""
         try:
             if self._has_estimates:
                 self._estimate_times()
@@ -199,7 +199,7 @@ class Reproduction:
             self._show_figure4()
 
     def failures(self) -> list[str]:
-        """A line for all that failed, in this call or, as far as it was not tried again, in earlier ones."""
+        """A line for every run and estimate that failed, in this call or, where not tried again, in an earlier one."""
         cells = self._study.needed(self._groups())
         failed = {cell: self._folders.failure(cell) for cell in cells if not self._folders.result(cell)}
         return self._not_compiled + [f"{cell.name}, {reason}" for cell, reason in failed.items() if reason]
@@ -210,7 +210,7 @@ class Reproduction:
             return
         found, generation = figure4.read(self._folder)
         print(figure4.text(found, generation))
-        _draw(plots.plot, found, generation, os.path.join(self._folder, "scaling.png"))
+        _draw(plots.figure4, found, generation, os.path.join(self._folder, "scaling.png"))
 
     def _curves(self, group: Group) -> list[list[dict]]:
         return [self._folders.metrics(cell) for cell in self._study.final(group) if self._folders.result(cell)]
@@ -231,7 +231,7 @@ class Reproduction:
         return sum(cell.cost for cell in self._unsettled(guess=True))
 
     def _is_settled(self, cell: Cell) -> bool:
-        """A run that failed in an earlier call is tried again, unless this one runs nothing."""
+        """Tells whether a run is over. A run that failed in an earlier call is not, unless this call runs nothing."""
         failed = cell in self._failed or (not self._arguments.jobs and self._folders.failure(cell) is not None)
         return failed or self._folders.result(cell) is not None
 
@@ -240,7 +240,7 @@ class Reproduction:
 
 
 def _draw(plot: Callable[..., None], *arguments: Any) -> None:
-    """Draws a plot, or says what it takes to."""
+    """Draws a plot, or prints what drawing it takes."""
     try:
         plot(*arguments)
     except ConfigError as error:

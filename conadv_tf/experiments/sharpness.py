@@ -1,6 +1,6 @@
 """Sharpness of a minimum: the largest Hessian eigenvalue, and the loss along filter-normalised directions.
 
-Nothing here knows of runs or networks: a loss is a function of batches that reads variables.
+This module knows nothing of runs or networks: a loss is a function of batches that reads variables.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ Direction = list[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class MeanLoss:
-    """The mean of a loss over all rows of some batches, as a function of variables.
+    """The mean of a loss over all examples of some batches, as a function of variables.
 
     Attributes:
-      losses: (*batch) → float32 [rows]; reads `variables`.
-      variables: float32, of any shapes; together they have `dimension` numbers.
-      batches: tuples of tensors whose first axis are the rows; their sizes may differ.
+      losses: (*batch) → float32 [examples]; reads `variables`.
+      variables: float32, in any shapes; together they have `dimension` numbers.
+      batches: tuples of tensors whose first axis counts the examples; batches may have several sizes.
     """
 
     losses: Callable[..., tf.Tensor]
@@ -69,7 +69,7 @@ class MeanLoss:
         return [int(np.prod(variable.shape)) for variable in self.variables]
 
     def _mean(self, summed: Callable[..., tf.Tensor]) -> np.ndarray:
-        """Over the rows of all batches; float64, for float32 would lose digits of many small shares."""
+        """The mean over the examples of all batches; float64, for float32 would lose digits of many small shares."""
         total = sum(summed(*batch).numpy().astype(np.float64) for batch in self.batches)
         return total / sum(int(batch[0].shape[0]) for batch in self.batches)
 
@@ -103,8 +103,8 @@ class Eigenvalue:
 
     Attributes:
       value: λ = vᵀHv of the unit vector v that was found.
-      residual: ‖Hv − λv‖: so near λ there is an eigenvalue of H.
-      products: of H with a vector that were made.
+      residual: ‖Hv − λv‖: H has an eigenvalue at most this far from λ.
+      products: how many products of H with a vector were made.
     """
 
     value: float
@@ -121,15 +121,15 @@ def largest_eigenvalue(
 ) -> Eigenvalue:
     """The largest eigenvalue (with its sign) of a symmetric matrix by Lanczos' method.
 
-    Every new vector is made orthogonal to all before it, so that rounding makes no false copies of an eigenvalue. They
-    are kept: `max_products` times `dimension` numbers of 4 bytes.
+    Every new vector is made orthogonal to all before it, so that rounding makes no false copies of an eigenvalue. The
+    vectors are kept: `max_products` times `dimension` numbers of 4 bytes.
 
     Args:
       product: a float32 vector [dimension] → the matrix times it.
-      dimension: of the matrix.
-      max_products: to make at most, not counting the last one, for the residual.
-      tolerance: ends when the residual is below this share of the eigenvalue.
-      seed: of the first vector.
+      dimension: dimension of the matrix.
+      max_products: products to make at most, not counting the last one, for the residual.
+      tolerance: the search ends when the residual is below this share of the eigenvalue.
+      seed: seed of the first vector.
     """
     limit = min(max_products, dimension)
     basis = np.empty((limit, dimension), np.float32)

@@ -1,9 +1,9 @@
 """The paper's experiments as runs of ordinary recipes: which runs a number of a table is made of.
 
-A scale is a model of ImageNet's runs with as many updates on less data (SPEC section 5). A `Group` is one number: a
-method at a batch size, the mean over seeds. Where a scale offers several learning rates or ε, they are chosen by the
-accuracy of the first seed on validation images that no run trains on, every method from the same rates; test images
-choose nothing.
+A scale is a model of ImageNet's runs with as many updates on less data (docs/results.md). A `Group` is one number: a
+method at a batch size, the mean over seeds. Where a scale offers several learning rates or ε, the accuracy of the first
+seed on validation images chooses one. No run trains on those images, every method chooses from the same rates, and test
+images choose nothing.
 """
 
 import dataclasses
@@ -12,44 +12,50 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from conadv_tf import config
+from conadv_tf import config, methods
 from conadv_tf.experiments import paper
 
 Results = Callable[["Cell"], dict | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A method as a row of a table.
+class MethodRow:
+    """A method as tables show it: one row of most of them.
 
     Attributes:
-      label: what tables call it.
-      method: its file in gin/method.
-      params: gin parameters over it.
-      units: cost of an update beside others', for the time that is left.
+      label: what tables call the method.
+      recipe: the method's file in gin/method.
+      params: gin parameters over that file's.
     """
 
     label: str
-    method: str
+    recipe: str
     params: tuple[str, ...] = ()
-    units: float = 3.0
 
     @property
     def is_adversarial(self) -> bool:
-        return self.method not in ("vanilla", "aa")
+        return self.recipe not in ("vanilla", "aa")
 
     @property
     def is_augmented(self) -> bool:
-        return self.method.endswith("aa")
+        return self.recipe.endswith("aa")
+
+    def cost(self) -> float:
+        """The cost of an update, for the time that is left: forward units, and AUTOAUGMENT_UNITS where augmented."""
+        return _forward_units(self.recipe, self.params) + (AUTOAUGMENT_UNITS if self.is_augmented else 0.0)
 
 
-ROWS = {
-    "vanilla": Row("ResNet", "vanilla"),
-    "aa": Row("+ AA", "aa", units=4.5),
-    "disadv": Row("+ DisAdv", "disadv", units=8),
-    "conadv": Row("+ ConAdv", "conadv", units=8),
-    "paired": Row("+ ConAdv, paired", "conadv", ("conadv.schedule='paired'",), units=6),
-    "conadv_aa": Row("+ ConAdv + AA", "conadv_aa", units=9.5),
+# AutoAugment's share of an update. Its operations run on the CPU beside the network, and a run of a scale model has one
+# core for both: there an update of plain training takes up to half as long
+# again. An estimate, for the time that is left.
+AUTOAUGMENT_UNITS = 1.5
+METHOD_ROWS = {
+    "vanilla": MethodRow("ResNet", "vanilla"),
+    "aa": MethodRow("+ AA", "aa"),
+    "disadv": MethodRow("+ DisAdv", "disadv"),
+    "conadv": MethodRow("+ ConAdv", "conadv"),
+    "paired": MethodRow("+ ConAdv, paired", "conadv", ("conadv.schedule='paired'",)),
+    "conadv_aa": MethodRow("+ ConAdv + AA", "conadv_aa"),
 }
 
 
@@ -58,20 +64,20 @@ class Scale:
     """A model of the paper's runs.
 
     Attributes:
-      name: its folder in gin/scale; "imagenet" is the paper's own size and has the recipes of gin/.
-      batches: the paper's batch sizes that it has.
-      rows: the methods that it has.
+      name: the scale's folder in gin/scale; "imagenet" is the paper's own size and has the recipes of gin/.
+      batches: the paper's batch sizes that the scale has.
+      methods: the methods that the scale has, keys of METHOD_ROWS.
       rates: peak learning rates to choose from for every method and batch; empty: the recipe's.
       epsilons: ε to choose from once, by `paired` at 96k and `epsilon_rate`; empty: the recipe's.
       epsilon_rate: peak learning rate, one of `rates`.
       table5: epsilons of Table 5.
-      policy: of AutoAugment.
+      policy: AutoAugment's policy.
       cores: CPU cores of a run; None: all there are. One makes a run's numbers independent of how many run at once.
     """
 
     name: str
     batches: tuple[str, ...]
-    rows: tuple[str, ...] = tuple(ROWS)
+    methods: tuple[str, ...] = tuple(METHOD_ROWS)
     rates: tuple[float, ...] = ()
     epsilons: tuple[float, ...] = ()
     epsilon_rate: float | None = None
@@ -79,13 +85,13 @@ class Scale:
     policy: str = "cifar10"
     cores: int | None = 1
 
-    def gin_files(self, batch: str, row: Row) -> list[str]:
+    def gin_files(self, batch: str, row: MethodRow) -> list[str]:
         if self.name != "imagenet":
-            return [f"scale/{self.name}/{batch}.gin", f"method/{row.method}.gin"]
-        whole = f"{batch}_{row.method}.gin"
+            return [f"scale/{self.name}/{batch}.gin", f"method/{row.recipe}.gin"]
+        whole = f"{batch}_{row.recipe}.gin"
         if os.path.isfile(os.path.join(config.recipe_folder(), whole)):
             return [whole]
-        return [f"batch/{batch}.gin", f"method/{row.method}.gin"]
+        return [f"batch/{batch}.gin", f"method/{row.recipe}.gin"]
 
 
 _LARGE = ("16k", "32k", "64k", "96k", "128k", "256k")
@@ -118,11 +124,11 @@ SCALES = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a recipe with its settings. Its name is the folder it is kept in."""
+    """A run: a recipe with its settings. The name of a cell is the folder that keeps the run."""
 
     scale: str
     batch: str
-    row: str
+    method: str
     seed: int = 0
     rate: float | None = None
     epsilon: float | None = None
@@ -132,13 +138,13 @@ class Cell:
     def name(self) -> str:
         settings = {"lr": self.rate, "e": self.epsilon, "tau": None if self.tau == 1 else self.tau, "s": self.seed}
         text = "_".join(f"{key}{value:g}" for key, value in settings.items() if value is not None)
-        return f"{self.batch}/{self.row}_{text}"
+        return f"{self.batch}/{self.method}_{text}"
 
     def gin_files(self) -> list[str]:
-        return SCALES[self.scale].gin_files(self.batch, ROWS[self.row])
+        return SCALES[self.scale].gin_files(self.batch, METHOD_ROWS[self.method])
 
     def gin_params(self) -> list[str]:
-        row, scale = ROWS[self.row], SCALES[self.scale]
+        row, scale = METHOD_ROWS[self.method], SCALES[self.scale]
         params = [*row.params, f"train.seed={self.seed}"]
         if row.is_augmented:
             params.append(f"autoaugment.policy='{scale.policy}'")
@@ -152,13 +158,13 @@ class Cell:
 
     @property
     def cost(self) -> float:
-        """In units of `Row.units`; every batch size of a scale sees as many images."""
-        return ROWS[self.row].units
+        """The cost of a run beside others of its scale, whose runs all see as many images; see `MethodRow.cost`."""
+        return METHOD_ROWS[self.method].cost()
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One number of a table: the mean over seeds of a method at a batch size.
+    """A number of a table: the mean over seeds of a method at a batch size.
 
     Attributes:
       epsilon: None: the one chosen, or the recipe's.
@@ -168,38 +174,38 @@ class Group:
 
     scale: str
     batch: str
-    row: str
+    method: str
     epsilon: float | None = None
     rate: float | None = None
     tau: int = 1
 
 
 class Study:
-    """Which runs groups are made of, as far as it is known from the results there are.
+    """The runs that groups are made of, as far as the results there are tell.
 
     Args:
       seeds: runs of a group.
-      result: (cell) → its result.json, None where it has not finished.
-      settled: (cell) → whether it will not be run any more: finished, or failed.
+      result: (cell) → result.json of the run, None where it has not finished.
+      settled: (cell) → whether the run is over: finished, or failed.
     """
 
     def __init__(self, seeds: int, result: Results, settled: Callable[[Cell], bool]):
         self._seeds, self._result, self._settled = seeds, result, settled
 
     def runs(self, group: Group) -> list[dict]:
-        """Results of the group's seeds, those there are; none before its settings are chosen."""
+        """The results that there are of the group's seeds; none before the group's settings are chosen."""
         return [result for result in map(self._result, self.final(group)) if result]
 
     def final(self, group: Group) -> list[Cell]:
-        """The runs whose mean the group is; none before its settings are chosen."""
+        """The runs whose mean the group is; none before the group's settings are chosen."""
         _, chosen = self._chosen(group, guess=False)
         return self._with_seeds(chosen) if chosen else []
 
     def needed(self, groups: Iterable[Group], guess: bool = False) -> list[Cell]:
-        """Every run of the groups that can be named now, without repetition.
+        """The runs of the groups that can be named now, without repetition.
 
-        `guess`: also those that follow from choices yet to be made, as if they fell on the middle: as many as there
-        will be, for an estimate of the time.
+        `guess` adds the runs that follow from choices yet to be made, as if the choices fell on the middle. The number
+        of runs is then right, for an estimate of the time.
         """
         cells: dict[Cell, None] = {}
         for group in groups:
@@ -212,9 +218,9 @@ class Study:
 
     def _chosen(self, group: Group, guess: bool) -> tuple[list[Cell], Cell | None]:
         """Runs that choose the group's settings, and its first seed's run once they are chosen."""
-        scale, row = SCALES[group.scale], ROWS[group.row]
+        scale, row = SCALES[group.scale], METHOD_ROWS[group.method]
         choosing: list[Cell] = []
-        own_epsilon = None  # what the learning rate is chosen at
+        own_epsilon = None  # the ε at which the learning rate is chosen
         if row.is_adversarial and scale.epsilons:
             first = Cell(scale.name, "96k", "paired", 0, scale.epsilon_rate)
             choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
@@ -222,7 +228,7 @@ class Study:
             if not best:
                 return choosing, None
             own_epsilon = best.epsilon
-        cell = Cell(scale.name, group.batch, group.row, 0, group.rate, own_epsilon)
+        cell = Cell(scale.name, group.batch, group.method, 0, group.rate, own_epsilon)
         if scale.rates and group.rate is None:
             candidates = [dataclasses.replace(cell, rate=rate) for rate in scale.rates]
             choosing = choosing + candidates
@@ -236,11 +242,18 @@ class Study:
         return choosing, dataclasses.replace(cell, epsilon=epsilon, tau=group.tau)
 
     def _best(self, candidates: Sequence[Cell], guess: bool) -> Cell | None:
-        """The one that does best on the validation images, the first of equals; None before all are settled."""
+        """The run that does best on the validation images, the first of equals; None before all are settled."""
         if not all(map(self._settled, candidates)):
             return candidates[len(candidates) // 2] if guess else None
         finished = [(cell, result) for cell in candidates if (result := self._result(cell))]
         return max(finished, key=lambda pair: pair[1]["validation_top1"])[0] if finished else None
+
+
+@functools.cache  # asked for every run each time that progress is shown
+def _forward_units(recipe: str, params: tuple[str, ...]) -> float:
+    """The cost of an update of a method in forward passes over the batch, as the method itself counts them."""
+    config.configure([f"method/{recipe}.gin"], params)
+    return methods.make_method(config.setting("train.method")).forward_units
 
 
 @functools.cache  # asked for every group each time that progress is shown

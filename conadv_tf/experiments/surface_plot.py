@@ -1,4 +1,4 @@
-"""Loss surfaces side by side, as a picture; needs matplotlib (extra `plots`)."""
+"""A picture of loss surfaces side by side; needs matplotlib (extra `plots`)."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def plot(panels: Sequence[tuple[str, dict]], path: str) -> None:
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     levels = _levels([surface["loss"] for _, surface in panels])
     for axis, (title, surface) in zip(axes, panels, strict=False):
-        filled = _draw(axis, title, surface, levels)
+        filled = _draw_contours(axis, title, surface, levels)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("along direction 1 (in norms of each filter)", fontsize=10)
@@ -41,12 +41,12 @@ def plot(panels: Sequence[tuple[str, dict]], path: str) -> None:
 
 
 def _levels(surfaces: list) -> np.ndarray:
-    """From the lowest loss of all panels to the highest, in equal ratios."""
+    """The levels of all panels, from their lowest loss to their highest in equal ratios."""
     lowest, highest = np.min(surfaces), np.max(surfaces)
     return np.geomspace(lowest * 0.999, max(highest, 1.01 * lowest) * 1.001, LEVELS)
 
 
-def _draw(axis, title: str, surface: dict, levels: np.ndarray):
+def _draw_contours(axis, title: str, surface: dict, levels: np.ndarray):
     places, losses = surface["axis"], surface["loss"]
     norm = colors.LogNorm(levels[0], levels[-1])
     filled = axis.contourf(places, places, losses, levels, norm=norm, cmap="viridis_r")

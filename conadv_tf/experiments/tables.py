@@ -9,8 +9,8 @@ import operator
 import statistics
 from collections.abc import Callable, Sequence
 
-from conadv_tf.experiments import paper, tpu_times
-from conadv_tf.experiments.study import ROWS, SCALES, Group, Study
+from conadv_tf.experiments import labels, paper, tpu_times
+from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Group, Study
 
 Value = Callable[[dict], float]
 
@@ -20,12 +20,12 @@ TAUS = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """An entry of a table: what was measured, of one seed each; none where nothing was.
+    """An entry of a table: a measurement of each seed, and how they are shown.
 
     Attributes:
-      group: whose runs they are; None: it was not run.
-      values: a measurement each.
-      digits: after the point.
+      group: the group whose runs were measured; None for an estimate.
+      values: a measurement a seed; none where nothing was measured.
+      digits: digits after the point.
       failed: whether runs of the group failed.
       of_mean: whether ± is the standard error of the mean, not the standard deviation of the values.
     """
@@ -38,7 +38,7 @@ class Number:
 
     @property
     def spread(self) -> float:
-        """What stands behind ±: the sample standard deviation, or the standard error; 0 of a single run."""
+        """The number behind ±: the sample standard deviation, or the standard error; 0 for a single run."""
         if len(self.values) < 2:
             return 0.0
         return statistics.stdev(self.values) / (math.sqrt(len(self.values)) if self.of_mean else 1)
@@ -56,7 +56,7 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A row: measured numbers and the paper's, by column."""
+    """A line of a table: measured numbers and the paper's, by column."""
 
     label: str
     measured: dict[str, Number]
@@ -68,12 +68,13 @@ class Table:
     """A table of results.
 
     Attributes:
-      name: of its files.
+      name: name of the table's files.
       caption: what the numbers are.
       corner: what the columns are.
-      columns: their heads.
+      columns: heads of the columns.
+      lines: the lines.
       seeds: runs of an entry.
-      compared: groups that its numbers are relative to.
+      compared: groups that the numbers are relative to.
     """
 
     name: str
@@ -86,22 +87,22 @@ class Table:
 
     @property
     def groups(self) -> list[Group]:
-        """Whose runs it is made of."""
+        """The groups whose runs the table is made of."""
         numbers = (number for line in self.lines for number in line.measured.values())
         return [*self.compared, *(number.group for number in numbers if number.group)]
 
     def markdown(self) -> str:
-        """A row of what was measured, and below it one of what the paper reports, where it does."""
-        rows = [[self.corner, *self.columns], ["---"] * (1 + len(self.columns))]
+        """The table as Markdown: each line as measured, and below it what the paper reports, where it does."""
+        markdown_rows = [[self.corner, *self.columns], ["---"] * (1 + len(self.columns))]
         for line in self.lines:
-            rows.append([line.label, *(line.measured[column].text(self.seeds) for column in self.columns)])
+            markdown_rows.append([line.label, *(line.measured[column].text(self.seeds) for column in self.columns)])
             if line.paper:
-                said = [f"{line.paper[column]:g}" if column in line.paper else MISSING for column in self.columns]
-                rows.append(["paper", *said])
-        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+                reported = [f"{line.paper[column]:g}" if column in line.paper else MISSING for column in self.columns]
+                markdown_rows.append(["paper", *reported])
+        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in markdown_rows) + "\n"
 
     def csv(self) -> str:
-        """One line an entry: row, column, runs, mean, standard deviation (of two runs or more), the paper's number."""
+        """The table as CSV, a line an entry: row, column, runs, mean, standard deviation, the paper's number."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["row", "column", "runs", "mean", "standard_deviation", "paper"])
@@ -115,23 +116,23 @@ class Table:
 
 
 class Tables:
-    """Makes tables of a scale from the results there are; a table's `groups` say what it is still to be made of.
+    """Makes tables of a scale from the results there are; a table's `groups` tell which runs it needs.
 
     Args:
       scale: name of the scale.
-      batches: the paper's batch sizes to show, those the scale has.
-      rows: the methods to show, likewise.
+      batches: the paper's batch sizes to show, as far as the scale has them.
+      methods: the methods to show, as far as the scale has them.
       study: knows the results.
       seeds: runs of an entry.
-      folder: of the scale's results.
-      failed: (group) → whether runs of it failed.
+      folder: folder of the scale's results.
+      failed: (group) → whether runs of the group failed.
     """
 
     def __init__(
         self,
         scale: str,
         batches: Sequence[str],
-        rows: Sequence[str],
+        methods: Sequence[str],
         study: Study,
         seeds: int,
         folder: str,
@@ -139,41 +140,41 @@ class Tables:
     ):
         self._scale, self._study, self._seeds, self._folder, self._failed = scale, study, seeds, folder, failed
         self.batches = tuple(batch for batch in SCALES[scale].batches if batch in batches)
-        self._rows = tuple(row for row in SCALES[scale].rows if row in rows)
+        self._methods = tuple(method for method in SCALES[scale].methods if method in methods)
 
-    def rows(self, *names: str) -> tuple[str, ...]:
-        """Those of the names that are shown."""
-        return tuple(name for name in names if name in self._rows)
+    def shown(self, *methods: str) -> tuple[str, ...]:
+        """The methods of these that are to be shown."""
+        return tuple(method for method in methods if method in self._methods)
 
     def number(self, group: Group, value: Value, digits: int = 2) -> Number:
-        """The runs of a group, read by `value`."""
+        """The number that the runs of a group make, each read by `value`."""
         return Number(group, tuple(map(value, self._study.runs(group))), digits, self._failed(group))
 
     def by_batch(
-        self, name: str, caption: str, rows: Sequence[str], value: Value, said: dict, digits: int = 2
+        self, name: str, caption: str, methods: Sequence[str], value: Value, reported: dict, digits: int = 2
     ) -> Table:
         """A table of methods by batch sizes."""
         lines = tuple(
             Line(
-                ROWS[row].label,
-                {batch: self.number(Group(self._scale, batch, row), value, digits) for batch in self.batches},
-                {batch: said[row][batch] for batch in self.batches if batch in said.get(row, {})},
+                METHOD_ROWS[method].label,
+                {batch: self.number(Group(self._scale, batch, method), value, digits) for batch in self.batches},
+                {batch: reported[method][batch] for batch in self.batches if batch in reported.get(method, {})},
             )
-            for row in rows
+            for method in methods
         )
         return Table(name, f"{caption} {self.about()}", "batch", self.batches, lines, self._seeds)
 
-    def gains(self, rows: Sequence[str]) -> Table:
-        """How far methods are above vanilla: runs of one seed have the same first weights and order of images."""
+    def gains(self, methods: Sequence[str]) -> Table:
+        """The gain of methods over vanilla, seed by seed: a seed's runs share first weights and order of images."""
         plain = {batch: Group(self._scale, batch, "vanilla") for batch in self.batches}
         lines = []
-        for row in rows:
-            measured = {batch: self._gain(Group(self._scale, batch, row), plain[batch]) for batch in self.batches}
-            top1 = paper.TOP1.get(row, {})
-            said = {batch: top1[batch] - paper.TOP1["vanilla"][batch] for batch in self.batches if batch in top1}
-            lines.append(Line(ROWS[row].label, measured, {batch: round(gain, 2) for batch, gain in said.items()}))
+        for method in methods:
+            measured = {batch: self._gain(Group(self._scale, batch, method), plain[batch]) for batch in self.batches}
+            top1, plain_top1 = paper.TOP1.get(method, {}), paper.TOP1["vanilla"]
+            reported = {batch: round(top1[batch] - plain_top1[batch], 2) for batch in self.batches if batch in top1}
+            lines.append(Line(METHOD_ROWS[method].label, measured, reported))
         caption = (
-            f"Gain over {ROWS['vanilla'].label} of the same seed, points of test top-1. Measured at the scale "
+            f"Gain over {METHOD_ROWS['vanilla'].label} of the same seed, points of test top-1. Measured at the scale "
             f"{self._scale}, mean ± standard error of {self._seeds} seeds; paper: ResNet-50 on ImageNet."
         )
         return Table("gain", caption, "batch", self.batches, tuple(lines), self._seeds, tuple(plain.values()))
@@ -184,11 +185,11 @@ class Tables:
         return Number(group, gains, failed=self._failed(group) or self._failed(plain), of_mean=True)
 
     def about(self) -> str:
-        """What every caption says."""
+        """The end of every caption."""
         seeds = f"mean ± standard deviation of {self._seeds} seeds" if self._seeds > 1 else "one seed"
         return f"Measured at the scale {self._scale}, {seeds}; paper: ResNet-50 on ImageNet."
 
-    def gaps(self, rows: Sequence[str]) -> Table:
+    def gaps(self, methods: Sequence[str]) -> Table:
         """Table 4: training and test accuracy and their difference."""
         parts = (
             ("training", "train_top1", paper.TRAIN_TOP1),
@@ -196,23 +197,23 @@ class Tables:
             ("gap", "generalization_gap", paper.GAP),
         )
         lines = []
-        for row in rows:
-            for part, key, said in parts:
-                table = self.by_batch("", "", [row], operator.itemgetter(key), said)
-                lines.append(dataclasses.replace(table.lines[0], label=f"{ROWS[row].label}, {part}"))
+        for method in methods:
+            for part, key, reported in parts:
+                table = self.by_batch("", "", [method], operator.itemgetter(key), reported)
+                lines.append(dataclasses.replace(table.lines[0], label=f"{METHOD_ROWS[method].label}, {part}"))
         caption = "Table 4. Top-1, %, on all clean training images and all test images, and the gap in points."
         return Table("table4", f"{caption} {self.about()}", "batch", self.batches, tuple(lines), self._seeds)
 
     def times(self) -> Table:
         """Table 3: seconds of training; at the paper's own size also those estimated for its TPUs."""
-        rows = self.rows("vanilla", "disadv", "conadv", "paired")
+        methods = self.shown("vanilla", "disadv", "conadv", "paired")
         caption = "Table 3. Seconds of training, on the machine the runs were made on."
-        table = self.by_batch("table3", caption, rows, operator.itemgetter("wall_seconds"), paper.SECONDS, digits=0)
+        table = self.by_batch("table3", caption, methods, operator.itemgetter("wall_seconds"), paper.SECONDS, digits=0)
         if self._scale != "imagenet":
             return table
         estimated = {batch: tpu_times.seconds(self._folder, batch) for batch in self.batches}
         lines = []
-        for name, label in tpu_times.LABELS.items():
+        for name, label in labels.TABLE3_ESTIMATES.items():
             known = {batch: (values[name],) if name in values else () for batch, values in estimated.items()}
             numbers = {batch: Number(None, values, 0) for batch, values in known.items()}
             lines.append(Line(f"{label}, estimate", numbers, {}))
@@ -225,11 +226,12 @@ class Tables:
     def by_epsilon(self) -> Table:
         """Table 5: accuracy by perturbation."""
         scale, lines = SCALES[self._scale], []
-        for row, batch in itertools.product(self.rows("conadv", "conadv_aa"), self.batches):
-            groups = {f"{epsilon:g}": Group(scale.name, batch, row, epsilon) for epsilon in scale.table5}
+        for method, batch in itertools.product(self.shown("conadv", "conadv_aa"), self.batches):
+            groups = {f"{epsilon:g}": Group(scale.name, batch, method, epsilon) for epsilon in scale.table5}
             measured = {column: self.number(group, _test_top1) for column, group in groups.items()}
-            said = {f"{epsilon:g}": top1 for epsilon, top1 in paper.BY_EPSILON.get((row, batch), {}).items()}
-            lines.append(Line(f"{ROWS[row].label}, {batch}", measured, {c: said[c] for c in groups if c in said}))
+            reported = {f"{epsilon:g}": top1 for epsilon, top1 in paper.BY_EPSILON.get((method, batch), {}).items()}
+            reported = {column: reported[column] for column in groups if column in reported}
+            lines.append(Line(f"{METHOD_ROWS[method].label}, {batch}", measured, reported))
         caption = f"Table 5. Test top-1, %, by epsilon in pixel levels. {self.about()}"
         columns = tuple(f"{epsilon:g}" for epsilon in scale.table5)
         return Table("table5", caption, "epsilon", columns, tuple(lines), self._seeds)
@@ -239,27 +241,28 @@ class Tables:
         batch, lines = self.batches[-1], []
         columns = {f"{rate:g}": rate for rate in SCALES[self._scale].rates}
         plain = {column: Group(self._scale, batch, "vanilla", rate=rate) for column, rate in columns.items()}
-        for row in self._rows:
-            groups = {column: dataclasses.replace(group, row=row) for column, group in plain.items()}
+        for method in self._methods:
+            label = METHOD_ROWS[method].label
+            groups = {column: dataclasses.replace(group, method=method) for column, group in plain.items()}
             for part, key in (("training", "train_top1"), ("test", "test_top1"), ("gap", "generalization_gap")):
                 value = operator.itemgetter(key)
                 measured = {column: self.number(group, value) for column, group in groups.items()}
-                lines.append(Line(f"{ROWS[row].label}, {part}", measured, {}))
-            if row != "vanilla":
+                lines.append(Line(f"{label}, {part}", measured, {}))
+            if method != "vanilla":
                 gains = {column: self._gain(groups[column], plain[column]) for column in columns}
-                lines.append(Line(f"{ROWS[row].label}, gain", gains, {}))
+                lines.append(Line(f"{label}, gain", gains, {}))
         caption = (
             f"Learning rates at {batch}. Top-1, %, by peak learning rate; gap of training and test in points; gain in "
-            f"test top-1 over {ROWS['vanilla'].label} of the same seed and rate in points, ± standard error. "
+            f"test top-1 over {METHOD_ROWS['vanilla'].label} of the same seed and rate in points, ± standard error. "
             f"{self.about()}"
         )
         compared = tuple(plain.values())
         return Table("rates", caption, "peak learning rate", tuple(columns), tuple(lines), self._seeds, compared)
 
     def staleness(self) -> Table:
-        """Accuracy, and how much of the attack is left, by the delay of the attacked weights."""
+        """Accuracy, and the share of the attack that is left, by the delay of the attacked weights."""
         lines = []
-        for batch in self.batches if self.rows("conadv") else ():
+        for batch in self.batches if self.shown("conadv") else ():
             groups = {f"{tau}": Group(self._scale, batch, "conadv", tau=tau) for tau in TAUS}
             for part, value in (("test top-1, %", _test_top1), ("equal signs, %", _equal_signs)):
                 measured = {column: self.number(group, value) for column, group in groups.items()}

@@ -1,4 +1,4 @@
-"""Table 3 for TPUs without one: the time of 90 epochs at 64 images a core, estimated by the preflight."""
+"""Table 3 for TPUs, made without one: the time of 90 epochs at 64 images a core, estimated by the preflight."""
 
 import json
 import os
@@ -6,39 +6,34 @@ import subprocess
 import sys
 
 from conadv_tf.errors import RunError
-from conadv_tf.experiments.study import SCALES, Row
+from conadv_tf.experiments.labels import TABLE3_ESTIMATES
+from conadv_tf.experiments.study import METHOD_ROWS, SCALES
 
 GENERATION = "v3"  # the paper's
 IMAGES_PER_CORE = 64
 BATCHES = ("16k", "32k", "64k")
-# Methods by the beginning of their names in preflight.json.
-LABELS = {
-    "vanilla": "ResNet",
-    "disadv": "+ DisAdv",
-    "conadv, shadow": "+ ConAdv, shadow",
-    "conadv, paired": "+ ConAdv, paired",
-    "conadv, phased": "+ ConAdv, phased",
-}
 
 
 def seconds(folder: str, batch: str) -> dict[str, float]:
-    """Estimated seconds of the whole recipe by the keys of LABELS; empty where `estimate` has not been made."""
+    """Estimated seconds of the whole recipe by the keys of TABLE3_ESTIMATES; empty before `estimate` has been made."""
     path = os.path.join(_folder(folder, batch), "preflight.json")
     if not os.path.isfile(path):
         return {}
     with open(path) as file:
-        rows = json.load(file)["methods"]
-    return {name: 3600 * row["hours"] for name in LABELS for row in rows if row["name"].startswith(name)}
+        found = json.load(file)["methods"]
+    return {
+        name: 3600 * method["hours"] for name in TABLE3_ESTIMATES for method in found if method["name"].startswith(name)
+    }
 
 
 def estimate(folder: str, batch: str) -> None:
     """Makes the preflight of ConAdv at a batch size; minutes the first time, seconds once its programs are compiled.
 
     Raises:
-      RunError: if it cannot be made, such as without the TPU compiler.
+      RunError: if the preflight fails, such as without the TPU compiler.
     """
     cores = 1024 * int(batch.removesuffix("k")) // IMAGES_PER_CORE
-    files = [f"--gin_file={file}" for file in SCALES["imagenet"].gin_files(batch, Row("", "conadv"))]
+    files = [f"--gin_file={file}" for file in SCALES["imagenet"].gin_files(batch, METHOD_ROWS["conadv"])]
     where = [f"--tpu={GENERATION}-{cores}", "--preflight", f"--model_dir={_folder(folder, batch)}"]
     command = [sys.executable, "-m", "conadv_tf", *files, *where]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

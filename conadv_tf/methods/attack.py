@@ -113,7 +113,7 @@ class Attack:
         delta = start * tf.cast(coin < probability, tf.float32)
         adversarial = images + epsilon * delta
         for _ in range(self.steps):
-            adversarial = self._moved(images, delta, self._gradient(logits, loss, adversarial, labels))
+            adversarial = self._moved(images, delta, self.gradient(logits, loss, adversarial, labels))
             delta = tf.math.divide_no_nan(adversarial - images, epsilon)
         return tf.stop_gradient(adversarial)
 
@@ -153,8 +153,14 @@ class Attack:
             return 1.0
         return self.step_size_pixels / self.epsilon_pixels
 
-    def _gradient(self, logits, loss, images, labels):
-        """The input gradient of what the attack ascends."""
+    def gradient(self, logits: LogitsFunction, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        """The gradient with respect to the images of what the attack ascends, float32 [rows, H, W, C].
+
+        Args:
+          logits, loss: see `adversarial_examples`.
+          images: float32 [rows, H, W, C] in [0, 255], the point at which the gradient is taken.
+          labels: int32 [rows], the true ones, or for the goal "random_target" the targets.
+        """
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(images)
             if self.label == "smoothed":

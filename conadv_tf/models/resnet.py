@@ -320,6 +320,11 @@ class ResNet(tf_keras.Model):
         }
 
 
+def variable_path(variable: tf.Variable) -> str:
+    """The place of a variable in its network, such as "stem/conv/kernel": its name without the network's."""
+    return variable.name.split(":")[0].split("/", 1)[-1]
+
+
 def find_architecture(name: str, image_shape: tuple[int, ...]) -> Architecture:
     """The architecture called `name`.
 

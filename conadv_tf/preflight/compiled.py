@@ -29,7 +29,7 @@ class CompiledPrograms:
         self._built, self._compiler = built, compiler
         self._seconds: dict[str, float] = {}  # of the compilations under way, by their labels
         self._given_up = False
-        self._index_file = os.path.join(compiler.folder, f"run-{_fingerprint(built, compiler.generation)}.json")
+        self._index_file = os.path.join(compiler.folder, f"run-{fingerprint(built, compiler.generation)}.json")
 
     def costs(self, lowerings: Lowerings, rows: int) -> dict[str, Cost]:
         """The costs by the names of `lowerings`, compiled beside each other while the next program is lowered.
@@ -103,7 +103,7 @@ def _wait(pending: Iterable[concurrent.futures.Future]) -> None:
             future.result()
 
 
-def _fingerprint(built: Run, generation: Generation) -> str:
+def fingerprint(built: Run, generation: Generation) -> str:
     """A hash of everything that programs depend on: the same hash, the same programs."""
     parts: list[object] = [config.operative_config(), built.plan, built.settings, built.data.train_shape, generation]
     parts += [sorted(built.model.network.get_config().items(), key=str), built.model.method.attack]

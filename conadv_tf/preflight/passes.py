@@ -14,14 +14,14 @@ An update of M micro-batches is M times its passes, M additions to the sums, and
 import dataclasses
 import math
 
-import tensorflow as tf
-
 from conadv_tf import methods
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.preflight.table import CostRow, Work, Workload, make_row
 from conadv_tf.preflight.tpu_compiler import Cost
 from conadv_tf.preflight.tpu_generations import Generation
 from conadv_tf.run.build import Run
+from conadv_tf.training import sizes
+from conadv_tf.training.sizes import count_numbers
 
 # Names of compiled programs, beside that of the run's own method.
 VANILLA, END, ATTACK, BOTH = "vanilla", "end of an update", "attack pass", "clean pass of paired"
@@ -92,8 +92,8 @@ class Passes:
             whole = self._costs[own.kind].temp_bytes if sum(own.passes.values()) > 1 else 0
             temporary = max(temporary + contributed_bytes(self._built, method), whole)
         network = self._built.model.network
-        branch = 12 * floats(network.moving_statistics([MAIN]))  # γ, β, their momentum, the moving statistics
-        weights = 4 * floats(network.variables)
+        branch = 12 * count_numbers(network.moving_statistics([MAIN]))  # γ, β, their momentum, the moving statistics
+        weights = 4 * count_numbers(network.variables)
         cost = dataclasses.replace(
             self._costs[VANILLA],
             temp_bytes=temporary,
@@ -108,14 +108,14 @@ class Passes:
 def contributed_bytes(built: Run, method: methods.Method) -> int:
     """Bytes of gradients and BN statistics of a replica that trains by `method`, float32."""
     network = built.model.network
-    branch = floats(network.moving_statistics([MAIN]))  # γ and β have as many numbers
-    shared = floats(network.trainable_variables) - branch * len(network.branches)
+    branch = count_numbers(network.moving_statistics([MAIN]))  # γ and β have as many numbers
+    shared = count_numbers(network.trainable_variables) - branch * len(network.branches)
     return 4 * (shared + 2 * branch * len(method.branches))
 
 
 def reduced_bytes(built: Run, method: methods.Method) -> int:
     """Bytes that each replica adds to the all-reduce: gradients in their dtype on the way, and BN statistics."""
-    statistics = 4 * len(method.branches) * floats(built.model.network.moving_statistics([MAIN]))
+    statistics = 4 * len(method.branches) * count_numbers(built.model.network.moving_statistics([MAIN]))
     gradients = contributed_bytes(built, method) - statistics
     return gradients * built.model.all_reduce_dtype.size // 4 + statistics
 
@@ -132,14 +132,8 @@ def used_bytes(built: Run, rows: int, method: methods.Method, cost: Cost) -> flo
 
 
 def carried_bytes(built: Run, rows: int, method: methods.Method) -> int:
-    """Bytes that a micro-batch carries to the next update."""
-    specs = method.carried(tf.TensorSpec((rows, *built.data.train_shape), tf.uint8)).values()
-    return sum(math.prod(spec.shape) * spec.dtype.size for spec in specs)
-
-
-def floats(variables) -> int:
-    """The number of numbers that the variables hold."""
-    return sum(math.prod(variable.shape) for variable in variables)
+    """Bytes that a micro-batch of a run carries to the next update."""
+    return sizes.carried_bytes(method, rows, built.data.train_shape)
 
 
 def share(built: Run) -> int:

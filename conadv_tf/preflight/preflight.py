@@ -19,7 +19,6 @@ from conadv_tf.preflight.passes import (
     VANILLA,
     Passes,
     contributed_bytes,
-    floats,
     share,
     used_bytes,
 )
@@ -31,6 +30,7 @@ from conadv_tf.run.build import Run
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.run.report import versions as run_versions
 from conadv_tf.run.strategy import parse_accelerator_type
+from conadv_tf.training.sizes import count_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _fitting_rows(built: Run, cost: Cost, programs: "CompiledPrograms", generati
       generation: of TPU.
     """
     method, network = built.model.method, built.model.network
-    held = 4 * (floats(network.variables) * (1 + method.tau) + floats(network.trainable_variables))
+    held = 4 * (count_numbers(network.variables) * (1 + method.tau) + count_numbers(network.trainable_variables))
     for rows in (rows for rows in range(built.plan.rows - 1, 0, -1) if share(built) % rows == 0):
         expected = held + contributed_bytes(built, method) + cost.temp_bytes * rows / built.plan.rows
         if expected <= generation.hbm_bytes:

@@ -28,7 +28,7 @@ import tensorflow as tf
 from conadv_tf import config, terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.resnet import ResNet, variable_path
 from conadv_tf.run import report
 from conadv_tf.run.build import Run, build
 from conadv_tf.training.trainer import ConAdvModel
@@ -70,8 +70,7 @@ def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
     named = {}
     for group, variables in groups.items():
         for variable in variables:
-            path = variable.name.split(":")[0]
-            named[f"{group}/{path.split('/', 1)[1] if '/' in path else path}"] = variable
+            named[f"{group}/{variable_path(variable)}"] = variable
     return named | {f"carry/{name}": variable for name, variable in model.carry.variables.items()}
 
 
@@ -152,7 +151,7 @@ def load_weights(network: ResNet, path: str) -> None:
     Raises:
       RunError: if the file lacks one of the network's variables, or has it in another shape; nothing is loaded then.
     """
-    own = {f"network/{v.name.split(':')[0].split('/', 1)[1]}": v for v in network.variables}
+    own = {f"network/{variable_path(variable)}": variable for variable in network.variables}
     with np.load(path) as saved:
         for name, variable in own.items():
             shape = saved[name].shape if name in saved else None

@@ -10,7 +10,8 @@ from conadv_tf.data import pipeline
 from conadv_tf.data.datasets import load
 from conadv_tf.errors import ConfigError
 from conadv_tf.models.resnet import ResNet
-from conadv_tf.run import divergence, monitor
+from conadv_tf.run.divergence import DivergenceSettings
+from conadv_tf.run.monitor import MonitorSettings
 from conadv_tf.training.lars import OPTIMIZERS
 from conadv_tf.training.learning_rate import warmup_poly_decay
 from conadv_tf.training.plan import Plan, check_batch_norm_groups, make_plan
@@ -22,23 +23,24 @@ ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a recipe says about training.
+class TrainSettings:
+    """Settings of training.
 
     Attributes:
       method: "vanilla", "disadv" or "conadv".
       optimizer: "lars" or "sgd".
       global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
-      microbatch_size: images one replica holds at a time; BN statistics are over these (SPEC section 5).
+      microbatch_size: images one replica holds at a time; BN statistics are over these.
       epochs: passes over the training set.
-      seed: of the initial weights, the order of the images, augmentation and attack.
+      seed: seed of the initial weights, the order of the images, augmentation and attack.
       precision: "float32", or "mixed_bfloat16" (float32 variables and losses).
-      all_reduce_dtype: of gradients on their way between replicas, "float32" or "bfloat16" (half the traffic).
+      all_reduce_dtype: dtype of gradients on their way between replicas, "float32" or "bfloat16" (half the traffic).
       jit_compile: XLA off a TPU as well; a TPU always compiles.
       steps_per_execution: updates made without returning to Python; 0: an epoch's on a TPU, one elsewhere.
-      evaluate_every_epochs, checkpoint_every_epochs: the last epoch always is.
-      checkpoint_every_steps: updates between checkpoints within an epoch, for long ones; 0: none. Where
-        steps_per_execution updates are one call, after the call.
+      evaluate_every_epochs, checkpoint_every_epochs: epochs between two evaluations, and between two checkpoints; the
+        last epoch always has both.
+      checkpoint_every_steps: updates between two checkpoints within an epoch, for long epochs; 0: none. Where
+        steps_per_execution updates are one call, the checkpoint comes after the call.
     """
 
     global_batch_size: int = 0
@@ -75,11 +77,11 @@ class Settings:
             raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
 
     def evaluation_is_due(self, epoch: int) -> bool:
-        """Whether the test images are evaluated after an epoch (from 0)."""
+        """Tells whether the test images are evaluated after an epoch (from 0)."""
         return self._is_due(epoch, self.evaluate_every_epochs)
 
     def checkpoint_is_due(self, epoch: int) -> bool:
-        """Whether an epoch (from 0) ends with a checkpoint."""
+        """Tells whether an epoch (from 0) ends with a checkpoint."""
         return self._is_due(epoch, self.checkpoint_every_epochs)
 
     def _is_due(self, epoch: int, every: int) -> bool:
@@ -88,16 +90,16 @@ class Settings:
 
 @dataclasses.dataclass
 class Run:
-    """Everything a run is made of, built and not yet trained."""
+    """The parts of a run, built and not yet trained."""
 
     recipe: str
-    settings: Settings
+    settings: TrainSettings
     strategy: tf.distribute.Strategy
     data: pipeline.ImageData
     plan: Plan
     model: ConAdvModel
-    monitor: monitor.Settings
-    divergence: divergence.Settings
+    monitor: MonitorSettings
+    divergence: DivergenceSettings
 
 
 @gin.configurable("model", denylist=["data", "method", "plan", "seed", "dtype"])
@@ -149,16 +151,16 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
     """Builds what the gin configuration describes.
 
     Args:
-      recipe: its name.
+      recipe: name of the recipe.
       strategy: where the variables live.
-      data_dir: of the data; None for data without files.
+      data_dir: folder of the data; None for data without files.
       num_replicas: to plan for; None takes the strategy's, any other number is for looking at the plan alone.
 
     Raises:
       ConfigError: for settings that do not fit together.
       DataError: for missing or damaged data.
     """
-    settings = Settings()
+    settings = TrainSettings()
     if settings.checkpoint_every_steps and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError(
             f"train.checkpoint_every_steps={settings.checkpoint_every_steps} is for one process, and here are several "
@@ -192,4 +194,4 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
             jit_compile=settings.jit_compile,
             steps_per_execution=settings.steps_per_execution or (plan.steps_per_epoch if on_tpu else 1),
         )
-    return Run(recipe, settings, strategy, loaded, plan, model, monitor.Settings(), divergence.Settings())
+    return Run(recipe, settings, strategy, loaded, plan, model, MonitorSettings(), DivergenceSettings())

@@ -1,4 +1,4 @@
-"""What a run shows and keeps while it trains: progress bar, metrics.jsonl, TensorBoard, checkpoints."""
+"""Callbacks that show and keep a run while it trains: speed, evaluation, progress bar, metrics.jsonl, checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,10 @@ class Throughput(tf_keras.callbacks.Callback):
     """Adds `seconds`, `images_per_second` and `input_wait_share` to the logs of an epoch; goes before the others.
 
     The first call of a program compiles it and counts for `seconds` alone. Evaluation and saving do not count.
-    `earlier_seconds` are those that the first epoch took before this process went on with it.
+
+    Args:
+      plan: plan of the run.
+      earlier_seconds: seconds that an earlier process has trained in the first epoch of this one.
     """
 
     _supports_tf_logs = True  # keeps Keras from waiting for the device after every call
@@ -49,13 +52,13 @@ class Throughput(tf_keras.callbacks.Callback):
             self._compiled, self._measured_from, self._first_step = True, self._end, batch + 1
 
     def current(self) -> tuple[float, float]:
-        """(clean images per second, share of the time spent waiting for input) of this epoch so far."""
+        """The clean images per second, and the share of the time spent waiting for input, in this epoch so far."""
         seconds = self._end - self._measured_from
         images = (self._last_step - self._first_step) * self._plan.global_batch_size
         return (images / seconds, float(self._waited) / seconds) if images and seconds else (0.0, 0.0)
 
     def seconds(self) -> float:
-        """Of the training of this epoch so far."""
+        """The seconds of training in this epoch so far."""
         return self._earlier + self._end - self._begin
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
@@ -66,17 +69,26 @@ class Throughput(tf_keras.callbacks.Callback):
 
 
 class GoOn(tf_keras.callbacks.Callback):
-    """Lets fit begin within its first epoch, after `updates` of it, whose metrics are in `so_far`."""
+    """Lets fit begin within its first epoch.
+
+    fit's `initial_epoch` counts whole epochs, and Keras 2 offers nothing public for a part of one. Its own callback for
+    preempted runs, BackupAndRestore, sets the model's `_training_state`, which fit asks where to begin. This callback
+    does the same for the run's own checkpoints, and takes itself out again as soon as fit has asked.
+
+    Args:
+      updates: updates of the epoch that have been made.
+      so_far: metrics of those updates.
+    """
 
     def __init__(self, updates: int, so_far: EpochSoFar):
         super().__init__()
         self._updates, self._so_far = updates, so_far
 
     def on_train_begin(self, logs=None) -> None:
-        # What Keras' own callbacks for preempted runs use; it is asked where to begin.
         self.model._training_state = self
 
     def maybe_load_initial_counters_from_ckpt(self, steps_per_epoch: int, initial_epoch: int, mode) -> tuple[int, int]:
+        """The epoch and the update within it that fit begins with; Keras asks its `_training_state` for them."""
         return initial_epoch, self._updates
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
@@ -102,10 +114,10 @@ class Evaluation(tf_keras.callbacks.Callback):
 
 
 class EndEarly(tf_keras.callbacks.Callback):
-    """Cuts an evaluation short once the process has been told to end. Raises Cut from within evaluate."""
+    """Cuts an evaluation short once the process has been asked to end. Raises Cut from within evaluate."""
 
     class Cut(Exception):  # noqa: N818
-        """Not an error."""
+        """The end of an evaluation that was cut short; no error."""
 
     def __init__(self, request: Request):
         super().__init__()
@@ -117,7 +129,7 @@ class EndEarly(tf_keras.callbacks.Callback):
 
 
 class ProgressBar(tf_keras.callbacks.Callback):
-    """One bar for the run with ETA, images/s and input-wait share; one line an epoch where there is no terminal."""
+    """Shows a bar for the run with ETA, images/s and input-wait share; a line an epoch where there is no terminal."""
 
     _supports_tf_logs = True
 
@@ -165,7 +177,7 @@ class ProgressBar(tf_keras.callbacks.Callback):
             self._bar.update(update - self._bar.n)
 
     def close(self) -> None:
-        """Ends the line of the bar. Keras tells no callback when fit raises."""
+        """Ends the line of the bar, which Keras does not ask for when fit raises."""
         with terminal.may_be_gone():
             self._bar.close()
 
@@ -180,20 +192,20 @@ class ProgressBar(tf_keras.callbacks.Callback):
 
 
 class Recorder(tf_keras.callbacks.Callback):
-    """Keeps metrics.jsonl and checkpoints; ends a run that has been told to end.
+    """Keeps metrics.jsonl and checkpoints; ends a run that is asked to end.
 
-    A line an epoch: epoch (from 1), step (updates made), and the epoch's logs, test results as test_loss,
-    test_top1, test_top5 (shares in [0, 1]). The line is written before the checkpoint; lines after the
-    checkpoint that a run resumes from are dropped, so none is missing or twice. An epoch that was interrupted has
-    the line of one that was not, over all its updates, but for the speed: `seconds` are the sum over the processes,
-    images_per_second and input_wait_share those of the last one.
+    metrics.jsonl has a line an epoch: epoch (from 1), step (updates made), and the epoch's logs, with the test results
+    as test_loss, test_top1, test_top5 (shares in [0, 1]). The line is written before the checkpoint. A run that resumes
+    drops the lines after its checkpoint, so that none is missing or there twice. The line of an epoch that was
+    interrupted covers all updates of the epoch; its `seconds` are the sum over the processes, its images_per_second
+    and input_wait_share the values of the last process.
 
     Args:
-      plan, folder, checkpoints, throughput: of the run.
-      due: (epoch, from 0) → whether it ends with a checkpoint.
+      plan, folder, checkpoints, throughput: the run's.
+      due: (epoch, from 0) → whether the epoch ends with a checkpoint.
       every_steps: updates between two checkpoints within an epoch; 0: none.
-      first_epoch: the one that this fit begins with or within.
-      request: for the run to end; it does so after the present call, saved.
+      first_epoch: the epoch that this fit begins with or within.
+      request: asks the run to end, which it does after the present call, saved.
     """
 
     _supports_tf_logs = True
@@ -222,15 +234,15 @@ class Recorder(tf_keras.callbacks.Callback):
         made = self._before + batch + 1
         due = self._every_steps and made // self._every_steps > self._saved // self._every_steps
         if batch + 1 == self._plan.steps_per_epoch or not (due or self._request):
-            return  # of the last update the epoch's end takes care
+            return  # on_epoch_end takes care of the last update
         divergence.check(self.model, logs, made // self._plan.steps_per_epoch)
         self._saved = made
         if self._folder.writes:
-            self._request.end_if_told(self._checkpoints.save(self._throughput.seconds()))
+            self._request.end_if_made(self._checkpoints.save(self._throughput.seconds()))
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}
         self._epochs.append({"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **values})
         self._folder.write_metrics(self._epochs)
         if self._folder.writes and (self._due(epoch) or self._request):
-            self._request.end_if_told(self._checkpoints.save())
+            self._request.end_if_made(self._checkpoints.save())

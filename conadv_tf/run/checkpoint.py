@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints to resume from, and the network to take away."""
+"""Checkpoints to resume a run from: written, found, verified, restored, swept."""
 
 import os
 import re
@@ -19,9 +19,9 @@ _LISTED = re.compile(rb'"(?:[^"]*/)?ckpt-(\d+)"')
 
 
 class EpochSoFar(NamedTuple):
-    """What an epoch's line in metrics.jsonl will need of the updates before a checkpoint within the epoch.
+    """The part of an epoch before a checkpoint within it, for the epoch's line in metrics.jsonl.
 
-    means: values of the variables of the model's training metric, in their order; seconds: of training.
+    means: values of the variables of the model's training metric, in their order; seconds: seconds of training.
     """
 
     means: list[np.ndarray]
@@ -31,9 +31,9 @@ class EpochSoFar(NamedTuple):
 class Checkpoints:
     """Checkpoints of the network, its shadow copies and the optimizer in `directory`; the newest KEEP stay.
 
-    Each is named after the number of updates made, `ckpt-N`. Which there are is read from the folder, not from the
-    list that TensorFlow keeps beside them, which a crash can leave behind them. One within an epoch also holds an
-    EpochSoFar, `epoch_so_far` once it is restored and None after any other.
+    A checkpoint is named after the number of updates made, `ckpt-N`. The folder's files say which there are, not the
+    list that TensorFlow keeps beside them: a crash can leave the list behind. A checkpoint within an epoch also holds
+    an EpochSoFar, which is `epoch_so_far` once it is restored; after any other checkpoint that is None.
     """
 
     def __init__(self, model: ConAdvModel, directory: str):
@@ -46,16 +46,16 @@ class Checkpoints:
         self._means, self._seconds = model.metrics[0], tf.Variable(0.0, trainable=False, dtype=tf.float64)
         epoch = tf.train.Checkpoint(means=self._means, seconds=self._seconds)
         self._checkpoint, self._within_epoch = tf.train.Checkpoint(**parts), tf.train.Checkpoint(**parts, epoch=epoch)
-        # write() does not count. It is made for the checkpoints that hold one: what a checkpoint holds must be here.
+        # write() does not count saves, but a checkpoint may hold a counter, and what it holds must exist here.
         self._counter = self._checkpoint.save_counter
 
     def restore(self) -> int:
         """Restores the newest whole checkpoint, if there is one; returns the number of updates made so far.
 
-        One that cannot be read to its end is passed over, with a warning that names it.
+        A checkpoint that cannot be read to its end is passed over, with a warning that names it.
 
         Raises:
-          RunError: for a checkpoint of another model or method, or where there are some and none can be read.
+          RunError: for a checkpoint of another model or method, or where none of those there can be read.
         """
         bad: list[tuple[str, str]] = []
         for number in numbers(self._directory):
@@ -84,7 +84,7 @@ class Checkpoints:
                 status.assert_existing_objects_matched()
                 status.assert_consumed()
             finally:
-                status.expect_partial()  # the error says it; a warning a variable would bury it
+                status.expect_partial()  # the error tells enough; a warning for each variable would bury it
         except (ValueError, AssertionError, tf.errors.OpError) as error:
             raise RunError(
                 f"checkpoint {path} does not fit this model, method or optimizer ({one_line(error)}): use the recipe "
@@ -97,10 +97,10 @@ class Checkpoints:
         """Saves under the number of updates made; returns the path.
 
         Args:
-          seconds: of the training of an epoch so far, within one; None after its last update.
+          seconds: seconds of training in the epoch so far, for a checkpoint within it; None after its last update.
 
         Raises:
-          RunError: if it cannot be written.
+          RunError: if the checkpoint cannot be written.
         """
         number = self._model.updates_made()
         path = self._path(number)
@@ -117,9 +117,9 @@ class Checkpoints:
         return path
 
     def _sweep(self, newest: int) -> None:
-        """Lists `newest` and those before it for TensorFlow's readers, and removes what is not kept.
+        """Lists `newest` and the checkpoints before it for TensorFlow's readers, and removes what is not kept.
 
-        A higher number is one that was passed over when the run went on from an earlier one.
+        A higher number than `newest` was passed over when the run went on from an earlier checkpoint.
         """
         kept = sorted(number for number in numbers(self._directory) if number <= newest)[-KEEP:]
         names = [f"{_PREFIX}{number}" for number in kept]
@@ -140,7 +140,7 @@ class Checkpoints:
 
 
 def numbers(directory: str) -> list[int]:
-    """Updates of the checkpoints that are in the folder or listed there, the newest first; none where there is none."""
+    """The update counts of the checkpoints that are in the folder or listed there, the newest first."""
     if not tf.io.gfile.exists(directory):
         return []
     if not tf.io.gfile.isdir(directory):
@@ -154,19 +154,19 @@ def numbers(directory: str) -> list[int]:
 
 
 def free_space(directory: str) -> str:
-    """How full the disk of a local directory is, of which TensorFlow's writer does not speak."""
+    """The space left on the disk of a local directory, for an error line: TensorFlow's writer does not say it."""
     try:
         return f"; {shutil.disk_usage(directory).free / 1e6:,.1f} MB free there"
-    except OSError:  # it is gone, or remote
+    except OSError:  # the directory is gone, or remote
         return ""
 
 
 def _damage(path: str) -> str | None:
-    """Why a checkpoint cannot be read to its end, on one line; None for a whole one, whatever it is of."""
+    """The reason why a checkpoint cannot be read to its end, on one line; None for a whole one, of whatever model."""
     try:
         reader = tf.train.load_checkpoint(path)
         for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)  # which verifies its checksum
+            reader.get_tensor(name)  # reading verifies the checksum
     except Exception as error:  # TensorFlow's reader raises errors of many kinds, IndexError among them
         return one_line(error)
     return None

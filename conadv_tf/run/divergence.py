@@ -1,6 +1,7 @@
 """Runs that diverge: an update that is not finite is not applied, is named, and may be tried again at a lower peak.
 
-That nothing is overwritten the trainer sees to, on the device; here the host notices, says what it was and decides.
+The trainer sees to it, on the device, that nothing is overwritten. This module is the host's part: it notices the
+update, says what was not finite, and decides how the run goes on.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import numpy as np
 import tf_keras
 
 from conadv_tf.errors import ConfigError, RunError
+from conadv_tf.models.resnet import variable_path
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.learning_rate import next_rate
 from conadv_tf.training.trainer import ConAdvModel
@@ -22,12 +24,12 @@ CHECK_SECONDS = 0.5
 
 @gin.configurable("divergence")
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run does when an update is not finite.
+class DivergenceSettings:
+    """Settings of a run's answer to an update that is not finite.
 
     Attributes:
       retries: how often in a run it goes back to the last checkpoint and goes on with a lower peak; 0: it ends.
-      peak_factor: of the peak learning rate each time, in (0, 1).
+      peak_factor: factor of the peak learning rate each time, in (0, 1).
     """
 
     retries: int = 0
@@ -40,13 +42,13 @@ class Settings:
             raise ConfigError(f"divergence.peak_factor={self.peak_factor} is outside (0, 1): half the peak is 0.5")
 
 
-class Diverged(RunError):  # noqa: N818 (as a run is said to have)
+class Diverged(RunError):  # noqa: N818 (a run has diverged)
     """An update whose loss, gradient or batch statistics are not finite.
 
     Args:
       facts: what result.json says of it: update (from 1), not_finite, learning_rate, largest_trust_ratio and the layer
         that has it (None before the first update, and where all are one).
-      epoch: from 0.
+      epoch: the epoch of the update, from 0.
       retries: how often the run has gone back already.
     """
 
@@ -66,7 +68,7 @@ class Diverged(RunError):  # noqa: N818 (as a run is said to have)
         )
 
     def after(self, retries: int) -> "Diverged":
-        """The same of a run that has gone back so often."""
+        """The same error for a run that has gone back `retries` times."""
         return Diverged(self.facts, self._epoch, retries)
 
 
@@ -102,8 +104,17 @@ class StopIfDiverged(tf_keras.callbacks.Callback):
 
 
 def check(model: ConAdvModel, logs: dict, epoch: int) -> None:
-    """Raises Diverged if an update of the epoch (from 0), whose logs so far these are, was not finite."""
-    # Means over the epoch, so what was not finite once still shows.
+    """Looks for an update that was not finite.
+
+    Args:
+      model: the model that trains.
+      logs: means over the epoch so far.
+      epoch: the epoch, from 0.
+
+    Raises:
+      Diverged: if an update of the epoch was not finite.
+    """
+    # The logs are means over the epoch: a value that was not finite once still shows.
     bad = [name for name, value in logs.items() if not math.isfinite(float(value))]
     if not bad:
         return
@@ -129,9 +140,9 @@ def _what(bad: list[str]) -> str:
 
 
 def _largest_trust_ratio(model: ConAdvModel) -> tuple[str | None, float | None]:
-    """The kernel that has it, and the ratio, of the last update applied; None where all are one."""
-    names = [variable.name.split("/", 1)[1] for variable in model.network.trainable_variables if is_adapted(variable)]
+    """The kernel with the largest trust ratio of the last update applied, and that ratio; None where all are one."""
+    names = [variable_path(variable) for variable in model.network.trainable_variables if is_adapted(variable)]
     ratios = model.metrics[0].ratios.numpy()
     if np.ptp(ratios) == 0:
         return None, None
-    return names[int(np.argmax(ratios))].split(":")[0], float(f"{np.max(ratios):.6g}")
+    return names[int(np.argmax(ratios))], float(f"{np.max(ratios):.6g}")

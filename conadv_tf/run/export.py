@@ -3,28 +3,27 @@
 import tensorflow as tf
 
 from conadv_tf.errors import RunError, one_line
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.resnet import ResNet, variable_path
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.run.checkpoint import free_space
-from conadv_tf.training.shadows import leaf_variables
 
 
 def export(network: ResNet, directory: str) -> None:
     """Writes a SavedModel of the main branch alone, which loads without conadv_tf.
 
-    Its default signature maps "images", float32 [rows, H, W, C] in [0, 255], to "logits" and
-    "probabilities", float32 [rows, classes].
+    Its default signature maps "images", float32 [images, H, W, C] in [0, 255], to "logits" and
+    "probabilities", float32 [images, classes].
 
     Raises:
       RunError: if it cannot be written.
     """
     config = {**network.get_config(), "branches": (MAIN,), "replicas_per_group": 1, "dtype": "float32"}
     exported = ResNet.from_config(config).create_variables()
-    values = {_path(variable): variable for variable in leaf_variables(network)}
-    for variable in leaf_variables(exported):
-        variable.assign(values[_path(variable)].numpy())
+    values = {variable_path(variable): variable for variable in network.leaf_variables()}
+    for variable in exported.leaf_variables():
+        variable.assign(values[variable_path(variable)].numpy())
     module = tf.Module()
-    module.network_variables = leaf_variables(exported)
+    module.network_variables = exported.leaf_variables()
 
     @tf.function(input_signature=[tf.TensorSpec((None, *network.image_shape), tf.float32, "images")], autograph=False)
     def predict(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -39,8 +38,3 @@ def export(network: ResNet, directory: str) -> None:
             f"the trained network cannot be written to {directory} ({one_line(error)}{free_space(directory)}): "
             "make room, then start the same command again"
         ) from error
-
-
-def _path(variable: tf.Variable) -> str:
-    """The variable's place in its network, without the network's own name."""
-    return variable.name.split("/", 1)[1]

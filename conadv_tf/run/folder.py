@@ -17,7 +17,7 @@ class RunFolder:
     Reading raises RunError for a file that is damaged.
 
     Args:
-      path: of the folder.
+      path: path of the folder.
       writes: False for a worker beside the chief: it reads, and its writes are dropped.
     """
 
@@ -28,13 +28,13 @@ class RunFolder:
         """Makes the folder, where there is none.
 
         Raises:
-          RunError: if it cannot be made or written.
+          RunError: if the folder cannot be made or written.
         """
         if not self.writes:
             return
         with contextlib.suppress(tf.errors.OpError, OSError):
-            tf.io.gfile.makedirs(self.path)  # what goes wrong here, writing says
-        self._write(".writable", "yes\n")  # something, of which a full disk has no place
+            tf.io.gfile.makedirs(self.path)  # writing tells what goes wrong here
+        self._write(".writable", "yes\n")  # not empty: a full disk has room for an empty file
         tf.io.gfile.remove(self.file(".writable"))
 
     def file(self, name: str) -> str:
@@ -48,21 +48,21 @@ class RunFolder:
         self._write("config.gin", text)
 
     def read_result(self) -> dict | None:
-        """The result of a finished run; None if it has not finished."""
+        """The result of a finished run; None if the run has not finished."""
         return self._parsed("result.json", json.loads)
 
     def write_result(self, result: dict) -> None:
         self._write("result.json", json.dumps(result, indent=2) + "\n")
 
     def read_divergences(self) -> list[dict]:
-        """The updates that were not finite and were gone back from, in their order; see `run.train`."""
+        """The updates that were not finite and that the run went back from, in their order; see `train`."""
         return self._parsed("divergences.json", json.loads) or []
 
     def write_divergences(self, divergences: list[dict]) -> None:
         self._write("divergences.json", json.dumps(divergences, indent=2) + "\n")
 
     def read_layout(self) -> dict | None:
-        """How the run was laid out when it was last started; see `run.train`."""
+        """The way the run was spread over replicas when it was last started; see `resuming.spread_of`."""
         return self._parsed("layout.json", json.loads)
 
     def write_layout(self, layout: dict) -> None:
@@ -72,14 +72,14 @@ class RunFolder:
         self._write("preflight.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict]:
-        """One dict an epoch; see `Recorder`."""
+        """The metrics, a dict an epoch; see `callbacks.Recorder`."""
         return self._parsed("metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
 
     def write_metrics(self, epochs: list[dict]) -> None:
         self._write("metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
     def _parsed(self, name: str, parse: Callable[[str], Any]) -> Any:
-        """What a file holds; None where there is none, or an empty one."""
+        """The content of a file; None where there is no file, or an empty one."""
         text = self._read(name)
         try:
             return parse(text) if text else None
@@ -114,5 +114,5 @@ class RunFolder:
 
 
 def recorded(value: float) -> float:
-    """A value as metrics.jsonl keeps it: six significant digits."""
+    """The value that metrics.jsonl keeps: six significant digits."""
     return float(f"{float(value):.6g}")

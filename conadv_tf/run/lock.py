@@ -1,4 +1,4 @@
-"""One process at a time on a folder: a lock that ends with its holder, however that ends."""
+"""The lock of a run's folder: one process at a time, until that process ends, however it ends."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from conadv_tf.errors import RunError
 
 try:
     import fcntl
-except ImportError:  # not on Windows: folders are not locked there
+except ImportError:  # on Windows, where folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 _FILE = ".lock"
@@ -18,12 +18,12 @@ _FILE = ".lock"
 
 @contextlib.contextmanager
 def held(folder: str) -> Iterator[None]:
-    """Holds the lock of a local folder that exists; of a remote one (gs://) nothing.
+    """Holds the lock of a local folder that exists. A remote folder (gs://) is not locked.
 
-    The kernel keeps it, for the open file: it is free as soon as the process is gone, killed or not.
+    The kernel keeps the lock for the open file: it is free as soon as the process is gone, killed or not.
 
     Raises:
-      RunError: if another process holds it, or its file cannot be opened.
+      RunError: if another process holds the lock, or the lock's file cannot be opened.
     """
     if fcntl is None or "://" in folder:
         yield
@@ -52,7 +52,7 @@ def _opened(path: str) -> TextIO:
 
 
 def is_held(folder: str) -> bool:
-    """Whether a process holds the lock of a local folder."""
+    """Tells whether a process holds the lock of a local folder."""
     path = os.path.join(folder, _FILE)
     if fcntl is None or not os.path.isfile(path):
         return False

@@ -19,16 +19,16 @@ from conadv_tf.methods.attack import Attack, random_wrong_labels
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import ADVERSARIAL
 from conadv_tf.run.folder import recorded
-from conadv_tf.training.shadows import leaf_variables
+from conadv_tf.training.metrics import distance
 
-# Of the wrong labels that a targeted attack aims at: the same ones whenever the monitor looks.
+# The seed of the wrong labels that a targeted attack aims at: the same labels whenever the monitor looks.
 TARGET_SEED = (0, 0)
 
 
 @gin.configurable("monitor")
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How often the theory is measured, and on how much.
+class MonitorSettings:
+    """Settings of the measurements: how often, and on how many images.
 
     Attributes:
       every_epochs: epochs between two measurements; the last epoch always is. 0: about ten times a run.
@@ -54,15 +54,15 @@ class TheoryMonitor(tf_keras.callbacks.Callback):
     the value of an earlier epoch is not known. The rest is for methods with tau ≥ 1.
 
     Args:
-      settings: how often.
-      epochs: of the run.
+      settings: how often, and on how many images.
+      epochs: epochs of the whole run.
       examples: (images [n, H, W, C] in [0, 255], labels int [n]) to measure staleness on; None: it is not measured.
       earlier: a dict an epoch before the first one of this fit, as metrics.jsonl holds them.
     """
 
     def __init__(
         self,
-        settings: Settings,
+        settings: MonitorSettings,
         epochs: int,
         examples: tuple[np.ndarray, np.ndarray] | None,
         earlier: Sequence[dict] = (),
@@ -74,7 +74,7 @@ class TheoryMonitor(tf_keras.callbacks.Callback):
         self._measure: Callable | None = None
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
-        # As it is recorded, so that a run that goes on from its records has the same average.
+        # Rounded as in metrics.jsonl, so that a run that goes on from its records has the same average.
         self._squares.append(recorded(logs["squared_gradient_norm"]))
         if (epoch + 1) % self._every != 0 and epoch + 1 != self._epochs:
             return
@@ -86,9 +86,10 @@ class TheoryMonitor(tf_keras.callbacks.Callback):
 
 
 def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
-    """How stale an attack is: a function of (network at θ_t, network at θ_{t−τ}, loss, images, labels).
+    """Makes the measurement of an attack's staleness.
 
-    Its images are [n, H, W, C] in [0, 255] of any numeric dtype, its labels int [n], `loss` maps (labels, logits) to
+    It is a function of (network at θ_t, network at θ_{t−τ}, loss, images, labels). The images are [n, H, W, C] in
+    [0, 255] of any numeric dtype, the labels int [n], and `loss` maps (labels, logits) to
     float32 [n]. The input gradient of an image is that of what the attack ascends, at the image itself. x̂ is one step
     of the attack's size along it, without random start: fresh from θ_t, stale from θ_{t−τ}. It returns float32 scalars:
 
@@ -104,9 +105,9 @@ def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
 
     def staleness(network: ResNet, stale: ResNet, loss, images, labels) -> dict[str, tf.Tensor]:
         images, labels = tf.cast(images, tf.float32), tf.cast(labels, tf.int32)
-        gradients = [_input_gradient(attack, at, loss, images, labels) for at in (network, stale)]
+        gradients = [_input_gradient(attack, weights, loss, images, labels) for weights in (network, stale)]
         fresh, old = (attack.one_step(images, gradient) for gradient in gradients)
-        drift = _distance(network, stale)
+        drift = distance(network, stale)
         equal = tf.equal(tf.sign(gradients[0]), tf.sign(gradients[1]))
         return {
             "theory_drift": drift,
@@ -121,29 +122,16 @@ def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
 
 
 def _input_gradient(attack: Attack, network: ResNet, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """∇_x of what the attack ascends for each image, through the batch norm that it looks through."""
-    targeted = attack.goal == "random_target"
-    if targeted:
+    """∇_x of what the attack ascends for each image, through the batch norm that the attack looks through."""
+    if attack.goal == "random_target":
         labels = random_wrong_labels(labels, network.num_classes, TARGET_SEED)
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(images)
-        logits = schedules.attacked_logits(attack, network)(images)
-        hard = tf.nn.sparse_softmax_cross_entropy_with_logits
-        total = tf.reduce_sum((loss if attack.label == "smoothed" else hard)(labels, logits))
-    gradient = tape.gradient(total, images)
-    return -gradient if targeted else gradient
+    return attack.gradient(schedules.attacked_logits(attack, network), loss, images, labels)
 
 
 def _adversarial_loss(network: ResNet, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     # Not synchronised: every replica has the same images, whose statistics are the group's.
     logits = network(images, branch=ADVERSARIAL, mode="batch", update_statistics=False, synchronize=False)
     return tf.reduce_mean(loss(labels, logits))
-
-
-def _distance(network: ResNet, stale: ResNet) -> tf.Tensor:
-    """‖θ_t − θ_{t−τ}‖ over what the network trains."""
-    pairs = zip(leaf_variables(network), leaf_variables(stale), strict=True)
-    return tf.linalg.global_norm([tf.convert_to_tensor(now) - then for now, then in pairs if now.trainable])
 
 
 def _mean_length(values: tf.Tensor) -> tf.Tensor:

@@ -1,6 +1,7 @@
-"""Being told to end: the first SIGTERM or SIGINT is noted, and training ends, saved, after its present update.
+"""Requests to end: the first SIGTERM or SIGINT is noted, and training ends, saved, after its present update.
 
-One of several workers cannot end alone, nor go on alone: there, what TensorFlow raises when another is gone is said.
+One of several workers can neither end nor go on without the others. There signals keep their usual meaning, and
+`errors.lost_worker` puts into words what TensorFlow raises when another worker is gone.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ _NAMES = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
 
 
 class Request:
-    """Whether this process has been told to end; true in a condition once it has."""
+    """A request to this process to end; true in a condition once it has come."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -23,8 +24,8 @@ class Request:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def end_if_told(self, path: str | None) -> None:
-        """Ends the run if it has been told to, and is kept in a checkpoint, `path`.
+    def end_if_made(self, path: str | None) -> None:
+        """Ends the run if the request has come and a checkpoint, `path`, keeps the run.
 
         Raises:
           Preempted: after SIGTERM.
@@ -39,11 +40,11 @@ class Request:
 
 @contextlib.contextmanager
 def noticed(can_save: bool) -> Iterator[Request]:
-    """A Request that the first SIGTERM or SIGINT fills in; a second SIGTERM ends the process at once.
+    """Gives a Request, which the first SIGTERM or SIGINT makes; a second SIGTERM ends the process at once.
 
     Args:
       can_save: False where the process cannot end alone, such as one of several workers: signals do what they did
-        before. They do so too outside the main thread, where Python handles none.
+        before. Outside the main thread, where Python handles no signals, they do so too.
     """
     request = Request()
     if not can_save or threading.current_thread() is not threading.main_thread():
@@ -55,7 +56,7 @@ def noticed(can_save: bool) -> Iterator[Request]:
             request.signal = number
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
-            # Not print, which the signal may have come in the middle of. Who reads it may have got the signal too.
+            # Not print: the signal may have come in the middle of one. The reader may have got the signal too.
             with contextlib.suppress(OSError):
                 os.write(2, f"{_NAMES[signal.Signals(number)]}: saving after this update\n".encode())
 
@@ -66,9 +67,9 @@ def noticed(can_save: bool) -> Iterator[Request]:
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Within it Ctrl-C ends the process, where TensorFlow waits and Python handles no signal.
+    """Lets Ctrl-C end the process at once, for where TensorFlow waits and Python handles no signal.
 
-    SIGTERM does so too, but for where TensorFlow has taken it over, as it does while it makes a cluster.
+    SIGTERM ends the process too, except where TensorFlow has taken it over, which it does while it makes a cluster.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -81,7 +82,7 @@ def ending_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers_put_back() -> Iterator[dict]:
-    """The handlers of both signals, which are those again afterwards."""
+    """Gives the handlers of both signals, and puts them back afterwards."""
     previous = {number: signal.getsignal(number) for number in _NAMES}
     try:
         yield previous
@@ -91,5 +92,5 @@ def _handlers_put_back() -> Iterator[dict]:
 
 
 def end_at_once(number: int, frame) -> None:
-    """A handler of SIGTERM for where there is nothing to save. Raises Preempted."""
+    """Handles SIGTERM where there is nothing to save. Raises Preempted."""
     raise Preempted("nothing was lost: the same command goes on")

@@ -1,4 +1,10 @@
-"""What a run will be, in words: for the person who starts it."""
+"""Reports of a run: its arithmetic before it trains, its result afterwards, the versions that both depend on.
+
+Before:  `facts` are the entries of result.json that are known then, `arithmetic` the lines printed at the start.
+After:   `evaluation_result`, `speed_result` and `theory_result` are result.json's measurements, `result_text` the lines
+         printed at the end.
+Both:    `versions` of the packages that the weights depend on.
+"""
 
 import statistics
 
@@ -8,13 +14,12 @@ import tf_keras
 
 from conadv_tf import __version__, methods
 from conadv_tf.run.build import Run
+from conadv_tf.training import sizes
 from conadv_tf.training.learning_rate import peak_of
-from conadv_tf.training.plan import Plan
-from conadv_tf.training.shadows import leaf_variables
 
 
 def facts(run: Run) -> dict:
-    """What result.json says of a run that is known before it is trained."""
+    """The entries of result.json that are known before a run is trained."""
     plan, method = run.plan, run.model.method
     return {
         "recipe": run.recipe,
@@ -37,13 +42,14 @@ def arithmetic(run: Run) -> str:
     """The arithmetic of the run, one fact a line, for the person who starts it."""
     plan, method, network = run.plan, run.model.method, run.model.network
     warmup, peak = peak_of(run.model.optimizer.learning_rate)
-    facts = [
+    lasting = f", which last for {plan.updates_per_batch} updates" if plan.updates_per_batch > 1 else ""
+    lines = [
         ("recipe", run.recipe),
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
-        ("network", f"{network.architecture}, {_count(network.trainable_variables):,} parameters"),
+        ("network", f"{network.architecture}, {sizes.count_numbers(network.trainable_variables):,} parameters"),
         ("method", _method_text(method)),
         ("global batch", f"{plan.global_batch_size:,} clean images"),
-        ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{_turns_text(plan)}"),
+        ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{lasting}"),
         ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),
         ("batch statistics", f"over {plan.rows * network.replicas_per_group} images"),
         ("updates", f"{plan.total_steps:,} = {plan.epochs} epochs × {plan.steps_per_epoch}"),
@@ -54,10 +60,10 @@ def arithmetic(run: Run) -> str:
     encoded, decoded = run.data.cache_bytes
     if encoded:
         cached = f"{encoded / 1e9:.3g} GB of records and {decoded / 1e9:.3g} GB of test images, over all hosts"
-        facts.append(("cache", cached))
+        lines.append(("cache", cached))
     note = plan.remainder_note()
-    facts += [("remainder", note)] if note else []
-    return "\n".join(f"  {name:<18}{text}" for name, text in facts)
+    lines += [("remainder", note)] if note else []
+    return "\n".join(f"  {name:<18}{text}" for name, text in lines)
 
 
 def _method_text(method: methods.Method) -> str:
@@ -67,23 +73,17 @@ def _method_text(method: methods.Method) -> str:
     return f"{method.name}{schedule}, epsilon {method.attack.epsilon_pixels:g} {method.attack.units}"
 
 
-def _turns_text(plan: Plan) -> str:
-    return f", which last for {plan.updates_per_batch} updates" if plan.updates_per_batch > 1 else ""
-
-
 def _carried_text(run: Run) -> str:
-    """What one update leaves to the next on each replica, beside weights and optimizer."""
+    """The size of what one update leaves to the next on each replica, beside weights and optimizer."""
     model, plan = run.model, run.plan
-    text = f"{sum(4e-6 * _count(leaf_variables(shadow)) for shadow in model.shadows):.3g} MB of old weights"
-    if model.method.carries:
-        specs = model.method.carried(tf.TensorSpec((plan.rows, *run.data.train_shape), tf.uint8)).values()
-        carried = plan.microbatches * sum(spec.dtype.size * int(np.prod(spec.shape)) for spec in specs)
-        text += f" and {1e-6 * carried:.3g} MB of images"
-    return f"{text} on each replica"
+    weights = sizes.FLOAT_BYTES * sum(sizes.count_numbers(shadow.leaf_variables()) for shadow in model.shadows)
+    images = plan.microbatches * sizes.carried_bytes(model.method, plan.rows, run.data.train_shape)
+    and_images = f" and {_megabytes(images)} of images" if images else ""
+    return f"{_megabytes(weights)} of old weights{and_images} on each replica"
 
 
-def _count(variables: list[tf.Variable]) -> int:
-    return sum(int(np.prod(variable.shape)) for variable in variables)
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3g} MB"
 
 
 def evaluation_result(splits: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -103,9 +103,9 @@ def speed_result(epochs: list[dict]) -> dict[str, float]:
 
 
 def theory_result(epochs: list[dict]) -> dict[str, float]:
-    """Each value of monitor.py by its name without "theory_": its mean over the epochs that it was measured in.
+    """The values of monitor.py by their names without "theory_": means over the epochs that have them.
 
-    Of mean_squared_gradient_norm, which is an average over the run already, the last.
+    mean_squared_gradient_norm is an average over the run already: its last value is taken.
     """
     names = sorted({name for epoch in epochs for name in epoch if name.startswith("theory_")})
     measured = {name: [epoch[name] for epoch in epochs if name in epoch] for name in names}
@@ -116,7 +116,7 @@ def theory_result(epochs: list[dict]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Of what the weights depend on."""
+    """Versions of the packages that the weights depend on."""
     return {
         "conadv_tf": __version__,
         "tensorflow": tf.__version__,
@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
 
 def result_text(result: dict) -> str:
     """The result for a person."""
-    setting = f"{result['method']}"
+    setting = result["method"]
     if result["schedule"]:
         setting += f" ({result['schedule']}, tau {result['tau']})"
     if result["epsilon"] is not None:

@@ -1,4 +1,4 @@
-"""What a run that is resumed shares with the one in its folder, and in what it may differ."""
+"""Rules of resuming: what a run must share with the run in its folder, and in what it may differ."""
 
 from typing import Any
 
@@ -8,14 +8,17 @@ from conadv_tf.models.resnet import ResNet
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.training.plan import Plan
 
-Layout = dict[str, Any]
+# How a run is spread over replicas, by the names in layout.json.
+Spread = dict[str, Any]
 
 
-def layout(plan: Plan, network: ResNet) -> Layout:
-    """How a run is spread over what computes it, and of how many images.
+def spread_of(plan: Plan, network: ResNet) -> Spread:
+    """The spread of a run over replicas and micro-batches, and the numbers of images that it depends on.
 
-    batch_norm_images and num_train change what is trained. With batch statistics over groups of replicas, other `rows`
-    change attacks, whose own are over a replica's images, and random draws; else they go with batch_norm_images.
+    Another number of replicas or micro-batches computes the same run, up to rounding. Another batch_norm_images or
+    num_train is another run. `rows`, the images of one micro-batch on one replica, follow from batch_norm_images,
+    except where groups of replicas share batch statistics: there other `rows` change the attack, whose own statistics
+    are over the images of one replica, and the random draws.
     """
     images = plan.rows * network.replicas_per_group
     return {
@@ -27,12 +30,17 @@ def layout(plan: Plan, network: ResNet) -> Layout:
     }
 
 
-def check(folder: RunFolder, current: Layout) -> None:
-    """Raises ConfigError if the folder holds a run of other settings or data, or other images in batch statistics."""
+def check(folder: RunFolder, current: Spread) -> None:
+    """Checks that the folder holds this run or none.
+
+    Raises:
+      ConfigError: if the folder holds a run of other settings, on other data, or with batch statistics over another
+        number of images.
+    """
     saved, before = folder.read_config(), folder.read_layout()
-    # What it changes of the run, the layout tells.
-    told = ("train.microbatch_size",) if before else ()
-    changed = saved and config.difference(saved, config.operative_config(), told)
+    # A micro-batch may have another size: batch_norm_images, below, says whether that is another run.
+    free = ("train.microbatch_size",) if before else ()
+    changed = saved and config.difference(saved, config.operative_config(), free)
     if changed:
         name, old, new = changed
         raise ConfigError(
@@ -53,12 +61,12 @@ def check(folder: RunFolder, current: Layout) -> None:
         )
 
 
-def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Layout) -> str:
-    """Where a run goes on, after `update`, and on what, where that is another number of replicas or micro-batches."""
+def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Spread) -> str:
+    """The line that says after which update a run goes on, and on how many replicas where their number has changed."""
     epochs, more = divmod(update, steps_per_epoch)
     text = f"resuming {folder.path} after " + (f"update {update:,}" if more else f"epoch {epochs}")
     before = folder.read_layout() or current
-    now, then = (f"{each['num_replicas']} replicas × {each['microbatches']}" for each in (current, before))
+    now, then = (f"{spread['num_replicas']} replicas × {spread['microbatches']}" for spread in (current, before))
     if now == then:
         return text
     text = f"{text}, on {now} micro-batches, before {then}: the same run up to rounding"

@@ -1,4 +1,4 @@
-"""From --tpu and --strategy to a tf.distribute strategy, and the collectives replicas need."""
+"""Strategies of tf.distribute, made from --tpu and --strategy."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ACCELERATOR_TYPE = re.compile(r"^(v\d+[a-z]*|v5litepod)-(\d+)$")
 
 
 def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
-    """The strategy for --strategy and --tpu (SPEC section 6).
+    """The strategy for --strategy and --tpu.
 
     Args:
       strategy: one of STRATEGIES; "auto" takes a TPU if --tpu is given, several workers if TF_CONFIG names
@@ -80,7 +80,7 @@ def _other_workers(config: dict) -> list[str]:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process keeps the run's files: the only one, or the first of several workers."""
+    """Tells whether this process keeps the run's files: the only one, or the first of several workers."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
     resolver = strategy.cluster_resolver

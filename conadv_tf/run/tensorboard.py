@@ -20,11 +20,11 @@ GAP = 4
 class TensorBoard(tf_keras.callbacks.Callback):
     """Scalars, histograms of γ of each BN set and a panel clean | perturbation | adversarial, by update.
 
-    Training goes on without them, after one warning, where they cannot be written.
+    Training goes on without TensorBoard, after one warning, where its events cannot be written.
 
     Args:
-      folder: of the run; events go to its `tensorboard`.
-      plan: of the run.
+      folder: folder of the run; events go to its `tensorboard`.
+      plan: plan of the run.
       examples: (images, labels) for the panel, a few; None or a method without attack: no panel.
     """
 
@@ -69,7 +69,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
         if self._writer is None:
             return
         step = (epoch + 1) * self._plan.steps_per_epoch
-        # Panels are large beside scalars: about ten of them tell the story.
+        # Panels are large beside scalars: about ten a run tell the story.
         draw = (epoch + 1) % max(1, self._plan.epochs // 10) == 0
         panel = self._panel() if draw else None
         with self._given_up_where_it_fails(), self._writer.as_default(step=step):
@@ -80,7 +80,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
             if panel:
                 self._write_panel(*panel)
             self._writer.flush()
-            if not tf.io.gfile.isdir(self._directory):  # which TensorFlow's writer does not mind
+            if not tf.io.gfile.isdir(self._directory):  # TensorFlow's writer does not mind a missing folder
                 raise FileNotFoundError("it is gone")
 
     @contextlib.contextmanager
@@ -116,19 +116,19 @@ def attack_panel(images: np.ndarray, adversarial: np.ndarray, height: int = 64) 
     """A picture of an attack, one image a row: clean | perturbation, magnified around grey | adversarial.
 
     Args:
-      images, adversarial: [rows, H, W, C] in [0, 255].
+      images, adversarial: [n, H, W, C] in [0, 255].
       height: pixels an image is enlarged to at least.
 
     Returns:
-      the factor of magnification, and the panel, uint8 [rows · H', 3 · W', C], a white gap after each picture.
+      the factor of magnification, and the panel, uint8 [n · H', 3 · W', C], a white gap after each picture.
     """
     clean = images.astype(np.float32)
     delta = adversarial - clean
     factor = 127.0 / max(float(np.abs(delta).max()), 1.0)
     scale = max(1, -(-height // images.shape[1]))
-    rows = []
+    columns = []
     for picture in (clean, 127.5 + factor * delta, adversarial):
         enlarged = picture.repeat(scale, axis=1).repeat(scale, axis=2)
-        rows.append(np.pad(enlarged, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255))
-    panel = np.concatenate(list(np.concatenate(rows, axis=2)), axis=0)
+        columns.append(np.pad(enlarged, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255))
+    panel = np.concatenate(list(np.concatenate(columns, axis=2)), axis=0)
     return factor, np.clip(np.round(panel), 0, 255).astype(np.uint8)

@@ -13,7 +13,6 @@ from conadv_tf.run import callbacks, checkpoint, divergence, lock, monitor, pree
 from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
 from conadv_tf.run.folder import RunFolder, recorded
-from conadv_tf.run.report import facts
 from conadv_tf.run.strategy import is_chief
 from conadv_tf.run.tensorboard import TensorBoard
 from conadv_tf.training.learning_rate import peak_of, warmup_poly_decay
@@ -27,30 +26,30 @@ def train(run: Run, model_dir: str) -> dict:
     Raises:
       ConfigError: if the folder holds another run.
       RunError: if the folder cannot be used or is in use, or an update is not finite (divergence.py).
-      Preempted, KeyboardInterrupt: after SIGTERM, SIGINT; the run is kept up to the update they came in.
+      Preempted, KeyboardInterrupt: after SIGTERM, SIGINT; the run is kept up to the update in which the signal came.
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = RunFolder(model_dir, writes=is_chief(run.strategy))
-    layout = resuming.layout(run.plan, run.model.network)
-    resuming.check(folder, layout)
+    spread = resuming.spread_of(run.plan, run.model.network)
+    resuming.check(folder, spread)
     finished = folder.read_result()
     if finished:
         terminal.say(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     folder.make()
     with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
-        return _train_in(run, folder, layout)
+        return _train_in(run, folder, spread)
 
 
-def _train_in(run: Run, folder: RunFolder, layout: resuming.Layout) -> dict:
+def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread) -> dict:
     checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
     update = checkpoints.restore()
     folder.write_config(config.operative_config())
     if update:
-        terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, layout))
+        terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, spread))
     elif run.divergence.retries and folder.writes:
-        checkpoints.save()  # what to go back to from the first epoch
-    folder.write_layout(layout)
+        checkpoints.save()  # a run that diverges in its first epoch goes back to it
+    folder.write_layout(spread)
     _fit_to_the_end(run, folder, checkpoints, update)
     result = _result(run, folder)
     if folder.writes:
@@ -62,9 +61,13 @@ def _train_in(run: Run, folder: RunFolder, layout: resuming.Layout) -> dict:
 
 
 def _fit_to_the_end(run: Run, folder: RunFolder, checkpoints: checkpoint.Checkpoints, update: int) -> None:
-    """`_fit`, and where it diverges again from the last checkpoint with a lower peak, as often as divergence.retries.
+    """Trains from `update` to the end of the run.
 
-    What it has gone back from is kept in the folder, and counts when the run is started again.
+    A run that diverges goes back to its last checkpoint and on with a lower peak learning rate, divergence.retries
+    times at most. The folder keeps the divergences: they count when the run is started again.
+
+    Raises:
+      Diverged: where the retries are used up.
     """
     divergences = folder.read_divergences()
     if divergences:
@@ -76,7 +79,7 @@ def _fit_to_the_end(run: Run, folder: RunFolder, checkpoints: checkpoint.Checkpo
         while True:
             try:
                 _fit(run, folder, checkpoints, update, request)
-                return request.end_if_told(checkpoints.last)  # it may have come after the last update
+                return request.end_if_made(checkpoints.last)  # it may have come after the last update
             except divergence.Diverged as error:
                 if len(divergences) >= run.divergence.retries:
                     raise error.after(len(divergences)) from None
@@ -87,7 +90,7 @@ def _fit_to_the_end(run: Run, folder: RunFolder, checkpoints: checkpoint.Checkpo
 
 
 def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
-    """Lowers the peak of a run whose weights are those at `update` again; returns what is to be kept of that."""
+    """Lowers the peak of a run that has gone back to `update`; returns the entry for divergences.json."""
     _, last_peak = peak_of(run.model.optimizer.learning_rate)
     peak = float(f"{run.divergence.peak_factor * last_peak:.6g}")
     logging.warning("%s: going back to update %d with a peak learning rate of %.4g", diverged.text, update, peak)
@@ -101,22 +104,22 @@ def _lower_peak(run: Run, peak: float) -> None:
 
 
 def _is_alone(run: Run) -> bool:
-    """One of several workers cannot end, or save sums over replicas, without the others."""
+    """Tells whether this process trains alone: one of several workers cannot end, or save sums over replicas, alone."""
     return not isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def _fit(
     run: Run, folder: RunFolder, checkpoints: checkpoint.Checkpoints, update: int, request: preemption.Request
 ) -> None:
-    """Trains from `update` on, saved also when the process is told to end; the weights are those at `update`."""
+    """Trains to the end of the run, or saves it and ends where the process is asked to; the weights are at `update`."""
     with data_service.watched(run.data.services):
         if _is_alone(run):
             _evaluate_last(run, folder, update, request)
-        request.end_if_told(checkpoints.last)
+        request.end_if_made(checkpoints.last)
         called = _callbacks(run, folder, checkpoints, update, request)
         try:
             run.model.fit(
-                _train_batches(run, update),
+                train_batches(run, update),
                 epochs=run.plan.epochs,
                 initial_epoch=update // run.plan.steps_per_epoch,
                 steps_per_epoch=run.plan.steps_per_epoch,
@@ -147,7 +150,6 @@ def _callbacks(
             callbacks.ProgressBar(plan, run.recipe, throughput, update),
             TensorBoard(folder, plan, panel),
         ]
-    saves = settings.checkpoint_is_due, settings.checkpoint_every_steps
     return [
         *([callbacks.GoOn(within, so_far)] if so_far else []),
         throughput,
@@ -155,12 +157,21 @@ def _callbacks(
         callbacks.Evaluation(lambda: _test_results(run, request), settings.evaluation_is_due),
         _theory_monitor(run, folder, epoch),
         *watchers,
-        callbacks.Recorder(plan, folder, checkpoints, throughput, *saves, epoch, request),
+        callbacks.Recorder(
+            plan,
+            folder,
+            checkpoints,
+            throughput,
+            due=settings.checkpoint_is_due,
+            every_steps=settings.checkpoint_every_steps,
+            first_epoch=epoch,
+            request=request,
+        ),
     ]
 
 
 def _test_results(run: Run, request: preemption.Request) -> dict[str, float]:
-    """`evaluate` on the test images; nothing if the process is told to end meanwhile."""
+    """Evaluates the test images; empty if the process is asked to end meanwhile."""
     try:
         return evaluate(run, "test", [callbacks.EndEarly(request)])
     except callbacks.EndEarly.Cut:
@@ -168,7 +179,7 @@ def _test_results(run: Run, request: preemption.Request) -> dict[str, float]:
 
 
 def _evaluate_last(run: Run, folder: RunFolder, update: int, request: preemption.Request) -> None:
-    """Adds the test results to the line of the epoch that ends at `update`, if its process had no time for them."""
+    """Adds missing test results to the line of the epoch that ends at `update`: its process was asked to end before."""
     epochs = folder.read_metrics()[: update // run.plan.steps_per_epoch]
     due = epochs and run.settings.evaluation_is_due(len(epochs) - 1) and "test_top1" not in epochs[-1]
     if due and update % run.plan.steps_per_epoch == 0:
@@ -178,13 +189,13 @@ def _evaluate_last(run: Run, folder: RunFolder, update: int, request: preemption
 
 
 def _theory_monitor(run: Run, folder: RunFolder, first_epoch: int) -> monitor.TheoryMonitor:
-    # Data that are streamed are read for it: not for a method that has no stale weights.
+    # Streamed data are read for the monitor's images: not for a method without stale weights.
     examples = run.data.examples("train", run.monitor.images) if run.model.method.tau else None
     return monitor.TheoryMonitor(run.monitor, run.plan.epochs, examples, folder.read_metrics()[:first_epoch])
 
 
-def _train_batches(run: Run, update: int):
-    """The data from the first image on that training from `update` on needs."""
+def train_batches(run: Run, update: int):
+    """The distributed batches that training needs from `update` on; prepares the model's carry for them."""
     plan, method = run.plan, run.model.method
     begin = method.start_epoch * plan.steps_per_epoch
     if update > begin:
@@ -207,22 +218,22 @@ def _train_batches(run: Run, update: int):
 
 def evaluate(run: Run, split: str, watchers: Sequence[tf_keras.callbacks.Callback] = ()) -> dict[str, float]:
     """loss, top1 and top5 (shares in [0, 1]) over exactly every image of a split, not augmented."""
-    rows, replicas = run.plan.rows, run.plan.num_replicas
+    images, replicas = run.plan.rows, run.plan.num_replicas
     hosts: list[int] = []
 
     def batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
         hosts.append(context.num_input_pipelines)
-        return run.data.evaluation_batches(split, rows, replicas, hosts[0], context.input_pipeline_id)
+        return run.data.evaluation_batches(split, images, replicas, hosts[0], context.input_pipeline_id)
 
     distributed = run.strategy.distribute_datasets_from_function(batches)
-    steps = run.data.evaluation_steps(split, rows, replicas, hosts[0])
+    steps = run.data.evaluation_steps(split, images, replicas, hosts[0])
     return run.model.evaluate(distributed, steps=steps, verbose=0, return_dict=True, callbacks=list(watchers))
 
 
 def _result(run: Run, folder: RunFolder) -> dict:
     epochs, divergences = folder.read_metrics(), folder.read_divergences()
     return {
-        **facts(run),
+        **report.facts(run),
         **report.evaluation_result({split: evaluate(run, split) for split in run.data.sizes}),
         **report.speed_result(epochs),
         "theory": report.theory_result(epochs),

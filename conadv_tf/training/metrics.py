@@ -81,6 +81,13 @@ def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (Lemma 1 of the paper)."""
     if stale is network:
         return tf.constant(0.0)
-    variables = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
-    pairs = [(tf.convert_to_tensor(now), tf.convert_to_tensor(then)) for now, then in variables if now.trainable]
-    return tf.linalg.global_norm([now - then for now, then in pairs]) / tf.linalg.global_norm([now for now, _ in pairs])
+    weights = [tf.convert_to_tensor(variable) for variable in network.leaf_variables() if variable.trainable]
+    return distance(network, stale) / tf.linalg.global_norm(weights)
+
+
+def distance(network: ResNet, stale: ResNet) -> tf.Tensor:
+    """‖θ_t − θ_{t−τ}‖ over all variables that the network trains, float32 scalar."""
+    pairs = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
+    return tf.linalg.global_norm(
+        [tf.convert_to_tensor(now) - tf.convert_to_tensor(then) for now, then in pairs if now.trainable]
+    )

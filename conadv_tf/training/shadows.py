@@ -18,8 +18,3 @@ def shadow_copy(network: ResNet) -> ResNet:
     for shadow, weights in zip(copy.leaf_variables(), network.leaf_variables(), strict=True):
         shadow.assign(weights)
     return copy
-
-
-def leaf_variables(network: ResNet) -> list[tf.Variable]:
-    """See ResNet.leaf_variables."""
-    return network.leaf_variables()
