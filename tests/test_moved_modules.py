@@ -132,7 +132,7 @@ def texts() -> list[Path]:
 
 
 def test_modules_named_in_strings_are_there():
-    """Fault seen caught: "-m conadv_tf.data_service" after the module had moved to data/service.py."""
+    """Fault seen caught: the name that data/service.py had before it moved, in a "-m"."""
     named = {
         (module, str(path.relative_to(ROOT)))
         for path in texts()

@@ -90,7 +90,7 @@ def test_autoaugment_changes_what_it_is_to_change():
     [("96k_vanilla.gin", 25_557_032), ("96k_conadv.gin", 25_610_152), ("96k_conadv_aa_release.gin", 25_663_272)],
 )
 def test_full_size_network_of_each_number_of_branches(recipe, parameters):
-    """53,120 γ and β each branch (SPEC section 2 counts the statistics, as many)."""
+    """53,120 γ and β each branch."""
     config.configure([recipe, "data/synthetic.gin"], [])
     built = build_run(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, num_replicas=512)
     assert sum(int(np.prod(v.shape)) for v in built.model.network.trainable_variables) == parameters
