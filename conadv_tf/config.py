@@ -323,8 +323,7 @@ def _explanation(error: Exception) -> str:
         return f"{cause}{where}: {_suggestion(unknown.group(1), configurables())}"
     if misspelt:
         return f"{cause}{where}: {_suggestion(misspelt.group(2), [*parameters(misspelt.group(1))])}"
-    undefined = re.search(r"No bindings specified for '([^']+)/gin.macro'", text)
-    if undefined:
+    if undefined := re.search(r"No bindings specified for '([^']+)/gin.macro'", text):
         name = undefined.group(1)
         return f"the macro %{name} is not defined: write {name} = value, or the value itself"
     if isinstance(error, SyntaxError) or "malformed node" in cause:

@@ -169,7 +169,7 @@ def conadv(
       attack: how x̂ is made; None takes gin's `attack`.
       mixture: the part that x̂ has in an update; None takes gin's `adversarial`.
       schedule: how an update is carried out, see schedules.py: "shadow", "lookahead", "paired" or "phased".
-      tau: ≥ 0; 0 is disadv. The schedules other than "shadow" have 1.
+      tau: the delay of the attacked weights in updates, ≥ 0; 0 is disadv. The schedules other than "shadow" have 1.
 
     Raises:
       ConfigError: for an unknown schedule or delay, or settings that the schedule cannot have.

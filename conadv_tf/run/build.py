@@ -37,8 +37,8 @@ class TrainSettings:
       all_reduce_dtype: dtype of gradients on their way between replicas, "float32" or "bfloat16" (half the traffic).
       jit_compile: XLA off a TPU as well; a TPU always compiles.
       steps_per_execution: updates made without returning to Python; 0: an epoch's on a TPU, one elsewhere.
-      evaluate_every_epochs, checkpoint_every_epochs: epochs between two evaluations, and between two checkpoints; the
-        last epoch always has both.
+      evaluate_every_epochs: epochs between two evaluations; the last epoch always has one.
+      checkpoint_every_epochs: epochs between two checkpoints; the last epoch always has one.
       checkpoint_every_steps: updates between two checkpoints within an epoch, for long epochs; 0: none. Where
         steps_per_execution updates are one call, the checkpoint comes after the call.
     """
