@@ -18,7 +18,7 @@ V3 = GENERATIONS["v3"]
 PASSES = {
     "train": Work(optimal_seconds=0.050),
     "attack": Work(optimal_seconds=0.030),
-    "both": Work(optimal_seconds=0.055),
+    "train and attack": Work(optimal_seconds=0.055),
     "end": Work(optimal_seconds=0.004),
 }
 
