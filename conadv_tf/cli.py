@@ -1,27 +1,24 @@
 """The command line: flags → gin → one run. No other module reads flags."""
 
+import logging as python_logging
 import os
 import signal
 import sys
 import traceback
 
-import tensorflow as tf
 from absl import app, flags, logging
 
 from conadv_tf import config, terminal
-from conadv_tf.data.sources import SOURCES
 from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker
-from conadv_tf.preflight import preflight
-from conadv_tf.run import preemption, report
-from conadv_tf.run.build import build
-from conadv_tf.run.strategy import STRATEGIES, make_strategy, parse_accelerator_type, replicas_of
-from conadv_tf.run.train import train
+from conadv_tf.run import preemption
+
+# What needs TensorFlow is imported where it is used: seconds that --help and a misspelt file do without.
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "A recipe, as given or below gin/; repeatable, later over earlier.")
 flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pixels=4"; repeatable, over all files.')
 flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an accelerator type such as v3-512.")
-flags.DEFINE_string("strategy", "auto", f"One of {', '.join(STRATEGIES)}.")
+flags.DEFINE_string("strategy", "auto", "auto, tpu, mirrored, multiworker or one_device.")
 flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
@@ -68,33 +65,40 @@ def _run(_: list[str]) -> None:
         _train()
     except (ConfigError, DataError, RunError) as error:
         _fail(error)
-    except tf.errors.OpError as error:
-        translated = data_error(error) or lost_worker(error)
-        if translated is None:
-            raise
-        _fail(translated)
     except Preempted as stop:
         terminal.say(f"\npreempted: {stop}", sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         terminal.say("\ninterrupted: the same command goes on from what was saved", sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        # TensorFlow wraps what its threads raise, and a lost worker is an error of its own.
+        translated = data_error(error) or lost_worker(error)
+        if translated is None:
+            raise
+        _fail(translated)
 
 
 def _quiet() -> None:
     """Leaves a run's own lines alone on the screen: TensorFlow and absl report saving and tracing as news."""
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-        tf.get_logger().setLevel("WARNING")
+        python_logging.getLogger("tensorflow").setLevel("WARNING")
 
 
 def _train() -> None:
+    """Trains the recipe of the flags, or prints its preflight."""
     gin_files = FLAGS.gin_file or [config.DEFAULT_RECIPE]
     recipe = config.recipe_name(gin_files)
     config.configure(gin_files, FLAGS.gin_param)
     if FLAGS.preflight:
         _preflight(recipe, gin_files)
         return
+    from conadv_tf.run import report
+    from conadv_tf.run.build import build
+    from conadv_tf.run.strategy import make_strategy
+    from conadv_tf.run.train import train
+
     built = build(recipe, make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
     terminal.say(report.arithmetic(built))
@@ -103,6 +107,13 @@ def _train() -> None:
 
 def _preflight(recipe: str, gin_files: list[str]) -> None:
     """Prints the arithmetic of the run, without its data where none are here, and what it costs on --tpu=TYPE."""
+    import tensorflow as tf
+
+    from conadv_tf.preflight import preflight
+    from conadv_tf.run import report
+    from conadv_tf.run.build import build
+    from conadv_tf.run.strategy import make_strategy, parse_accelerator_type, replicas_of
+
     if FLAGS.data_dir is None:
         config.configure_without_files(gin_files, FLAGS.gin_param)
     typed = parse_accelerator_type(FLAGS.tpu or "")
@@ -127,7 +138,7 @@ def _check_effect() -> None:
                 f"--gin_param={binding!r} sets {name}, which this run does not use: drop it, or {_use_of(name)}"
             )
     # Another source than the chosen one may keep its settings: a later recipe has replaced it as a whole.
-    unexpected = [name for name in idle if name.split(".")[0] not in SOURCES]
+    unexpected = [name for name in idle if name.split(".")[0] not in config.sources()]
     if unexpected:
         print(f"  not used by this run: {', '.join(unexpected)}")
 
@@ -135,7 +146,7 @@ def _check_effect() -> None:
 def _use_of(name: str) -> str:
     """Says how a run comes to use a setting."""
     configurable = name.split(".")[0]
-    if configurable in SOURCES:
+    if configurable in config.sources():
         return f"set data.source={configurable!r}"
     return "stream files, with in_memory=False" if configurable == "stream" else "choose what uses it"
 

@@ -44,22 +44,6 @@ ONE_LINE = 100_000
 
 DEFAULT_RECIPE = "digits_conadv.gin"
 
-# Settings that may change when a run is resumed: how it is executed and reported, not what it computes.
-EXECUTION_SETTINGS = (
-    "data.max_bad_records",
-    "divergence.peak_factor",
-    "divergence.retries",
-    "mirrored.logical_cpus",
-    "monitor.every_epochs",
-    "monitor.images",
-    "stream.cache",
-    "stream.service",
-    "train.checkpoint_every_epochs",
-    "train.checkpoint_every_steps",
-    "train.evaluate_every_epochs",
-    "train.steps_per_execution",
-)
-
 # Settings of earlier versions, and where they are now; {source} is what data.source says.
 MOVED = {
     "data.augmentation": "{source}.augmentation",
@@ -106,18 +90,19 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
       ConfigError: for a missing file, an unknown name, a misspelt parameter, a value of the wrong type, an unused
         macro, or a statement that is no value.
     """
+    for path in gin_files:
+        _check_file(path, ())
+    for binding in gin_params:
+        _check_statements(binding, f"--gin_param={binding!r}", ())
     register()
     gin.clear_config()
     # Files only: gin would also look for Python packages, and take a folder `data` here for one.
     gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
     gin_config._LOCATION_PREFIXES[:] = ["", recipe_folder()]
     for path in gin_files:
-        _check_file(path, ())
         _parse(functools.partial(gin.parse_config_file, path, skip_unknown=False), path)
     for binding in gin_params:
-        source = f"--gin_param={binding!r}"
-        _check_statements(binding, source, ())
-        _parse(functools.partial(gin.parse_config, binding, skip_unknown=False), source)
+        _parse(functools.partial(gin.parse_config, binding, skip_unknown=False), f"--gin_param={binding!r}")
     _check_macros()
     _parse(gin.finalize, "the configuration")
     for name, function, parameter, value in _bindings():
@@ -153,7 +138,7 @@ def configure_without_files(gin_files: Sequence[str], gin_params: Sequence[str])
     """
     configure(gin_files, gin_params)
     source = setting("data.source")
-    if source not in _sources() or not _sources()[source].reads_files:
+    if source not in sources() or not sources()[source].reads_files:
         return
     if setting(f"{source}.num_train") is None:
         raise ConfigError(f"--preflight without --data_dir cannot count the images: set {source}.num_train")
@@ -172,59 +157,6 @@ def parse_settings(text: str) -> dict[str, str]:
     return {name: value for name, value in lines}
 
 
-def kept_settings(text: str) -> dict[str, str]:
-    """The bindings of a kept config.gin, name to value as written, under the names that settings have now.
-
-    Settings that earlier versions wrote for every source, and that the source of this run does not have, are left out.
-    """
-    register()
-    found = parse_settings(text)
-    source = found.get("data.source", "")
-    source = found.get(source.removeprefix("%"), source).strip("'\"")  # of a macro, its value
-    if source not in _sources():
-        return found
-    streams = _sources()[source].reads_files and found.get("data.in_memory") == "False"
-    present = {"autoaugment", source, *(["stream"] if streams else [])}
-    kept = {}
-    for name, value in found.items():
-        new = MOVED.get(name, name).format(source=source)
-        configurable, _, parameter = new.rpartition(".")
-        if name not in MOVED or (configurable in present and parameter in parameters(configurable)):
-            kept[new] = value
-    return kept
-
-
-def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:
-    """Finds the first setting in which two operative configurations differ.
-
-    Args:
-      saved: a configuration as it was kept, by this version or an earlier one.
-      current: the other configuration.
-      but: settings that may differ, beside EXECUTION_SETTINGS.
-
-    Returns:
-      (name, saved value, current value), "unset" for a missing one; None if both compute the same.
-    """
-    old, new = kept_settings(saved), kept_settings(current)
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and name not in (*EXECUTION_SETTINGS, *but):
-            return name, old.get(name, "unset"), new.get(name, "unset")
-    return None
-
-
-def contradiction(saved: str) -> tuple[str, str, str] | None:
-    """Finds the first setting of the parsed recipe that a saved run had otherwise; defaults are not compared.
-
-    Returns:
-      (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
-    """
-    old, new = kept_settings(saved), parse_settings(gin.config_str(max_line_length=ONE_LINE))
-    for name in sorted(old.keys() & new.keys()):
-        if old[name] != new[name] and name not in EXECUTION_SETTINGS:
-            return name, old[name], new[name]
-    return None
-
-
 def bindings_without_effect() -> list[str]:
     """Lists the settings bound by recipes or flags that nothing in this run has read."""
     read = parse_settings(operative_config())
@@ -237,7 +169,7 @@ def bound_name(binding: str) -> str:
     return ".".join(binding.partition("=")[0].strip().split(".")[-2:])
 
 
-def _sources() -> dict[str, Any]:
+def sources() -> dict[str, Any]:
     """The classes of the sources of data, by what data.source may say."""
     return importlib.import_module("conadv_tf.data.sources").SOURCES
 
@@ -337,8 +269,8 @@ def _moved(name: str) -> str:
     configurable, parameter = MOVED[name].split(".")
     if configurable != "{source}":
         return f"{name} is now {MOVED[name]}: write that"
-    having = [source for source in _sources() if parameter in parameters(source)]
-    lacking = [source for source in _sources() if source not in having]
+    having = [source for source in sources() if parameter in parameters(source)]
+    lacking = [source for source in sources() if source not in having]
     *others, last = (f"{source}.{parameter}" for source in having)
     choice = f"{', '.join(others)} or {last}, as data.source says"
     places = choice if others else f"{last}, with data.source={having[0]!r}"

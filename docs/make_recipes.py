@@ -16,6 +16,7 @@ from pathlib import Path
 import gin
 
 from conadv_tf import config
+from conadv_tf.run import kept_config
 
 GIN = Path(config.recipe_folder())
 DOCUMENT = Path(__file__).with_name("recipes.md")
@@ -72,7 +73,7 @@ new names. SOURCE is the value of `data.source`.
 def document() -> str:
     """The whole document."""
     config.register()
-    names = ", ".join(f"`{name}`" for name in config.EXECUTION_SETTINGS)
+    names = ", ".join(f"`{name}`" for name in kept_config.EXECUTION_SETTINGS)
     execution = textwrap.fill(names, 120, break_long_words=False)
     moved = "".join(f"| `{old}` | `{new.format(source='SOURCE')}` |\n" for old, new in config.MOVED.items())
     parts = [INTRODUCTION.format(execution=execution), recipes(), settings(), MOVED + moved]

@@ -200,3 +200,17 @@ def test_types_are_checked_everywhere():
     files = re.search(r"^\[tool\.mypy\].*?^files = (\[.*?\])", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
     assert files
     assert ast.literal_eval(files.group(1)) == ["conadv_tf", "train.py", "reproduce.py"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"), [(["--help"], 0), (["--gin_file=nothing.gin"], 2), (["--nothing=1"], 2), (["train.epochs=3"], 2)]
+)
+def test_what_can_be_said_without_tensorflow_loads_none(flags, code):
+    """Fault seen caught: `from conadv_tf.run import report` at the top of cli.py."""
+    program = (
+        "import sys; from conadv_tf import cli\n"
+        "try: cli.run_command_line(['train.py', *sys.argv[1:]])\n"
+        "except SystemExit as end: print(end.code, 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} False"

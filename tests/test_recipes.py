@@ -14,7 +14,7 @@ from sample_data import FOLDER as DATA
 
 from conadv_tf import config
 from conadv_tf.errors import ConfigError
-from conadv_tf.run import report
+from conadv_tf.run import kept_config, report
 from conadv_tf.run.build import Run
 from conadv_tf.run.build import build as build_run
 
@@ -208,9 +208,9 @@ def test_a_macro_is_fine_where_it_is_used(tmp_path):
 
 def test_difference_ignores_how_a_run_is_executed():
     old = "train.epochs = 3\ntrain.steps_per_execution = 0\n"
-    assert config.difference(old, "train.epochs = 3\ntrain.steps_per_execution = 5\n") is None
-    assert config.difference(old, "train.epochs = 4\n") == ("train.epochs", "3", "4")
-    assert config.difference(old, "train.epochs = 3\nlars.momentum = 0.9\n") == (
+    assert kept_config.difference(old, "train.epochs = 3\ntrain.steps_per_execution = 5\n") is None
+    assert kept_config.difference(old, "train.epochs = 4\n") == ("train.epochs", "3", "4")
+    assert kept_config.difference(old, "train.epochs = 3\nlars.momentum = 0.9\n") == (
         "lars.momentum",
         "unset",
         "0.9",

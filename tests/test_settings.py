@@ -10,6 +10,7 @@ from conadv_tf import config, data
 from conadv_tf.data.sources import SOURCES
 from conadv_tf.errors import ConfigError
 from conadv_tf.experiments.study import SCALES, Cell
+from conadv_tf.run import kept_config
 
 ROOT = Path(__file__).parents[1]
 KEPT = sorted(ROOT.glob("results/**/config.gin"))
@@ -104,16 +105,16 @@ def test_no_recipe_has_a_setting_that_has_moved():
 
 
 def test_a_kept_configuration_is_read_under_the_names_of_now():
-    assert config.kept_settings(STREAMED) == NOW
+    assert kept_config.kept_settings(STREAMED) == NOW
     again = "\n".join(f"{name} = {value}" for name, value in NOW.items())
-    assert config.kept_settings(again) == NOW
-    assert config.difference(STREAMED, again) is None
-    assert config.difference(STREAMED, again.replace("label_offset = 1", "label_offset = 0")) == (
+    assert kept_config.kept_settings(again) == NOW
+    assert kept_config.difference(STREAMED, again) is None
+    assert kept_config.difference(STREAMED, again.replace("label_offset = 1", "label_offset = 0")) == (
         "tfrecords.label_offset",
         "1",
         "0",
     )
-    assert config.difference(STREAMED, again.replace("cache = 'memory'", "cache = 'none'")) is None
+    assert kept_config.difference(STREAMED, again.replace("cache = 'memory'", "cache = 'none'")) is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_a_kept_configuration_is_read_under_the_names_of_now():
 )
 def test_settings_that_the_kept_source_does_not_have_are_left_out(source, kept):
     text = STREAMED.replace("'tfrecords'", f"'{source}'").replace("tfds_name = None", "tfds_name = 'mnist'")
-    found = config.kept_settings(text)
+    found = kept_config.kept_settings(text)
     own = {name for name in found if name.startswith(f"{source}.")}
     if source == "tfds":
         assert found["tfds.dataset"] == "'mnist'"
@@ -139,13 +140,13 @@ def test_settings_that_the_kept_source_does_not_have_are_left_out(source, kept):
 
 
 def test_images_in_memory_were_not_streamed():
-    found = config.kept_settings(STREAMED.replace("in_memory = False", "in_memory = True"))
+    found = kept_config.kept_settings(STREAMED.replace("in_memory = False", "in_memory = True"))
     assert not [name for name in found if name.startswith("stream.")]
 
 
 def test_a_kept_source_may_be_a_macro():
     text = STREAMED.replace("data.source = 'tfrecords'", "SOURCE = 'tfrecords'\ndata.source = %SOURCE")
-    assert config.kept_settings(text) == {**NOW, "SOURCE": "'tfrecords'", "data.source": "%SOURCE"}
+    assert kept_config.kept_settings(text) == {**NOW, "SOURCE": "'tfrecords'", "data.source": "%SOURCE"}
 
 
 NAME = re.compile(r"(?P<row>.+)_lr(?P<rate>[\d.]+)(_e(?P<epsilon>[\d.]+))?(_tau(?P<tau>\d+))?_s(?P<seed>\d+)")
@@ -167,10 +168,10 @@ def test_every_kept_run_is_the_run_of_its_recipe():
         assert cell.scale in SCALES
         config.configure(cell.gin_files(), cell.gin_params())
         text = path.read_text()
-        assert config.contradiction(text) is None, path
-        kept = config.kept_settings(text)
+        assert kept_config.contradiction(text) is None, path
+        kept = kept_config.kept_settings(text)
         assert not config.MOVED.keys() & kept.keys(), path
-        assert config.difference(text, "\n".join(f"{name} = {value}" for name, value in kept.items())) is None
+        assert kept_config.difference(text, "\n".join(f"{name} = {value}" for name, value in kept.items())) is None
         config.configure([], [f"{name} = {value}" for name, value in kept.items()])
 
 
@@ -184,12 +185,14 @@ def test_a_kept_run_on_digits_goes_on_with_its_recipe():
     cell = cell_of(path)
     config.configure(cell.gin_files(), cell.gin_params())
     data.load()
-    assert of_data(config.kept_settings(path.read_text())) == of_data(config.parse_settings(config.operative_config()))
+    assert of_data(kept_config.kept_settings(path.read_text())) == of_data(
+        config.parse_settings(config.operative_config())
+    )
 
 
 def test_a_kept_run_on_files_has_all_settings_of_its_source():
     [path] = KEPT_ON["cifar10"]
-    kept = config.kept_settings(path.read_text())
+    kept = kept_config.kept_settings(path.read_text())
     assert {name for name in kept if name.startswith("tfrecords.")} == {
         f"tfrecords.{name}" for name in config.parameters("tfrecords")
     }

@@ -27,7 +27,7 @@ def fail_unless(condition: tf.Tensor | bool, line: str, *values: tf.Tensor) -> t
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """How a record becomes an example.
+    """The way a record becomes an example.
 
     Attributes:
       label_offset: the stored label of class 0.

@@ -21,7 +21,7 @@ CACHES = ("none", "memory")
 @gin.configurable("stream")
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """How files are streamed. Images in memory do without.
+    """Settings of streaming, without effect on images in memory.
 
     Attributes:
       shuffle_buffer: the number of records in the shuffle buffer of each host.

@@ -35,7 +35,7 @@ from conadv_tf.experiments import sharpness
 from conadv_tf.methods import attack
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization
-from conadv_tf.run import checkpoint
+from conadv_tf.run import checkpoint, kept_config
 from conadv_tf.run.build import Run, build
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.run.strategy import make_strategy
@@ -134,7 +134,7 @@ def restore(path: str, data_dir: str | None) -> Run:
       RunError: if the run has not finished, or its last checkpoint is gone.
     """
     folder, result = _finished(path)
-    kept = config.kept_settings(folder.read_config() or "")
+    kept = kept_config.kept_settings(folder.read_config() or "")
     config.configure([], [*(f"{name} = {value}" for name, value in kept.items()), *ANALYSIS_PARAMS])
     strategy = make_strategy("one_device")
     built = build(result["recipe"], strategy, data_dir, result["num_replicas"])

@@ -19,7 +19,7 @@ import tqdm
 from conadv_tf import config
 from conadv_tf.errors import ConfigError, Preempted
 from conadv_tf.experiments.study import SCALES, Cell
-from conadv_tf.run import lock
+from conadv_tf.run import kept_config, lock
 from conadv_tf.run.folder import RunFolder
 
 _POLL_SECONDS = 0.5
@@ -102,7 +102,7 @@ class Folders:
 
     def _check_recipe(self, cell: Cell, saved: str) -> None:
         self._configure(cell)
-        changed = config.contradiction(saved)
+        changed = kept_config.contradiction(saved)
         if changed:
             name, old, new = changed
             raise ConfigError(

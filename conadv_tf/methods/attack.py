@@ -130,7 +130,7 @@ class Attack:
         return self.steps * (1.5 if self.batch_norm == "moving" else 2.0)
 
     def keeps_whole_pixels(self) -> bool:
-        """Whether it takes images of whole pixel levels to images of whole pixel levels."""
+        """Whether the attack takes images of whole pixel levels to images of whole pixel levels."""
         step = self.epsilon_pixels * min(1.0, self._relative_step())
         whole = float(step).is_integer() and self.steps == 1 and self.random_start_probability == 0
         return whole and self.norm == "linf" and self.units == "pixels"

@@ -117,7 +117,7 @@ class Method:
         """Specs of what an update leaves to the next one; empty where it leaves nothing.
 
         Args:
-          images: of a replica's micro-batch as the data hand it out, [rows, H, W, C] or [rows, 2, H, W, C].
+          images: the spec of a replica's micro-batch as the data hand it out, [rows, H, W, C] or [rows, 2, H, W, C].
 
         Raises:
           ConfigError: where the batches' size is not fixed.

@@ -31,7 +31,7 @@ class Architecture:
       widths: channels of each stage (a bottleneck block ends in four times as many).
       bottleneck: 1×1, 3×3, 1×1 blocks instead of two 3×3.
       large_stem: 7×7 stride 2 and max-pooling (224×224 images) instead of 3×3 stride 1.
-      mean, stddev: of the channels on the 0..1 scale.
+      mean, stddev: the channels' mean and standard deviation on the 0..1 scale.
     """
 
     blocks: tuple[int, ...]
@@ -97,7 +97,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         super().build(input_shape)
 
     def _expands(self, channels: int) -> bool:
-        """Whether it is a pointwise convolution from `channels` to more."""
+        """Whether the layer is a pointwise convolution from `channels` to more."""
         conv = self.conv
         return conv.kernel_size == conv.strides == (1, 1) and channels < conv.filters
 
@@ -181,9 +181,9 @@ class ResNet(tf_keras.Model):
       num_classes: width of the logits.
       image_shape: (H, W, C).
       branches: names of the BN branches.
-      batch_norm_momentum, batch_norm_epsilon: of every BN layer.
+      batch_norm_momentum, batch_norm_epsilon: momentum and epsilon of every BN layer.
       replicas_per_group: see SplitBatchNormalization.
-      seed: of the initial weights.
+      seed: seed of the initial weights.
       dtype: Keras dtype policy; "mixed_bfloat16" computes in bfloat16 with float32 variables and logits.
     """
 

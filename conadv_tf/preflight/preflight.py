@@ -39,7 +39,7 @@ class Preflight:
 
     Attributes:
       rows: images of a micro-batch; the proposed number where the run's own do not fit.
-      microbatches: of them on each replica.
+      microbatches: micro-batches on each replica.
       proposal: a line that says so; empty where the run fits.
       methods: the run's own first.
       unavailable: a line for each method that the run's settings exclude.
@@ -152,9 +152,9 @@ def _fitting_rows(built: Run, cost: Cost, programs: "CompiledPrograms", generati
 
     Args:
       built: the run, which does not fit.
-      cost: of its update. Temporaries grow with the images, so it tells which sizes are worth compiling.
+      cost: the cost of the run's update. Temporaries grow with the images, so it tells which sizes are worth compiling.
       programs: the compiler.
-      generation: of TPU.
+      generation: the generation of the TPU.
     """
     method, network = built.model.method, built.model.network
     held = 4 * (count_numbers(network.variables) * (1 + method.tau) + count_numbers(network.trainable_variables))

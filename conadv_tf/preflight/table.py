@@ -74,16 +74,16 @@ class CostRow:
     """One method of the table. Per replica and update where nothing else is said; a replica is a core or a chip.
 
     Attributes:
-      name: of the method.
+      name: the method's name.
       compiled: whether its update was compiled whole; otherwise its passes were, and add up.
       flop, hbm_bytes, cycles: see Cost.
       used_bytes, available_bytes: HBM.
       compiler_seconds: lower bound; None where it cannot be used.
-      roofline_seconds: of FLOP and traffic at the peaks.
-      allreduce_seconds: of gradients and BN statistics.
+      roofline_seconds: least time for FLOP and traffic at the peaks.
+      allreduce_seconds: time to sum gradients and BN statistics.
       update_seconds: calibrated estimate of an update, its all-reduce included.
       images_per_second: clean images of the whole slice.
-      hours, replica_hours: of the whole recipe, without evaluation and start-up.
+      hours, replica_hours: time of the whole recipe, without evaluation and start-up.
     """
 
     name: str
@@ -132,13 +132,13 @@ def make_row(
     """The row of a method.
 
     Args:
-      name: of the method.
+      name: the method's name.
       compiled: see CostRow.
-      work: of one update on one replica.
+      work: the work of one update on one replica.
       used_bytes: HBM of a replica.
       reduced_bytes: what each replica adds to the all-reduce.
-      generation: of the slice.
-      workload: of the run.
+      generation: the slice's generation.
+      workload: the size of the run.
     """
     moving = allreduce_seconds(generation, workload.replicas, reduced_bytes)
     update = estimated_seconds(work, generation) + moving

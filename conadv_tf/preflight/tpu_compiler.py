@@ -54,7 +54,7 @@ class Cost:
       argument_bytes, output_bytes, aliased_bytes, temp_bytes, code_bytes: HBM. Aliased are outputs that take the place
         of arguments, such as updated variables.
       over_bytes: 0, or by how much the program exceeds HBM; then nothing but `temp_bytes` is known.
-      compile_seconds: of the compiler, on the machine that ran it.
+      compile_seconds: time of the compiler, on the machine that ran it.
     """
 
     flop: float = 0.0
@@ -82,7 +82,7 @@ class Compiler:
 
     Args:
       generation: to compile for.
-      folder: of the cache; None is `cache_folder()`.
+      folder: the folder of the cache; None is `cache_folder()`.
     """
 
     def __init__(self, generation: Generation, folder: str | None = None):

@@ -16,7 +16,7 @@ class Generation:
     """One generation. A replica is a core on v2 and v3, a chip on the later ones (`run.strategy.replicas_of`).
 
     Attributes:
-      name: as in an accelerator type.
+      name: the name in an accelerator type.
       topology: the smallest host's, in the compiler's words; the program of one replica is the same on any slice.
       chip_config: the compiler's name for how cores make up a device.
       replicas_per_chip: 2 on v2 and v3.

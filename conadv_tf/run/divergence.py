@@ -68,7 +68,7 @@ class Diverged(RunError):  # noqa: N818 (a run has diverged)
         )
 
     def after(self, retries: int) -> "Diverged":
-        """The same error for a run that has gone back `retries` times."""
+        """An error like this one, for a run that has gone back `retries` times."""
         return Diverged(self.facts, self._epoch, retries)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from conadv_tf import config
 from conadv_tf.errors import ConfigError
 from conadv_tf.models.resnet import ResNet
+from conadv_tf.run import kept_config
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.training.plan import Plan
 
@@ -40,7 +41,7 @@ def check(folder: RunFolder, current: Spread) -> None:
     saved, before = folder.read_config(), folder.read_layout()
     # A micro-batch may have another size: batch_norm_images, below, says whether that is another run.
     free = ("train.microbatch_size",) if before else ()
-    changed = saved and config.difference(saved, config.operative_config(), free)
+    changed = saved and kept_config.difference(saved, config.operative_config(), free)
     if changed:
         name, old, new = changed
         raise ConfigError(

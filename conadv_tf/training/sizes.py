@@ -1,4 +1,4 @@
-"""How much things hold: the numbers in variables, the bytes that a method carries from one update to the next."""
+"""Sizes: the numbers in variables, the bytes that a method carries from one update to the next."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ FLOAT_BYTES = 4  # of every variable of a network, whatever the precision of tra
 
 
 def count_numbers(variables: Iterable[tf.Variable]) -> int:
-    """How many numbers the variables hold together."""
+    """The number of numbers that the variables hold together."""
     return sum(math.prod(variable.shape) for variable in variables)
 
 

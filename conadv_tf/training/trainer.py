@@ -46,9 +46,9 @@ class ConAdvModel(tf_keras.Model):
       network: a ResNet with the method's branches.
       method: see methods/method.py.
       microbatches: batches accumulated into one update, on each replica (docs/method.md, virtual pod).
-      seed: of the attack's random starts.
-      all_reduce_dtype: of gradients on their way between replicas, "float32" or "bfloat16"; BN statistics and metrics
-        stay float32.
+      seed: seed of the attack's random starts.
+      all_reduce_dtype: dtype of gradients on their way between replicas, "float32" or "bfloat16"; BN statistics and
+        metrics stay float32.
 
     Attributes:
       shadows: the network at θ_{t−τ}, …, θ_{t−1}, the oldest first, in non-trainable variables.

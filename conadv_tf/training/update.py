@@ -41,8 +41,8 @@ class ReplicaUpdate:
       means: the means of the epoch.
       logged: the number of metrics that `means` has room for; a method of fewer leaves the rest at 0.
       microbatches: batches accumulated into one update, on each replica.
-      seed: of the attack's random starts.
-      all_reduce_dtype: of gradients on their way between replicas.
+      seed: seed of the attack's random starts.
+      all_reduce_dtype: dtype of gradients on their way between replicas.
       jit: whether XLA compiles the work on a micro-batch on its own, as off a TPU with `jit_compile`.
       compiled: whether XLA compiles it at all.
     """

@@ -1,0 +1,76 @@
+"""Comparisons of a kept config.gin, of this version or an earlier one, with the configuration of today."""
+
+from collections.abc import Sequence
+
+import gin
+
+from conadv_tf import config
+
+# Settings that may change when a run is resumed: how it is executed and reported, not what it computes.
+EXECUTION_SETTINGS = (
+    "data.max_bad_records",
+    "divergence.peak_factor",
+    "divergence.retries",
+    "mirrored.logical_cpus",
+    "monitor.every_epochs",
+    "monitor.images",
+    "stream.cache",
+    "stream.service",
+    "train.checkpoint_every_epochs",
+    "train.checkpoint_every_steps",
+    "train.evaluate_every_epochs",
+    "train.steps_per_execution",
+)
+
+
+def kept_settings(text: str) -> dict[str, str]:
+    """The bindings of a kept config.gin, name to value as written, under the names that settings have now.
+
+    Settings that earlier versions wrote for every source, and that the source of this run does not have, are left out.
+    """
+    config.register()
+    found = config.parse_settings(text)
+    source = found.get("data.source", "")
+    source = found.get(source.removeprefix("%"), source).strip("'\"")  # of a macro, its value
+    if source not in config.sources():
+        return found
+    streams = config.sources()[source].reads_files and found.get("data.in_memory") == "False"
+    present = {"autoaugment", source, *(["stream"] if streams else [])}
+    kept = {}
+    for name, value in found.items():
+        new = config.MOVED.get(name, name).format(source=source)
+        configurable, _, parameter = new.rpartition(".")
+        if name not in config.MOVED or (configurable in present and parameter in config.parameters(configurable)):
+            kept[new] = value
+    return kept
+
+
+def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:
+    """Finds the first setting in which two operative configurations differ.
+
+    Args:
+      saved: a configuration as it was kept, by this version or an earlier one.
+      current: the other configuration.
+      but: settings that may differ, beside EXECUTION_SETTINGS.
+
+    Returns:
+      (name, saved value, current value), "unset" for a missing one; None if both compute the same.
+    """
+    old, new = kept_settings(saved), kept_settings(current)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and name not in (*EXECUTION_SETTINGS, *but):
+            return name, old.get(name, "unset"), new.get(name, "unset")
+    return None
+
+
+def contradiction(saved: str) -> tuple[str, str, str] | None:
+    """Finds the first setting of the parsed recipe that a saved run had otherwise; defaults are not compared.
+
+    Returns:
+      (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
+    """
+    old, new = kept_settings(saved), config.parse_settings(gin.config_str(max_line_length=config.ONE_LINE))
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name] and name not in EXECUTION_SETTINGS:
+            return name, old[name], new[name]
+    return None
