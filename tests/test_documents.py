@@ -112,16 +112,10 @@ def test_command_is_one_that_exists(command, monkeypatch):
 
 def test_every_block_is_known_or_says_why_not():
     blocks = [block for document in DOCUMENTS for block in blocks_of(document) if not block.marked]
-    unknown = [block for block in blocks if block.language not in ("sh", "python", "text", "gin")]
+    unknown = [block for block in blocks if block.language not in ("sh", "python", "text")]
     unknown += [block for block in all_blocks("text") if not block.text.startswith(tuple(KNOWN_TEXTS))]
     assert not unknown, f"mark with <!-- not run: why -->, or test: {', '.join(map(str, unknown))}"
     assert all(test in globals() for test in KNOWN_TEXTS.values())
-
-
-@pytest.mark.parametrize("block", all_blocks("gin"), ids=str)
-def test_gin_block_configures(block, tmp_path):
-    (tmp_path / "block.gin").write_text(block.text)
-    config.configure([str(tmp_path / "block.gin")], [])
 
 
 @pytest.mark.parametrize("block", all_blocks("python"), ids=str)

@@ -93,7 +93,7 @@ def test_setup_installs_the_checkout_on_the_host(cloud, host):
         assert outcome.returncode == 0, outcome.stderr
         assert not (host / "gin" / "stale.gin").exists()
         (host / "gin" / "stale.gin").touch()
-    for name in ("train.py", "setup.cfg", "conadv_tf/version.py", "gin/96k_conadv.gin", "tpu_scripts/run.sh"):
+    for name in ("train.py", "setup.cfg", "conadv_tf/__init__.py", "gin/96k_conadv.gin", "tpu_scripts/run.sh"):
         assert (host / name).read_bytes() == (cloud.checkout / name).read_bytes()
     installs = [call[3:] for call in python_calls(host) if "-r" in call or "--editable" in call][:3]
     pip = ["-m", "pip", "install", "--quiet"]
