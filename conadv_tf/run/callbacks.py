@@ -16,6 +16,10 @@ from conadv_tf.training.plan import Plan
 
 # Seconds between two refreshes of the progress bar, each of which waits for the device.
 REFRESH_SECONDS = 0.5
+# Seconds after a line until the next, where there is no screen: the log of a long run shows every epoch.
+LINE_SECONDS = 60.0
+# Loss and top-1 come first: a narrow screen cuts the end.
+BAR = "{desc} {percentage:3.0f} % |{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
 
 
 class Throughput(tf_keras.callbacks.Callback):
@@ -129,7 +133,7 @@ class EndEarly(tf_keras.callbacks.Callback):
 
 
 class ProgressBar(tf_keras.callbacks.Callback):
-    """Shows a bar for the run with ETA, images/s and input-wait share; a line an epoch where there is no terminal."""
+    """Shows a bar on a screen; elsewhere lines, about ten a run, and one every LINE_SECONDS of a long run."""
 
     _supports_tf_logs = True
 
@@ -141,12 +145,13 @@ class ProgressBar(tf_keras.callbacks.Callback):
             total=plan.total_steps,
             initial=first_update,
             desc=recipe,
-            unit="update",
+            bar_format=BAR,
             mininterval=REFRESH_SECONDS,
             dynamic_ncols=True,
             disable=None,
         )
         self._refreshed, self._test = 0.0, ""
+        self._line_due = 0.0
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
         self._epoch = epoch
@@ -158,8 +163,8 @@ class ProgressBar(tf_keras.callbacks.Callback):
         self._refreshed = now
         rate, waited = self._throughput.current()
         self._bar.set_postfix_str(
-            f"{rate:,.0f} images/s, input wait {waited:.0%}, loss {float(logs['loss']):.3f}, "
-            f"top-1 {100 * float(logs['clean_top1']):.1f} %{self._test}",
+            f"loss {float(logs['loss']):.3f}, top-1 {100 * float(logs['clean_top1']):.1f} %{self._test}, "
+            f"{rate:,.0f} images/s, input wait {waited:.0%}",
             refresh=False,
         )
         self._move_to(self._epoch * self._plan.steps_per_epoch + batch + 1)
@@ -168,9 +173,16 @@ class ProgressBar(tf_keras.callbacks.Callback):
         if "val_top1" in logs:
             self._test = f", test top-1 {100 * logs['val_top1']:.2f} %"
         if self._bar.disable:
-            terminal.say(self._line(epoch, logs))
+            self._say_if_due(epoch, logs)
         else:
             self._move_to((epoch + 1) * self._plan.steps_per_epoch)
+
+    def _say_if_due(self, epoch: int, logs: dict) -> None:
+        """Prints the epoch's line after each tenth of the run, after the last epoch, and LINE_SECONDS after a line."""
+        tenth = (epoch + 1) % max(1, self._plan.epochs // 10) == 0 or epoch + 1 == self._plan.epochs
+        if tenth or time.perf_counter() >= self._line_due:
+            self._line_due = time.perf_counter() + LINE_SECONDS
+            terminal.say(self._line(epoch, logs))
 
     def _move_to(self, update: int) -> None:
         with terminal.may_be_gone():

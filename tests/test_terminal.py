@@ -1,0 +1,43 @@
+"""What a run shows: one bar on a screen, lines at sensible intervals elsewhere."""
+
+import io
+import re
+import sys
+
+import pytest
+from commands import call_command_line
+
+from conadv_tf.run import callbacks
+
+QUICK = ["--gin_param=train.evaluate_every_epochs=100", "--gin_param=train.checkpoint_every_epochs=100"]
+THIRTY = ["--gin_param=train.epochs=30", "--gin_param=learning_rate.warmup_epochs=1", *QUICK]
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns, as tqdm sees it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(60.0, [1, *range(3, 31, 3)]), (0.0, list(range(1, 31)))])
+def test_without_a_screen_a_quick_run_prints_ten_lines_and_a_slow_one_each_epoch(
+    seconds, epochs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(callbacks, "LINE_SECONDS", seconds)
+    call_command_line(*THIRTY, f"--model_dir={tmp_path}")
+    printed = capsys.readouterr().out
+    assert [int(epoch) for epoch in re.findall(r"^epoch (\d+)/30 ", printed, re.MULTILINE)] == epochs
+    assert "\r" not in printed
+
+
+def test_on_a_narrow_screen_the_bar_shows_loss_and_top1(tmp_path, monkeypatch, capsys):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(callbacks, "REFRESH_SECONDS", 0.0)
+    call_command_line(*THIRTY, f"--model_dir={tmp_path}")
+    frames = [frame for frame in screen.getvalue().split("\r") if "loss" in frame]
+    assert frames
+    assert all(re.search(r"loss \d\.\d{3}, top-1 +[\d.]+ %", frame[:80]) for frame in frames)
+    assert "epoch 1/" not in capsys.readouterr().out
