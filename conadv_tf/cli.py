@@ -1,4 +1,4 @@
-"""The command line: flags → gin → one run. No other module reads flags."""
+"""The command line of train.py: flags → gin → one run."""
 
 import logging as python_logging
 import os
@@ -140,7 +140,7 @@ def _check_effect() -> None:
     # Another source than the chosen one may keep its settings: a later recipe has replaced it as a whole.
     unexpected = [name for name in idle if name.split(".")[0] not in config.sources()]
     if unexpected:
-        print(f"  not used by this run: {', '.join(unexpected)}")
+        terminal.say(f"  not used by this run: {', '.join(unexpected)}")
 
 
 def _use_of(name: str) -> str:

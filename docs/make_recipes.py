@@ -63,7 +63,7 @@ MOVED = """\
 ## Settings that have moved
 
 A recipe or flag with an old name is refused with a line that says the new one. A kept `config.gin` is read under the
-new names. SOURCE is the value of `data.source`.
+new names.
 
 | old | new |
 |---|---|
@@ -75,9 +75,17 @@ def document() -> str:
     config.register()
     names = ", ".join(f"`{name}`" for name in kept_config.EXECUTION_SETTINGS)
     execution = textwrap.fill(names, 120, break_long_words=False)
-    moved = "".join(f"| `{old}` | `{new.format(source='SOURCE')}` |\n" for old, new in config.MOVED.items())
+    moved = "".join(f"| `{old}` | {_places(new)} |\n" for old, new in config.MOVED.items())
     parts = [INTRODUCTION.format(execution=execution), recipes(), settings(), MOVED + moved]
     return "\n".join(parts)
+
+
+def _places(new: str) -> str:
+    """The settings that a moved one may be now: one, or one for each source that has it."""
+    parameter = new.rpartition(".")[2]
+    sources = [source for source in config.sources() if parameter in config.parameters(source)]
+    names = [new.format(source=source) for source in sources] if "{source}" in new else [new]
+    return " or ".join(f"`{name}`" for name in names)
 
 
 def recipes() -> str:

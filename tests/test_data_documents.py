@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import all_blocks, commands_of
 from PIL import Image
 from sample_data import FOLDER as DATA
 
@@ -21,18 +22,9 @@ make_recipes = importlib.util.module_from_spec(SPECIFICATION)
 SPECIFICATION.loader.exec_module(make_recipes)
 
 
-def blocks(document: str, language: str) -> list[str]:
-    """The fenced blocks of a language, but those marked as not run."""
-    found = re.findall(
-        r"(<!-- not run: .* -->\n)?^```(\w+)\n(.*?)^```", (ROOT / "docs" / document).read_text(), re.M | re.S
-    )
-    return [text for marked, kind, text in found if kind == language and not marked]
-
-
-COMMANDS = [
-    line for name in ("data.md", "recipes.md") for block in blocks(name, "sh") for line in block.splitlines() if line
-]
-PROGRAMS = blocks("data.md", "python")
+NAMES = ("docs/data.md", "docs/recipes.md")
+COMMANDS = [line for block in all_blocks("sh") if block.document in NAMES for line in commands_of(block)]
+PROGRAMS = [block.text for block in all_blocks("python") if block.document in NAMES]
 
 
 def test_recipes_are_what_the_script_writes():

@@ -51,6 +51,12 @@ def test_it_has_a_row_in_the_preflight(registered, tmp_path, monkeypatch, capsys
     assert "noise" in capsys.readouterr().out
 
 
+def test_a_schedule_of_a_method_without_a_choice_is_refused():
+    with pytest.raises(ConfigError, match="method='disadv': use 'conadv', or None"):
+        methods.register(methods.Schedule("louder", noise, lambda mixture: {"train": 2}, method="disadv"))
+    assert "louder" not in methods.SCHEDULES
+
+
 def test_a_name_is_given_once():
     with pytest.raises(ConfigError, match="'paired' is registered already: choose another name"):
         methods.register(methods.Schedule("paired", noise, passes=lambda mixture: {"train": 2}))

@@ -20,8 +20,10 @@ from test_update import SAFE_MARGIN, state_of
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.attack import Attack
+from conadv_tf.models import resnet
 from conadv_tf.models.split_batchnorm import MAIN
-from conadv_tf.training import lars
+from conadv_tf.run.export import export
+from conadv_tf.training import lars, trainer
 
 UPDATES, RATE = 5, 6.0
 SEED = 2  # of the data: no pixel's gradient is near 0 (asserted)
@@ -146,3 +148,24 @@ def test_shadow_copies_share_no_variable_with_the_network():
 def test_impossible_delays_and_schedules_are_refused_by_value(arguments, named):
     with pytest.raises(ConfigError, match=named):
         methods.conadv(**arguments)
+
+
+class Louder(resnet.ResNet):
+    """A network of another kind: its logits are twice those of a ResNet."""
+
+    def call(self, *arguments, **keywords):
+        return 2.0 * super().call(*arguments, **keywords)
+
+
+def test_a_network_of_another_kind_has_shadows_and_an_export_of_its_kind(tmp_path):
+    method = methods.conadv()
+    network = Louder("digits_resnet", 10, (8, 8, 1), method.branches)
+    model = trainer.ConAdvModel(network, method)
+    model.compile(lars.LARS(2.0))
+    images, labels = random_batches(1, 6)
+    fit(model, images, labels, 1)
+    assert type(model.shadows[0]) is Louder
+    export(network, str(tmp_path))
+    exported = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+    logits = exported(tf.constant(images[0], tf.float32))["logits"]
+    np.testing.assert_allclose(logits, network(images[0]), rtol=1e-5, atol=1e-5)

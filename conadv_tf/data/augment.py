@@ -57,7 +57,7 @@ class Augmentation:
 
     @property
     def concatenates(self) -> bool:
-        """Whether the clean image and AutoAugment's are both handed out."""
+        """Tells whether the clean image and AutoAugment's are both handed out."""
         return self.mode == "concat3"
 
     def check(self, source: str, streamed: bool) -> None:

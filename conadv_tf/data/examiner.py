@@ -104,7 +104,7 @@ def count_bad(batches: tf.data.Dataset, examiner: Examiner) -> tf.data.Dataset:
 
 
 def _python_runs_here() -> bool:
-    """Whether the device in scope belongs to this process. TensorFlow shows it only by running Python there."""
+    """Tells whether the device in scope belongs to this process. TensorFlow shows it only by running Python there."""
 
     def process() -> np.int64:
         return np.int64(os.getpid())

@@ -65,7 +65,7 @@ class Source(Protocol):
 
     @property
     def streams(self) -> bool:
-        """Whether files are read as training goes, rather than once into memory."""
+        """Tells whether files are read as training goes, rather than once into memory."""
         ...
 
     def load(self, demand: Demand) -> ImageData:
@@ -81,7 +81,7 @@ class _WithoutFiles:
 
     @property
     def streams(self) -> bool:
-        """Whether files are read as training goes: there are none."""
+        """Tells whether files are read as training goes: there are none."""
         return False
 
 
@@ -186,7 +186,7 @@ class _Files:
 
     @property
     def streams(self) -> bool:
-        """Whether files are read as training goes, rather than once into memory."""
+        """Tells whether files are read as training goes, rather than once into memory."""
         return not self.in_memory
 
     def find(self, data_dir: str | None) -> _Found:

@@ -38,7 +38,7 @@ class Subset:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the subset is the whole data set as it is."""
+        """Tells whether the subset is the whole data set as it is."""
         # Not by comparing with Subset(), which gin configures too.
         return (self.train_images, self.validation_images, self.downscale) == (None, 0, 1)
 

@@ -8,7 +8,7 @@ TABLE3_ESTIMATES = {
     "conadv, paired": "+ ConAdv, paired",
     "conadv, phased": "+ ConAdv, phased",
 }
-# Curves of Figure 4, by the kind of a method (preflight.passes.kind).
+# Curves of Figure 4, by the kind of a method (methods.Method.kind).
 FIGURE4 = {
     "vanilla": "vanilla",
     "disadv": "DisAdv",

@@ -130,7 +130,7 @@ class Attack:
         return self.steps * (1.5 if self.batch_norm == "moving" else 2.0)
 
     def keeps_whole_pixels(self) -> bool:
-        """Whether the attack takes images of whole pixel levels to images of whole pixel levels."""
+        """Tells whether the attack takes images of whole pixel levels to images of whole pixel levels."""
         step = self.epsilon_pixels * min(1.0, self._relative_step())
         whole = float(step).is_integer() and self.steps == 1 and self.random_start_probability == 0
         return whole and self.norm == "linf" and self.units == "pixels"
@@ -184,7 +184,7 @@ class Attack:
 
 
 def random_wrong_labels(labels: tf.Tensor, num_classes: int, seed: tf.Tensor) -> tf.Tensor:
-    """Uniform over the other classes; int32 [rows] like `labels`."""
+    """Draws labels uniformly from the other classes; int32 [rows] like `labels`."""
     shift = tf.random.stateless_uniform(tf.shape(labels), seed, minval=1, maxval=num_classes, dtype=tf.int32)
     return tf.math.floormod(labels + shift, num_classes)
 

@@ -71,7 +71,7 @@ class Schedule:
       name: the schedule's name in recipes and reports.
       gradients: (attack, mixture) → what one replica computes for a micro-batch.
       passes: mixture → passes of one micro-batch on one replica.
-      method: the method that offers the schedule as a choice; None for a schedule that is a method of its own.
+      method: "conadv" where `conadv.schedule` chooses it; None for a schedule that is a method of its own.
       attacks: whether there are adversarial examples, and so a branch of batch norm for them.
       delay: updates that the attacked weights are old; None where `conadv.tau` says it.
       carries: (attack, mixture, spec of a micro-batch's images) → what one update leaves to the next; None: nothing.
@@ -122,8 +122,12 @@ def register(schedule: Schedule) -> Schedule:
     """Makes a schedule known by its name; from then on recipes, preflight and tables have it. Returns it.
 
     Raises:
-      ConfigError: if the name is taken by another one.
+      ConfigError: if the name is taken by another one, or the schedule is of a method that offers no choice.
     """
+    if schedule.method not in (None, "conadv"):
+        raise ConfigError(
+            f"schedule {schedule.name!r} has method={schedule.method!r}: use 'conadv', or None for a method of its own"
+        )
     if SCHEDULES.setdefault(schedule.name, schedule) is not schedule:
         raise ConfigError(f"a schedule called {schedule.name!r} is registered already: choose another name")
     return schedule

@@ -110,7 +110,7 @@ class Method:
 
     @property
     def carries(self) -> bool:
-        """Whether an update leaves anything to the next one."""
+        """Tells whether an update leaves anything to the next one."""
         return self.record.carries is not None
 
     def carried(self, images: tf.TensorSpec) -> dict[str, tf.TensorSpec]:
@@ -260,7 +260,7 @@ def alternatives(own: Method) -> tuple[list[Method], list[str]]:
         try:
             # The paper's delay, where a schedule has any.
             tau = 1 if record.delay is None else record.delay
-            other = _method(record, mixture=Mixture(augmented=augmented), tau=tau) if record.attacks else vanilla()
+            other = _method(record, mixture=Mixture(augmented=augmented), tau=tau) if record.attacks else _plain(record)
             found.append(other)
         except ConfigError as error:
             excluded.append(f"no row for {name}: {str(error).splitlines()[0]}")

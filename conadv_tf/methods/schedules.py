@@ -248,7 +248,7 @@ def _attack_shared(mixture: Mixture) -> Passes:
 _NO_AUGMENTED = Requirement(
     {"autoaugment.mode": ("replace",)}, "which has no pass for the augmented image", "an adversarial method"
 )
-_ONE_CLEAN_PASS = Requirement(
+_ONE_PASS = Requirement(
     {
         "attack.random_start_probability": (None, 0.0),
         "attack.label": (None, "smoothed"),
@@ -266,7 +266,7 @@ _EQUAL_TURNS = Requirement(
     "schedule 'paired'",
 )
 
-_EXAMPLES = carrying("images", "labels", "augmented", "adversarial")
+_NEXT = carrying("images", "labels", "augmented", "adversarial")
 _CRAFTED = carrying("adversarial", "adversarial_labels", "begun")
 _BATCH_AND_CRAFTED = carrying("images", "labels", "adversarial", "adversarial_labels", "begun")
 
@@ -274,8 +274,12 @@ for _schedule in (
     Schedule("vanilla", vanilla, lambda mixture: {"train": 1}, attacks=False, requires=(_NO_AUGMENTED,)),
     Schedule("disadv", shadow, _attack_apart),
     Schedule("shadow", shadow, _attack_apart, "conadv", delay=None),
-    Schedule("lookahead", lookahead, _attack_apart, "conadv", True, 1, _EXAMPLES, begin_lookahead, batches_ahead=1),
-    Schedule("paired", paired, _attack_shared, "conadv", True, 1, _CRAFTED, begin_paired, requires=(_ONE_CLEAN_PASS,)),
+    Schedule(
+        "lookahead", lookahead, _attack_apart, "conadv", delay=1, carries=_NEXT, begin=begin_lookahead, batches_ahead=1
+    ),
+    Schedule(
+        "paired", paired, _attack_shared, "conadv", delay=1, carries=_CRAFTED, begin=begin_paired, requires=(_ONE_PASS,)
+    ),
     Schedule(
         "phased",
         phased,
@@ -285,7 +289,7 @@ for _schedule in (
         carries=_BATCH_AND_CRAFTED,
         begin=begin_phased,
         updates_per_batch=2,
-        requires=(_ONE_CLEAN_PASS, _EQUAL_TURNS),
+        requires=(_ONE_PASS, _EQUAL_TURNS),
     ),
 ):
     register(_schedule)

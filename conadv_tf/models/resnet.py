@@ -1,7 +1,7 @@
 """Residual networks with split batch normalisation: ImageNet, CIFAR and a tiny one for digits.
 
 ResNet-50 is v1.5 (the stride sits in the 3×3 convolution) as in MLPerf and tf-models, with 25,557,032
-parameters and one BN set (docs/method.md). Networks take images in [0, 255] and normalise them inside,
+parameters and one branch of batch norm (docs/method.md). Networks take images in [0, 255] and normalise them inside,
 so that an attack can work in pixel levels.
 """
 
@@ -97,7 +97,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         super().build(input_shape)
 
     def _expands(self, channels: int) -> bool:
-        """Whether the layer is a pointwise convolution from `channels` to more."""
+        """Tells whether the layer is a pointwise convolution from `channels` to more."""
         conv = self.conv
         return conv.kernel_size == conv.strides == (1, 1) and channels < conv.filters
 

@@ -175,7 +175,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         return scale, beta - mean * scale
 
     def is_local(self, call: dict) -> bool:
-        """Whether a call with these arguments normalises with the statistics of its own batch alone."""
+        """Tells whether a call with these arguments normalises with the statistics of its own batch alone."""
         return call["mode"] == "batch" and not (self.replicas_per_group > 1 and call["synchronize"])
 
     def _check(self, branch: str | Turn, mode: str) -> None:

@@ -33,7 +33,7 @@ def compiling_for_tpu() -> Iterator[None]:
 
 
 def is_compiling() -> bool:
-    """Whether what is traced now will be compiled by XLA."""
+    """Tells whether what is traced now will be compiled by XLA."""
     return _compiling.get()
 
 

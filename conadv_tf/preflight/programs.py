@@ -12,7 +12,6 @@ from conadv_tf import methods
 from conadv_tf.methods import schedules
 from conadv_tf.methods.attack import Attack
 from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN, deferred_statistics
 from conadv_tf.run.build import Run
 from conadv_tf.training.trainer import ConAdvModel
@@ -73,7 +72,7 @@ class Programs:
             config = {**like.network.get_config(), "branches": method.branches, "replicas_per_group": 1}
             # Taking turns needs two places; the program is that of either.
             model = ConAdvModel(
-                ResNet.from_config(config),
+                type(like.network).from_config(config),
                 method,
                 method.updates_per_batch,
                 all_reduce_dtype=like.all_reduce_dtype.name,

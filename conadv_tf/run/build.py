@@ -32,7 +32,7 @@ class TrainSettings:
       global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
       microbatch_size: images one replica holds at a time; BN statistics are over these.
       epochs: passes over the training set.
-      seed: seed of the initial weights, the order of the images, augmentation and attack.
+      seed: seed of the initial weights, the order of the images, augmentation and attack, in [0, 2**20).
       precision: "float32", or "mixed_bfloat16" (float32 variables and losses).
       all_reduce_dtype: dtype of gradients on their way between replicas, "float32" or "bfloat16" (half the traffic).
       jit_compile: XLA off a TPU as well; a TPU always compiles.
@@ -74,7 +74,7 @@ class TrainSettings:
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.seed < 2**20:
-            raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20)")
+            raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20): choose a whole number below 1,048,576")
 
     def evaluation_is_due(self, epoch: int) -> bool:
         """Tells whether the test images are evaluated after an epoch (from 0)."""

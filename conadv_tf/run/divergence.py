@@ -28,7 +28,7 @@ class DivergenceSettings:
     """Settings of a run's answer to an update that is not finite.
 
     Attributes:
-      retries: how often in a run it goes back to the last checkpoint and goes on with a lower peak; 0: it ends.
+      retries: the times that a run may go back to the last checkpoint and on with a lower peak; 0: the run ends.
       peak_factor: factor of the peak learning rate each time, in (0, 1).
     """
 

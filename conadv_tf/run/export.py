@@ -18,7 +18,7 @@ def export(network: ResNet, directory: str) -> None:
       RunError: if it cannot be written.
     """
     config = {**network.get_config(), "branches": (MAIN,), "replicas_per_group": 1, "dtype": "float32"}
-    exported = ResNet.from_config(config).create_variables()
+    exported = type(network).from_config(config).create_variables()
     values = {variable_path(variable): variable for variable in network.leaf_variables()}
     for variable in exported.leaf_variables():
         variable.assign(values[variable_path(variable)].numpy())

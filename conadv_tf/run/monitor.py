@@ -31,9 +31,9 @@ class MonitorSettings:
     """Settings of the measurements: how often, and on how many images.
 
     Attributes:
-      every_epochs: epochs between two measurements; the last epoch always is. 0: about ten times a run.
-      images: clean training images it looks at, the same ones every time, in one batch on every replica; fewer where
-        there are fewer.
+      every_epochs: epochs between two measurements; the last epoch always has one. 0: about ten measurements a run.
+      images: the number of clean training images measured, always the same ones, in one batch on every replica; fewer
+        where there are fewer.
     """
 
     every_epochs: int = 0
@@ -41,7 +41,7 @@ class MonitorSettings:
 
     def __post_init__(self):
         if self.every_epochs < 0:
-            raise ConfigError(f"monitor.every_epochs={self.every_epochs} must be at least 0, about ten times a run")
+            raise ConfigError(f"monitor.every_epochs={self.every_epochs} must be at least 0: 0 makes about ten a run")
         if self.images < 1:
             raise ConfigError(f"monitor.images={self.images} must be at least 1")
 

@@ -8,6 +8,7 @@ import socket
 import gin
 import tensorflow as tf
 
+from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, RunError, one_line
 from conadv_tf.run import preemption
 
@@ -60,7 +61,7 @@ def _multiworker_strategy() -> tf.distribute.Strategy:
             '"task": {"type": "worker", "index": 0}}'
         ) from error
     if others:
-        print(f"waiting for {', '.join(others)}: start the same command there", flush=True)
+        terminal.say(f"waiting for {', '.join(others)}: start the same command there")
     try:
         with preemption.ending_at_once():
             return tf.distribute.MultiWorkerMirroredStrategy()

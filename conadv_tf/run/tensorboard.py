@@ -18,7 +18,7 @@ GAP = 4
 
 
 class TensorBoard(tf_keras.callbacks.Callback):
-    """Scalars, histograms of γ of each BN set and a panel clean | perturbation | adversarial, by update.
+    """Scalars, histograms of γ of each branch, and a panel clean | perturbation | adversarial, by update.
 
     Training goes on without TensorBoard, after one warning, where its events cannot be written.
 

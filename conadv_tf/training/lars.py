@@ -87,7 +87,7 @@ class LARS(tfm_lars.LARS):
 
 
 def is_adapted(variable) -> bool:
-    """Whether LARS decays and adapts it: kernels (rank ≥ 2), not γ, β or biases (rank 1)."""
+    """Tells whether LARS decays and adapts a variable: kernels (rank ≥ 2), not γ, β or biases (rank 1)."""
     return len(variable.shape) > 1
 
 

@@ -20,7 +20,7 @@ def warmup_poly_decay(
 
     Args:
       steps_per_epoch: updates in an epoch.
-      total_steps: updates in the run; the decay reaches `end_learning_rate` one step after the last.
+      total_steps: updates in the run; the decay would reach `end_learning_rate` two steps after the last.
       peak_learning_rate: the rate at the end of the warm-up, > 0.
       warmup_epochs: the epochs of linear warm-up from 0, ≥ 0 and shorter than the run; may be fractional.
       end_learning_rate: the rate at the end of the run, ≥ 0 and at most the peak.
@@ -31,7 +31,9 @@ def warmup_poly_decay(
     """
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if not peak_learning_rate > 0:
-        raise ConfigError(f"learning_rate.peak_learning_rate={peak_learning_rate} must be above 0")
+        raise ConfigError(
+            f"learning_rate.peak_learning_rate={peak_learning_rate} must be above 0: Table 6 has 35 to 43"
+        )
     if warmup_epochs < 0 or warmup_steps >= total_steps:
         raise ConfigError(
             f"learning_rate.warmup_epochs={warmup_epochs} is outside the run of {total_steps / steps_per_epoch:g} "

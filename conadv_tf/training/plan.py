@@ -103,11 +103,11 @@ def make_plan(
 
 
 def check_turns(updates_per_batch: int, num_replicas: int, microbatches: int) -> None:
-    """Raises ConfigError unless the places of a batch divide into those whose turn it is and the others."""
+    """Raises ConfigError unless the places of a batch, replicas × micro-batches, divide by `updates_per_batch`."""
     if num_replicas * microbatches % updates_per_batch:
         raise ConfigError(
-            f"conadv.schedule='phased' halves the places of a batch, of which there are {num_replicas} replicas × "
-            f"{microbatches} micro-batches: use an even number of either, or schedule 'paired'"
+            f"a schedule whose replicas take turns ('phased') halves the places of a batch, which are {num_replicas} "
+            f"replicas × {microbatches} micro-batches: use an even number of either, or schedule 'paired'"
         )
 
 

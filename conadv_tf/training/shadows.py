@@ -11,7 +11,7 @@ def shadow_copy(network: ResNet) -> ResNet:
     def non_trainable(next_creator, **kwargs):
         return next_creator(**{**kwargs, "trainable": False})
 
-    copy = ResNet.from_config({**network.get_config(), "name": f"shadow_{network.name}"})
+    copy = type(network).from_config({**network.get_config(), "name": f"shadow_{network.name}"})
     with tf.variable_creator_scope(non_trainable):
         copy.create_variables()
     copy.trainable = False

@@ -350,7 +350,7 @@ def _check(network: ResNet, method: methods.Method, microbatches: int) -> None:
             f"build it with branches={method.branches}"
         )
     if microbatches < 1:
-        raise ConfigError(f"microbatches={microbatches} must be at least 1")
+        raise ConfigError(f"microbatches={microbatches} must be at least 1: 1 makes an update of one batch")
     if method.updates_per_batch > 1 and network.replicas_per_group > 1:
         raise ConfigError(
             f"{method.record.setting} gives neighbouring replicas different passes, which cannot share "
