@@ -219,7 +219,14 @@ def test_a_run_that_diverges_once_too_often_says_so_and_keeps_its_checkpoint(tmp
     bars = terminal.getvalue()
     assert bars.count("\n") == 2
     assert bars.endswith("\n")
-    assert "digits:  33%|" in bars
+    assert "digits  33 % |" in bars
+
+
+def test_a_peak_below_the_end_of_the_decay_takes_the_end_down_with_it(tmp_path):
+    with poisoned(20):
+        trained(tmp_path, VANILLA, "divergence.retries=1", "learning_rate.end_learning_rate=9.0")
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates[1:] == [5.0, 5.0]
 
 
 @pytest.mark.torture

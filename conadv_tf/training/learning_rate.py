@@ -61,6 +61,12 @@ def peak_of(schedule: tf_keras.optimizers.schedules.LearningRateSchedule) -> tup
     return warmup_steps, float(schedule(warmup_steps))
 
 
+def end_of(schedule: tf_keras.optimizers.schedules.LearningRateSchedule) -> float:
+    """The rate that the decay of a schedule made by `warmup_poly_decay` ends at."""
+    config = schedule.get_config()
+    return config.get("after_warmup_lr_sched", config)["end_learning_rate"]
+
+
 def next_rate(optimizer):
     """The learning rate of an optimizer's next update, a number or a scalar, whether it has a schedule or not."""
     rate = optimizer.learning_rate
