@@ -8,67 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from commands import call_command_line
+from image_trees import COLOURS, content, fails, make_folder, noise, number, picture, run, stored
 from PIL import Image
 
 from conadv_tf import data
 from conadv_tf.data import import_images
-
-_COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}
-
-
-def picture(path: Path, colour, size=(20, 12), mode="RGB", **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).convert(mode).save(path, **options)
-    return path
-
-
-def noise(path: Path, seed: int, size=(20, 12)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(path, "JPEG", quality=95)
-    return path
-
-
-def make_folder(folder: Path, count: int = 10) -> Path:
-    """Noise of `count` JPEGs in each of three classes."""
-    for label, name in enumerate(_COLOURS):
-        for number in range(count):
-            noise(folder / name / f"{number}.jpg", 100 * label + number)
-    return folder
-
-
-def stored(folder: Path, split: str) -> dict[str, tf.train.Features]:
-    """Features of every record of a split by file name; the files must be numbered without a gap."""
-    paths = sorted(folder.glob(f"{split}-*"))
-    assert [path.name for path in paths] == [f"{split}-{n:05d}-of-{len(paths):05d}" for n in range(len(paths))]
-    found = {}
-    for payload in tf.data.TFRecordDataset([str(path) for path in paths]).as_numpy_iterator():
-        feature = tf.train.Example.FromString(payload).features.feature
-        found[feature["image/filename"].bytes_list.value[0].decode()] = feature
-    return found
-
-
-def number(feature, name: str) -> int:
-    return feature[name].int64_list.value[0]
-
-
-def content(feature, name: str = "image/encoded") -> bytes:
-    return feature[name].bytes_list.value[0]
-
-
-def run(*arguments, code: int = 0, capsys=None) -> tuple[str, str]:
-    assert import_images.main([str(argument) for argument in arguments]) == code
-    out, err = capsys.readouterr()
-    return out, err
-
-
-def fails(capsys, code: int, *arguments) -> str:
-    out, err = run(*arguments, code=code, capsys=capsys)
-    assert not out
-    last = err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert err.count("error: ") == 1
-    return last
 
 
 def test_good_jpegs_are_copied_and_split(tmp_path, capsys):
@@ -79,11 +23,11 @@ def test_good_jpegs_are_copied_and_split(tmp_path, capsys):
     assert (dst / "classes.txt").read_text() == "ant\nbee\ncat\n"
     assert len(train) == 24
     assert len(validation) == 6
-    assert set(train) | set(validation) == {f"{name}/{n}.jpg" for name in _COLOURS for n in range(10)}
+    assert set(train) | set(validation) == {f"{name}/{n}.jpg" for name in COLOURS for n in range(10)}
     for name, feature in (train | validation).items():
         assert content(feature) == (src / name).read_bytes()
         assert content(feature, "image/class/text").decode() == name.split("/")[0]
-        assert number(feature, "image/class/label") == list(_COLOURS).index(name.split("/")[0])
+        assert number(feature, "image/class/label") == list(COLOURS).index(name.split("/")[0])
         assert (number(feature, "image/height"), number(feature, "image/width")) == (12, 20)
         assert (content(feature, "image/format"), content(feature, "image/colorspace")) == (b"JPEG", b"RGB")
     labels = [number(feature, "image/class/label") for feature in train.values()]
@@ -104,7 +48,7 @@ def test_an_import_is_repeated_byte_for_byte(tmp_path, capsys):
 def test_every_format_becomes_a_jpeg_that_training_reads(tmp_path, capsys):
     src, dst = tmp_path / "src", tmp_path / "dst"
     for split in ("train", "val"):
-        for name, colour in _COLOURS.items():
+        for name, colour in COLOURS.items():
             folder = src / split / name
             picture(folder / "rgb.jpg", colour, quality=95)
             picture(folder / "cmyk.jpeg", colour, mode="CMYK", quality=95)
@@ -120,7 +64,7 @@ def test_every_format_becomes_a_jpeg_that_training_reads(tmp_path, capsys):
         "tfrecords", data_dir=str(dst), num_classes=3, image_size=8, in_memory=False, augmentation="resized_crop_flip"
     )
     assert (loaded.num_train, loaded.num_test) == (22, 22)
-    colours = np.array(list(_COLOURS.values()))
+    colours = np.array(list(COLOURS.values()))
     images, labels = loaded.examples("test", 99)
     batches = next(loaded.train_batches(22, 1).as_numpy_iterator())
     for some_images, some_labels in ((images, labels), batches):

@@ -6,12 +6,14 @@ The console script of this module:
     conadv-import-images SRC DST --image_size=256 --shards=64      (SRC has train/ and val/)
 
 Labels count from 0 in the order of the subfolders' names, which classes.txt lists. JPEGs in RGB or grey are copied byte
-for byte; images in other formats, rotated images and images to be shrunk are stored as JPEGs of quality 95.
+for byte; images in other formats, rotated images and images to be shrunk are stored as JPEGs of quality 95, with
+white where they are transparent. Whatever is not imported is named or counted.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import io
 import os
 import shlex
@@ -33,6 +35,8 @@ _JPEG_QUALITY = 95
 _IMAGES_PER_SHARD = 1000  # unless --shards says otherwise; ImageNet's 1,024 shards hold about as many
 _LARGEST_IMAGE_SIZE = 224  # in the training command: the size that ImageNet networks take
 _IMAGES_AT_A_TIME = 256
+_TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
+_NAMED = 3  # of the files left out for one reason
 _RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
 
 
@@ -43,10 +47,16 @@ class Report:
     Attributes:
       sides: the shorter side, in pixels, of every image of each split.
       bad: the fault of each broken image, by its path.
+      layout: a line on what the folders of SRC serve for; empty where they are classes.
+      left_out: paths below SRC that are not imported, by the reason.
+      duplicates: (path of a validation image, path of a training image of the same bytes).
     """
 
     sides: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
+    layout: str = ""
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    duplicates: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def _rotated(image: Image.Image) -> bool:
@@ -54,8 +64,12 @@ def _rotated(image: Image.Image) -> bool:
 
 
 def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
-    """Turns an image upright and into RGB, and shrinks its shorter side to image_size pixels."""
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    """Turns an image upright and into RGB on white, and shrinks its shorter side to image_size pixels."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in _TRANSPARENT_MODES or "transparency" in upright.info:
+        white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    upright = upright.convert("RGB")
     if image_size and min(upright.size) > image_size:
         scale = image_size / min(upright.size)
         width, height = (max(image_size, round(scale * side)) for side in upright.size)
@@ -64,7 +78,7 @@ def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
 
 
 def encode(content: bytes, image_size: int | None) -> tuple[bytes, tuple[int, int], str]:
-    """Makes a JPEG that training can decode.
+    """Makes a JPEG that training can decode. Transparent parts become white.
 
     Args:
       content: an image file.
@@ -102,15 +116,16 @@ def _fault(error: Exception) -> str:
     return first
 
 
-def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int]:
-    """Makes (serialized tf.train.Example, shorter side in pixels) of an image.
+def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int, bytes]:
+    """Makes (serialized tf.train.Example, shorter side in pixels, hash of the file) of an image.
 
     Raises:
       DataError: with the fault of a broken image.
     """
     try:
         with open(source.path, "rb") as file:
-            encoded, (width, height), mode = encode(file.read(), image_size)
+            content = file.read()
+        encoded, (width, height), mode = encode(content, image_size)
     except Exception as error:  # decoders raise whatever they stumble over
         raise DataError(_fault(error)) from error
     features: dict[str, bytes | int] = {
@@ -124,7 +139,8 @@ def _record(source: Source, class_name: str, image_size: int | None) -> tuple[by
         "image/class/text": os.fsencode(class_name),
     }
     feature = {name: _feature(value) for name, value in features.items()}
-    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(), min(width, height)
+    example = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+    return example, min(width, height), hashlib.blake2b(content, digest_size=16).digest()
 
 
 class _Writer:
@@ -133,6 +149,7 @@ class _Writer:
     def __init__(self, folder: str, classes: Sequence[str], image_size: int | None, max_bad_images: int):
         self._folder, self._classes = folder, classes
         self._image_size, self._max_bad_images = image_size, max_bad_images
+        self._train_paths: dict[bytes, str] = {}  # by the hash of the file
         self.report = Report()
 
     def write(self, splits: dict[str, list[Source]], shards: int | None) -> None:
@@ -153,12 +170,13 @@ class _Writer:
         with tf.io.TFRecordWriter(path) as file:
             for image, result in self._results(images, pool):
                 try:
-                    record, side = result.result()
+                    record, side, digest = result.result()
                 except DataError as error:
                     self._count_bad(image, str(error))
                 else:
                     file.write(record)
                     sides.append(side)
+                    self._compare(image, split, digest)
                 progress.update()
         if len(sides) == before:
             raise DataError(
@@ -173,6 +191,12 @@ class _Writer:
             some = images[begin : begin + _IMAGES_AT_A_TIME]
             futures = [pool.submit(_record, image, self._classes[image.label], self._image_size) for image in some]
             yield from zip(some, futures, strict=True)
+
+    def _compare(self, image: Source, split: str, digest: bytes) -> None:
+        if split == "train":
+            self._train_paths.setdefault(digest, image.path)
+        elif digest in self._train_paths:
+            self.report.duplicates.append((image.path, self._train_paths[digest]))
 
     def _count_bad(self, image: Source, fault: str) -> None:
         self.report.bad[image.path] = fault
@@ -220,19 +244,21 @@ def import_images(
             raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
     src, dst = os.path.realpath(src), os.path.realpath(dst)
     partial = _partial_folder(src, dst)
-    classes, splits = find(src, validation)
-    if shards and shards > len(splits["train"]):
-        raise ConfigError(f"--shards={shards} is more than the {len(splits['train'])} training images: use fewer")
+    found = find(src, validation)
+    num_train = len(found.splits["train"])
+    if shards and shards > num_train:
+        raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
     os.makedirs(partial)
     try:
-        writer = _Writer(partial, classes, image_size, max_bad_images)
-        writer.write(splits, shards)
+        writer = _Writer(partial, found.classes, image_size, max_bad_images)
+        writer.report.layout, writer.report.left_out = found.layout, found.left_out
+        writer.write(found.splits, shards)
         with open(os.path.join(partial, "classes.txt"), "wb") as file:
-            file.writelines(os.fsencode(name) + b"\n" for name in classes)
+            file.writelines(os.fsencode(name) + b"\n" for name in found.classes)
         os.replace(partial, dst)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return classes, writer.report
+    return found.classes, writer.report
 
 
 def _partial_folder(src: str, dst: str) -> str:
@@ -275,13 +301,32 @@ def _quoted_flag(flag: str, value: str) -> str:
     return f'{flag}="{value}"' if plain else shlex.quote(f"{flag}={value}")
 
 
+def _shown(path: str) -> str:
+    """A path on one line, whatever its name."""
+    return path if path.isprintable() else ascii(path)
+
+
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
     for path, fault in report.bad.items():
-        print(f"left out: {path}: {fault}", file=sys.stderr)
+        print(f"left out: {_shown(path)}: {fault}", file=sys.stderr)
+    for reason, paths in report.left_out.items():
+        some = ", ".join([_shown(path) for path in paths[:_NAMED]] + ["…"] * (len(paths) > _NAMED))
+        print(f"left out: {len(paths):,} {reason}: {some}", file=sys.stderr)
+    if report.duplicates:
+        validation_path, train_path = map(_shown, report.duplicates[0])
+        print(
+            f"{len(report.duplicates):,} validation images are training images too, byte for byte, such as "
+            f"{validation_path} = {train_path}",
+            file=sys.stderr,
+        )
+    if report.layout:
+        print(_shown(report.layout))
     train, validation = (len(report.sides[split]) for split in ("train", "validation"))
+    others = sum(map(len, report.left_out.values()))
+    left_out = f"{len(report.bad):,} broken images" + (f" and {others:,} other files or folders" if others else "")
     print(
         f"{dst}: {train:,} training, {validation:,} validation images of {len(classes):,} classes; "
-        f"{len(report.bad):,} broken images left out. Train on it:"
+        f"{left_out} left out. Train on it:"
     )
     print(training_command(dst, classes, report))
 
