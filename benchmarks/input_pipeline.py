@@ -11,7 +11,6 @@ writes input_pipeline.json.
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import time
@@ -20,7 +19,7 @@ import tensorflow as tf
 from official.vision.configs import common
 from official.vision.dataloaders import classification_input
 
-from conadv_tf import data
+from conadv_tf import data, paths, terminal
 
 SIZE, ROWS = 224, 16
 PARSER, PARSER_AA = "tf-models parser", "tf-models parser, AutoAugment"
@@ -54,7 +53,7 @@ def ours(data_dir: str, autoaugment: str, cache: str = "none") -> data.ImageData
 
 
 def contestants(data_dir: str) -> dict[str, tf.data.Dataset]:
-    files = sorted(tf.io.gfile.glob(os.path.join(data_dir, "train-*")))
+    files = paths.matching(data_dir, "train-*")
     records = list(tf.data.TFRecordDataset(files).as_numpy_iterator())
     plain, cached = ours(data_dir, "none"), ours(data_dir, "none", "memory")
     return {
@@ -119,7 +118,7 @@ def memory(batches: tf.data.Dataset, images: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--data_dir", type=terminal.path, required=True)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory_images", type=int, default=10_240)

@@ -9,6 +9,7 @@ how they are made. `python reproduce.py --figure=4 --scale=imagenet` makes the p
 import argparse
 import os
 
+from conadv_tf import terminal
 from conadv_tf.experiments import figure4, plots
 from conadv_tf.preflight.tpu_generations import GENERATIONS
 
@@ -16,8 +17,8 @@ from conadv_tf.preflight.tpu_generations import GENERATIONS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generation", choices=sorted(GENERATIONS), default="v3")
-    parser.add_argument("--gin_file", default="96k_conadv.gin")
-    parser.add_argument("--out", default=".")
+    parser.add_argument("--gin_file", type=terminal.path, default="96k_conadv.gin")
+    parser.add_argument("--out", type=terminal.path, default=".")
     arguments = parser.parse_args()
     generation = GENERATIONS[arguments.generation]
     found = figure4.points(arguments.gin_file, generation)

@@ -22,7 +22,7 @@ from official.modeling.optimization import lars as tfm_lars
 from official.vision.modeling import classification_model
 from official.vision.modeling.backbones import resnet as tfm_resnet
 
-from conadv_tf import config, methods
+from conadv_tf import config, methods, terminal
 from conadv_tf.methods.attack import Attack
 from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 from conadv_tf.preflight.passes import carried_bytes
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=GOAL_ROWS)
     parser.add_argument("--generation", choices=sorted(GENERATIONS), default="v3")
-    parser.add_argument("--gin_file", default="96k_conadv.gin")
+    parser.add_argument("--gin_file", type=terminal.path, default="96k_conadv.gin")
     parser.add_argument("--only", default="", help="names of rows, with commas between")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()

@@ -8,19 +8,33 @@ import traceback
 
 from absl import app, flags, logging
 
-from conadv_tf import config, terminal
+from conadv_tf import config, paths, terminal
 from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker
 from conadv_tf.run import preemption
 
 # What needs TensorFlow is imported where it is used: seconds that --help and a misspelt file do without.
 
+
+class _Path(flags.ArgumentParser):
+    """The parser of flags that are paths."""
+
+    def parse(self, argument: str) -> str:
+        return paths.given(argument)
+
+
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_string("gin_file", [], "A recipe, as given or below gin/; repeatable, later over earlier.")
+flags.DEFINE_multi(
+    _Path(),
+    flags.ArgumentSerializer(),
+    "gin_file",
+    [],
+    "A recipe, as given or below gin/; repeatable, later over earlier.",
+)
 flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pixels=4"; repeatable, over all files.')
 flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an accelerator type such as v3-512.")
 flags.DEFINE_string("strategy", "auto", "auto, tpu, mirrored, multiworker or one_device.")
-flags.DEFINE_string("data_dir", None, "Where the data are; local or gs://.")
-flags.DEFINE_string("model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
+flags.DEFINE(_Path(), "data_dir", None, "Where the data are; local or gs://.")
+flags.DEFINE(_Path(), "model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
 
 HELP = {"--help", "-help", "-h", "-?", "--helpshort"}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
+from conadv_tf import paths
 from conadv_tf.errors import ConfigError, DataError, RunError, data_error, one_line
 
 
@@ -39,6 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists the arguments)")
+
+
+def path(text: str, any_bytes: bool = False) -> str:
+    """The type of a Parser's argument that is a path; see `paths.given`."""
+    try:
+        return paths.given(text, any_bytes)
+    except ConfigError as error:  # of a ValueError, argparse would not show the text
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> int:

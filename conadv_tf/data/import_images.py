@@ -13,6 +13,7 @@ white where they are transparent. Whatever is not imported is named or counted.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -333,8 +334,10 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = terminal.Parser(prog="conadv-import-images", description="A folder of images becomes TFRecords.")
-    parser.add_argument("src", metavar="SRC", help="a subfolder of images for each class, or train/ and val/ with them")
-    parser.add_argument("dst", metavar="DST", help="folder to make; it appears when it is whole")
+    any_path = functools.partial(terminal.path, any_bytes=True)  # TensorFlow opens no file of SRC
+    images = "a subfolder of images for each class, or train/ and val/ with them"
+    parser.add_argument("src", type=any_path, metavar="SRC", help=images)
+    parser.add_argument("dst", type=terminal.path, metavar="DST", help="folder to make; it appears when it is whole")
     parser.add_argument("--image_size", type=int, metavar="N", help="shrink shorter sides beyond N pixels to N")
     parser.add_argument("--shards", type=int, metavar="N", help="training files; default: one for each 1,000 images")
     parser.add_argument("--validation", type=float, metavar="SHARE", help="of each class, where SRC has no val/: 0.1")

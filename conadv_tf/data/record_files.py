@@ -24,6 +24,7 @@ import tensorflow as tf
 from absl import logging
 
 from conadv_tf.errors import ConfigError, DataError
+from conadv_tf.paths import is_remote, matching
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the checksum of the payload
@@ -141,7 +142,7 @@ def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> l
     """Lists the files of the first pattern that matches any, sorted.
 
     Args:
-      data_dir: local directory or gs:// prefix.
+      data_dir: local directory or gs:// prefix, of any name.
       patterns: glob patterns below it, tried in turn.
       setting: the gin name of `patterns`, for the message.
 
@@ -152,7 +153,7 @@ def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> l
         raise DataError(f"data_dir={data_dir!r} is no directory: point --data_dir at the TFRecord files")
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
-        if paths := sorted(tf.io.gfile.glob(os.path.join(data_dir, pattern))):
+        if paths := matching(data_dir, pattern):
             return paths
     raise DataError(
         f"data_dir={data_dir!r} has no file matching {' or '.join(map(repr, patterns))}: "
@@ -162,7 +163,7 @@ def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> l
 
 def _open(path: str) -> BinaryIO:
     # GFile reads 512 KB at every seek; skipping from header to header wants a plain file.
-    return tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb")
+    return tf.io.gfile.GFile(path, "rb") if is_remote(path) else open(path, "rb")
 
 
 @functools.lru_cache(maxsize=1)
@@ -214,7 +215,7 @@ def index_files(paths: Sequence[str], bad_records: BadRecords) -> list[RecordFil
       DataError: a file that is empty or cannot be opened, no record at all, or more bad records than allowed.
     """
     try:
-        known = _read_index(paths) if _is_remote(paths[0]) else {}
+        known = _read_index(paths) if is_remote(paths[0]) else {}
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             files = list(pool.map(lambda path: known.get(path) or _index_file(path, bad_records), paths))
     except (OSError, tf.errors.OpError) as error:
@@ -222,13 +223,9 @@ def index_files(paths: Sequence[str], bad_records: BadRecords) -> list[RecordFil
         raise DataError(f"cannot read the data: {reason}: check the file and its permissions") from error
     if not any(file.num_records for file in files):
         raise DataError(f"{paths[0]} and the files like it hold no whole record: fetch them again")
-    if _is_remote(paths[0]) and len(known) < len(paths):
+    if is_remote(paths[0]) and len(known) < len(paths):
         _write_index(files)
     return files
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path
 
 
 def index_path(paths: Sequence[str]) -> str:

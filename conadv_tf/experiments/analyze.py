@@ -281,7 +281,8 @@ def _counts(analyses: list[dict], split: str) -> str:
 
 
 def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    escaped = [cell.replace("|", "\\|") for cell in cells]  # a folder's name may have one
+    return f"| {' | '.join(escaped)} |"
 
 
 def _markdown_cells(analysis: dict) -> dict[str, str]:
@@ -342,9 +343,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = terminal.Parser(
         prog="conadv-analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="--model_dir of a finished run")
-    parser.add_argument("--data_dir", help="as of train.py; the same for every run")
-    parser.add_argument("--out", default="analysis", help="folder to write (analysis)")
+    parser.add_argument("runs", nargs="+", type=terminal.path, metavar="RUN", help="--model_dir of a finished run")
+    parser.add_argument("--data_dir", type=terminal.path, help="as of train.py; the same for every run")
+    parser.add_argument("--out", type=terminal.path, default="analysis", help="folder to write (analysis)")
     parser.add_argument("--images", type=_positive(1), default=1000, metavar="N", help="of each split, at most (1000)")
     parser.add_argument(
         "--epsilons", type=_epsilons, default=(1.0, 2.0, 4.0, 8.0), metavar="E,E,...", help="pixel levels (1,2,4,8)"

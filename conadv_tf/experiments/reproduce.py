@@ -90,10 +90,13 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help=f"methods, of {','.join(METHOD_ROWS)}; default: all of the table")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each number")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: run nothing, print what is there")
-    parser.add_argument("--results", default="results", help="where tables, plots and logs go")
-    parser.add_argument("--runs", help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs")
+    parser.add_argument("--results", type=terminal.path, default="results", help="where tables, plots and logs go")
+    parser.add_argument(
+        "--runs", type=terminal.path, help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs"
+    )
     parser.add_argument("--gin_param", **several, help="a setting of every run; repeatable")
-    for flag in ("data_dir", "tpu", "strategy"):
+    parser.add_argument("--data_dir", type=terminal.path, help="as of train.py")
+    for flag in ("tpu", "strategy"):
         parser.add_argument(f"--{flag}", help="as of train.py")
     parsed = parser.parse_args(given)
     if parsed.seeds < 1 or parsed.jobs < 0:

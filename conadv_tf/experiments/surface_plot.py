@@ -54,7 +54,7 @@ def _draw_contours(axis, title: str, surface: dict, levels: np.ndarray):
     lines = axis.contour(places, places, losses, levels[1:-1], colors="black", linewidths=0.5)
     axis.clabel(lines, lines.levels[1::2], fmt="%.3g", fontsize=7)
     axis.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=2)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)  # a folder's name may have $ in it
     axis.set_aspect("equal")
     axis.tick_params(labelbottom=True)  # there may be no panel below
     for coordinate in (axis.xaxis, axis.yaxis):

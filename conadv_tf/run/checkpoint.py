@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from conadv_tf import paths
 from conadv_tf.errors import RunError, one_line
 from conadv_tf.training.trainer import ConAdvModel
 
@@ -77,21 +78,28 @@ class Checkpoints:
         return self._model.updates_made()
 
     def _restore_fitting(self, path: str) -> None:
-        within = any(name.startswith("epoch/") for name, _ in tf.train.list_variables(path))
-        try:
-            status = (self._within_epoch if within else self._checkpoint).read(path)
+        with paths.readable(path) as name:
+            within = any(variable.startswith("epoch/") for variable, _ in tf.train.list_variables(name))
             try:
-                status.assert_existing_objects_matched()
-                status.assert_consumed()
-            finally:
-                status.expect_partial()  # the error tells enough; a warning for each variable would bury it
-        except (ValueError, AssertionError, tf.errors.OpError) as error:
-            raise RunError(
-                f"checkpoint {path} does not fit this model, method or optimizer ({one_line(error)}): use the recipe "
-                "that wrote it, or another --model_dir"
-            ) from error
+                status = (self._within_epoch if within else self._checkpoint).read(name, self._reading(path, name))
+                try:
+                    status.assert_existing_objects_matched()
+                    status.assert_consumed()
+                finally:
+                    status.expect_partial()  # the error tells enough; a warning for each variable would bury it
+            except (ValueError, AssertionError, tf.errors.OpError) as error:
+                raise RunError(
+                    f"checkpoint {path} does not fit this model, method or optimizer ({_cause(error, path, name)}): "
+                    "use the recipe that wrote it, or another --model_dir"
+                ) from error
         means = [variable.numpy() for variable in self._means.variables]
         self.epoch_so_far = EpochSoFar(means, float(self._seconds.numpy())) if within else None
+
+    def _reading(self, path: str, name: str) -> tf.train.CheckpointOptions:
+        # A copy of a remote checkpoint is on this host alone, which need not be the one that a TPU is attached to.
+        copied = name != path and paths.is_remote(path)
+        several = isinstance(self._model.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        return tf.train.CheckpointOptions("/job:localhost" if copied and not several else None)
 
     def save(self, seconds: float | None = None) -> str:
         """Saves under the number of updates made; returns the path.
@@ -163,10 +171,16 @@ def free_space(directory: str) -> str:
 
 def _damage(path: str) -> str | None:
     """The reason why a checkpoint cannot be read to its end, on one line; None for a whole one, of whatever model."""
-    try:
-        reader = tf.train.load_checkpoint(path)
-        for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)  # reading verifies the checksum
-    except Exception as error:  # TensorFlow's reader raises errors of many kinds, IndexError among them
-        return one_line(error)
+    with paths.readable(path) as name:
+        try:
+            reader = tf.train.load_checkpoint(name)
+            for variable in reader.get_variable_to_shape_map():
+                reader.get_tensor(variable)  # reading verifies the checksum
+        except Exception as error:  # TensorFlow's reader raises errors of many kinds, IndexError among them
+            return _cause(error, path, name)
     return None
+
+
+def _cause(error: Exception, path: str, name: str) -> str:
+    """The text of an error about the checkpoint `path`, which was read by another name."""
+    return one_line(RunError(str(error).replace(name, path)))

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from typing import TextIO
 
+from conadv_tf import paths
 from conadv_tf.errors import RunError
 
 try:
@@ -25,7 +26,7 @@ def held(folder: str) -> Iterator[None]:
     Raises:
       RunError: if another process holds the lock, or the lock's file cannot be opened.
     """
-    if fcntl is None or "://" in folder:
+    if fcntl is None or paths.is_remote(folder):
         yield
         return
     with _opened(os.path.join(folder, _FILE)) as file:

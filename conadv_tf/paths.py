@@ -1,0 +1,110 @@
+"""Paths are names of files and folders, never patterns.
+
+TensorFlow's file functions take names, with two exceptions: tf.io.gfile.glob, and whatever reads a checkpoint, which
+looks for the checkpoint's index as for a pattern. `matching` and `readable` stand in their place. A pattern with
+brackets or a backslash does not find the name that it is; one with a star or a question mark finds other names too.
+"""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+
+from conadv_tf.errors import ConfigError, RunError, one_line
+
+# On Windows the backslash parts folders, and TensorFlow's patterns know no brackets.
+_SPECIAL = re.compile(r"[*?[\\]" if os.sep == "/" else r"[*?]")
+
+
+def given(path: str, any_bytes: bool = False) -> str:
+    """The path that a person has written: `~` and `~user` at its beginning are home folders.
+
+    Args:
+      path: local or gs://.
+      any_bytes: whether the path may be other than UTF-8, as TensorFlow's file functions take it.
+
+    Raises:
+      ConfigError: if there is no such user, or the path is not UTF-8.
+    """
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        user = path[1:].split(os.sep)[0]
+        raise ConfigError(f"no user {user} has a home folder here: write ./{path} for a folder of that name")
+    if not any_bytes and expanded != expanded.encode(errors="replace").decode():
+        raise ConfigError(f"{expanded!r} is not UTF-8, and TensorFlow takes no other names: rename it")
+    return expanded
+
+
+def is_remote(path: str) -> bool:
+    """Tells whether a path is of another file system of TensorFlow's, such as gs://."""
+    return "://" in path
+
+
+def matching(folder: str, pattern: str) -> list[str]:
+    """Lists the files below a folder that match a glob pattern, sorted; the folder's name is as given.
+
+    Args:
+      folder: local or gs://.
+      pattern: pattern below the folder; an absolute one is taken as it is.
+    """
+    import tensorflow as tf
+
+    if os.path.isabs(pattern):
+        return sorted(tf.io.gfile.glob(pattern))
+    # tf.io.gfile.glob finds nothing below "a//" or "a/.".
+    plain = folder if is_remote(folder) else os.path.realpath(folder)
+    found = tf.io.gfile.glob(os.path.join(_SPECIAL.sub(r"\\\g<0>", plain), pattern))
+    return sorted(os.path.join(folder, path[len(os.path.join(plain, "")) :]) for path in found)
+
+
+@contextlib.contextmanager
+def readable(checkpoint: str) -> Iterator[str]:
+    """Gives a name by which TensorFlow reads a checkpoint; it is good within the context.
+
+    It is the checkpoint's own, unless that has a special character. TensorFlow then needs another name: escaped, it is
+    found, but not opened.
+
+    Args:
+      checkpoint: the path without .index, local or gs://. A remote one with a special character is copied to this host.
+
+    Raises:
+      RunError: if a checkpoint cannot be given another name.
+    """
+    if not _SPECIAL.search(checkpoint):
+        yield checkpoint
+        return
+    import tensorflow as tf
+
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(tempfile.TemporaryDirectory(dir=_temporary_folder()))
+            name = (_copied if is_remote(checkpoint) else _linked)(checkpoint, place)
+        except (OSError, tf.errors.OpError) as error:
+            raise RunError(
+                f"{checkpoint}, whose name TensorFlow reads as a pattern, cannot be given another one below TMPDIR "
+                f"({one_line(error)}): make room there, or take * ? [ and \\ out of its folder's name"
+            ) from error
+        yield name
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.gettempdir()
+    return os.path.join(os.sep, "tmp") if _SPECIAL.search(folder) else folder
+
+
+def _linked(checkpoint: str, place: str) -> str:
+    folder, name = os.path.split(checkpoint)
+    link = os.path.join(place, "folder")
+    os.symlink(os.path.realpath(folder), link, target_is_directory=True)
+    return os.path.join(link, name)
+
+
+def _copied(checkpoint: str, place: str) -> str:
+    import tensorflow as tf
+
+    folder, name = os.path.split(checkpoint)
+    for file in tf.io.gfile.listdir(folder):
+        if file.startswith(f"{name}."):
+            tf.io.gfile.copy(os.path.join(folder, file), os.path.join(place, file))
+    return os.path.join(place, name)
