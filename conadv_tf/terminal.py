@@ -7,11 +7,17 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
+import tqdm
+
 from conadv_tf import paths
 from conadv_tf.errors import ConfigError, DataError, RunError, data_error, one_line
+
+# Seconds between two lines of progress where there is no screen.
+LINE_SECONDS = 10.0
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -33,6 +39,35 @@ def may_be_gone() -> Iterator[None]:
                 # What is left in the buffer would fail again when Python ends, and change its exit code.
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class Progress:
+    """The progress of a tool: a bar on a screen, a line on stderr every LINE_SECONDS elsewhere.
+
+    Args:
+      total: the number of things to do.
+      unit: the name of one of them.
+    """
+
+    def __init__(self, total: int, unit: str):
+        self._bar = tqdm.tqdm(total=total, unit=unit, disable=None)
+        self._total, self._unit, self._done, self._line_due = total, unit, 0, time.monotonic() + LINE_SECONDS
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with may_be_gone():
+            self._bar.close()
+
+    def update(self) -> None:
+        """Counts one thing done."""
+        self._done += 1
+        with may_be_gone():
+            self._bar.update()
+        if self._bar.disable and time.monotonic() >= self._line_due:
+            self._line_due = time.monotonic() + LINE_SECONDS
+            say(f"{self._done:,} of {self._total:,} {self._unit}s", sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):

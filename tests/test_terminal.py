@@ -7,6 +7,7 @@ import sys
 import pytest
 from commands import call_command_line
 
+from conadv_tf import terminal
 from conadv_tf.run import callbacks
 
 QUICK = ["--gin_param=train.evaluate_every_epochs=100", "--gin_param=train.checkpoint_every_epochs=100"]
@@ -41,3 +42,26 @@ def test_on_a_narrow_screen_the_bar_shows_loss_and_top1(tmp_path, monkeypatch, c
     assert frames
     assert all(re.search(r"loss \d\.\d{3}, top-1 +[\d.]+ %", frame[:80]) for frame in frames)
     assert "epoch 1/" not in capsys.readouterr().out
+
+
+def test_progress_without_a_screen_is_lines_at_intervals(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    with terminal.Progress(2000, "image") as progress:
+        for _ in range(2000):
+            progress.update()
+    assert capsys.readouterr().err.splitlines() == [f"{done:,} of 2,000 images" for done in range(1, 2001)]
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 3600.0)
+    with terminal.Progress(2000, "image") as progress:
+        for _ in range(2000):
+            progress.update()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_screen_is_a_bar(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with terminal.Progress(20, "image") as progress:
+        for _ in range(20):
+            progress.update()
+    assert "20/20" in screen.getvalue()
+    assert "of 20 images" not in screen.getvalue()

@@ -24,7 +24,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
-import tqdm
 from PIL import ExifTags, Image, ImageOps
 
 from conadv_tf import terminal
@@ -155,7 +154,7 @@ class _Writer:
 
     def write(self, splits: dict[str, list[Source]], shards: int | None) -> None:
         total = sum(map(len, splits.values()))
-        with concurrent.futures.ThreadPoolExecutor() as pool, tqdm.tqdm(total=total, unit="image") as progress:
+        with concurrent.futures.ThreadPoolExecutor() as pool, terminal.Progress(total, "image") as progress:
             for split, images in splits.items():
                 self.report.sides[split] = []
                 count = _num_shards(len(images), len(splits["train"]), shards)
@@ -164,7 +163,12 @@ class _Writer:
                     self._write_shard(path, images[number::count], split, pool, progress)
 
     def _write_shard(
-        self, path: str, images: list[Source], split: str, pool: concurrent.futures.Executor, progress: tqdm.tqdm
+        self,
+        path: str,
+        images: list[Source],
+        split: str,
+        pool: concurrent.futures.Executor,
+        progress: terminal.Progress,
     ) -> None:
         sides = self.report.sides[split]
         before = len(sides)
