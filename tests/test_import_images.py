@@ -43,6 +43,9 @@ def test_an_import_is_repeated_byte_for_byte(tmp_path, capsys):
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert len(files[0]) == 5
     assert files[0] == files[1]
+    paths = sorted(str(path) for path in (tmp_path / "one").glob("*-of-*"))
+    for payload in tf.data.TFRecordDataset(paths).as_numpy_iterator():  # else each process has an order of its own
+        assert payload == tf.train.Example.FromString(payload).SerializeToString(deterministic=True)
 
 
 def test_every_format_becomes_a_jpeg_that_training_reads(tmp_path, capsys):

@@ -139,7 +139,7 @@ def _record(source: Source, class_name: str, image_size: int | None) -> tuple[by
         "image/class/text": os.fsencode(class_name),
     }
     feature = {name: _feature(value) for name, value in features.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+    example = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
     return example, min(width, height), hashlib.blake2b(content, digest_size=16).digest()
 
 
