@@ -82,7 +82,7 @@ class CompiledPrograms:
         if self._given_up:
             raise concurrent.futures.CancelledError
         self._seconds[label] = seconds
-        under_way = "; ".join(f"{each}: {passed:.0f} s" for each, passed in list(self._seconds.items()))
+        under_way = "; ".join(f"{program}: {passed:.0f} s" for program, passed in list(self._seconds.items()))
         _say(f"compiling for {self._compiler.generation.name}: {under_way}", passing=True)
 
     def _read_index(self) -> dict[str, str]:

@@ -44,6 +44,11 @@ class _Array(NamedTuple):
     in_hbm: bool
 
 
+def without_copies(text: str) -> str:
+    """An MLIR program without mhlo.copy, which TensorFlow makes of what it returns unchanged; StableHLO has no copy."""
+    return re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
+
+
 def text_cost(text: str) -> TextCost:
     """The cost of a printed HloModule.
 

@@ -29,6 +29,7 @@ from conadv_tf import config, terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import xla
 from conadv_tf.models.resnet import ResNet, variable_path
+from conadv_tf.preflight.hlo_text import without_copies
 from conadv_tf.run import report
 from conadv_tf.run.build import Run, build
 from conadv_tf.training.trainer import ConAdvModel
@@ -247,8 +248,7 @@ def _plain(text: str) -> str:
     """The program in StableHLO alone, without XLA's own dialect and without the places in TensorFlow it came from."""
     text = re.sub(r"^module @\S+ attributes \{.*\} \{$", "module {", text, count=1, flags=re.MULTILINE)
     text = re.sub(r" ?\{mhlo\.frontend_attributes = \{[^}]*\}\}", "", text)
-    text = re.sub(r"mhlo\.copy (%\S+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
-    return text
+    return without_copies(text)
 
 
 def _describe(name: str, program: Program) -> dict:

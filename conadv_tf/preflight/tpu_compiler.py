@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import conadv_tf
 from conadv_tf.errors import ConfigError, RunError
-from conadv_tf.preflight.hlo_text import text_cost
+from conadv_tf.preflight.hlo_text import text_cost, without_copies
 from conadv_tf.preflight.tpu_generations import GENERATIONS, GIB, Generation
 
 PACKAGES = ("jax", "jaxlib", "libtpu")
@@ -243,8 +243,7 @@ def _executable(program: bytes, device):
     from jax._src.lib.mlir import ir
 
     text = _jax.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(program))
-    # TensorFlow copies what it returns unchanged; a copy is no operation of StableHLO, which the client takes.
-    text = re.sub(r"mhlo\.copy (%\w+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", text)
+    text = without_copies(text)
     options = xla_client.CompileOptions()
     options.num_replicas = options.num_partitions = 1
     build = options.executable_build_options
