@@ -5,8 +5,13 @@ random direction. tf-models draws from global random state, so that no image can
 conditionals in a row. Here every distinct (operation, magnitude, direction) is one function, and an image runs two.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import gin
@@ -51,9 +56,9 @@ class Tables(NamedTuple):
 @functools.cache
 def tables(policy: str) -> Tables:
     """Builds the tables of one of POLICIES."""
-    # The import takes a second and changes Matplotlib's backend. tf-models registers with gin, which is locked by now.
-    with gin.unlock_config():
-        from official.vision.ops import augment as tfm
+    # tf-models registers with gin, which is locked by now.
+    with gin.unlock_config(), _without_their_code("official.vision", "official.vision.configs", "official.vision.ops"):
+        tfm = importlib.import_module("official.vision.ops.augment")
 
     keys: list[tuple[str, float, int]] = []
     sub_policies = tfm.AutoAugment(POLICIES[policy]).policies
@@ -69,6 +74,26 @@ def tables(policy: str) -> Tables:
     to_arguments = tfm.level_to_arg(0, 0)
     operations = (_operation(tfm.NAME_TO_FUNC[key[0]], to_arguments[key[0]], *key) for key in keys)
     return Tables((tf.identity, *operations), choice, probability)
+
+
+@contextlib.contextmanager
+def _without_their_code(*packages: str) -> Iterator[None]:
+    """Lets modules of packages be imported without the packages' own code.
+
+    That of official.vision loads detection, segmentation and video: five times the seconds, another backend of Matplotlib,
+    and OpenCV and pycocotools, which requirements.lock leaves out. Whoever imports the packages later gets them whole.
+    """
+    absent = [name for name in packages if name not in sys.modules]
+    for name in absent:
+        root, *folders = name.split(".")
+        stand_in = types.ModuleType(name)
+        stand_in.__path__ = [str(Path(path, *folders)) for path in importlib.import_module(root).__path__]
+        sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _operation(function: Callable, to_arguments: Callable, name: str, magnitude: float, direction: int) -> Operation:
