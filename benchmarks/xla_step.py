@@ -6,7 +6,7 @@
 
 The first prints a Markdown table of warm repeats and writes xla_step.json. The second makes a whole run: prints the
 means of each epoch and the final top-1 over exactly every image, writes xla_run.json and weights.npz, every variable by
-name: what --weights goes on from, and step_program.load_weights takes. Images are shuffled and augmented by numpy's
+name: what --weights goes on from, and step_export.load_weights takes. Images are shuffled and augmented by numpy's
 generator: as the recipe says, though not in the recipe's very order (--in_order: as they lie, not augmented). Variables
 stay on the device; an update takes over the memory of the old ones. Files go to --out.
 """
@@ -243,7 +243,7 @@ def facts(description: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", required=True, help="folder that conadv_tf.step_program wrote")
+    parser.add_argument("--program", required=True, help="folder that conadv-step-program wrote")
     parser.add_argument("--out", default=".", help="folder of the result")
     parser.add_argument("--weights", help="weights.npz to begin with")
     parser.add_argument("--repeats", type=int, default=7)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import math
 import os
+import pprint
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -90,10 +91,7 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
       ConfigError: for a missing file, an unknown name, a misspelt parameter, a value of the wrong type, an unused
         macro, or a statement that is no value.
     """
-    for path in gin_files:
-        _check_file(path, ())
-    for binding in gin_params:
-        _check_statements(binding, f"--gin_param={binding!r}", ())
+    bindings(gin_files, gin_params)
     register()
     gin.clear_config()
     # Files only: gin would also look for Python packages, and take a folder `data` here for one.
@@ -107,6 +105,27 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
     _parse(gin.finalize, "the configuration")
     for name, function, parameter, value in _bindings():
         _check_type(f"{name}.{parameter}", function, parameter, value)
+
+
+def bindings(gin_files: Sequence[str], gin_params: Sequence[str] = ()) -> dict[str, Any]:
+    """The values that recipes and bindings give to settings and macros, later ones over earlier ones, by name.
+
+    Takes no TensorFlow, and so cannot tell whether a setting exists, as `configure` does. A value may be a macro.
+
+    Raises:
+      ConfigError: for a missing file, or a statement that is no value; see `configure`.
+    """
+    found: dict[str, Any] = {}
+    for path in gin_files:
+        found |= _bindings_of_file(path, ())
+    for binding in gin_params:
+        found |= _bindings_of_text(binding, f"--gin_param={binding!r}", ())
+    return found
+
+
+def as_written(value: Any) -> str:
+    """The value as gin writes it in a configuration with one binding a line."""
+    return pprint.pformat(value, width=ONE_LINE)
 
 
 def recipe_name(gin_files: Sequence[str]) -> str:
@@ -180,8 +199,8 @@ def _resolved(value: Any) -> Any:
     return gin.query_parameter(f"{value.scoped_selector}.value") if is_macro else value
 
 
-def _check_file(path: str, including: tuple[str, ...]) -> None:
-    """Checks the statements of a file, found as given or below gin/, and of what it includes."""
+def _bindings_of_file(path: str, including: tuple[str, ...]) -> dict[str, Any]:
+    """The bindings of a file, found as given or below gin/, and of what it includes; see `_bindings_of_text`."""
     found = next((p for p in (path, os.path.join(recipe_folder(), path)) if os.path.isfile(p)), None)
     if not found:
         raise ConfigError(f"{path} is not found here nor under gin/: {_suggestion(path, _recipes())}")
@@ -192,16 +211,21 @@ def _check_file(path: str, including: tuple[str, ...]) -> None:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text ({str(error).splitlines()[0]}): name a recipe") from error
-    _check_statements(text, path, (*including, found))
+    return _bindings_of_text(text, path, (*including, found))
 
 
-def _check_statements(text: str, source: str, including: tuple[str, ...]) -> None:
-    """Raises ConfigError unless every statement includes a recipe, or binds a value to a name that has not moved."""
+def _bindings_of_text(text: str, source: str, including: tuple[str, ...]) -> dict[str, Any]:
+    """The values of a recipe's text by name.
+
+    Raises:
+      ConfigError: unless every statement includes a recipe, or binds a value to a name that has not moved.
+    """
+    found: dict[str, Any] = {}
     delegate = gin_config.ParserDelegate(skip_unknown=False)
     statements = _parse(lambda: list(config_parser.ConfigParser(text, delegate)), source)
     for statement in statements:
         if isinstance(statement, config_parser.IncludeStatement):
-            _check_file(statement.filename, including)
+            found |= _bindings_of_file(statement.filename, including)
         elif isinstance(statement, config_parser.ImportStatement):
             raise ConfigError(f"{source}: import {statement.module}: recipes hold values and import nothing: drop it")
         elif statement.scope:
@@ -214,6 +238,8 @@ def _check_statements(text: str, source: str, including: tuple[str, ...]) -> Non
             if bound_name(name) in MOVED:
                 raise ConfigError(f"{source}: {_moved(bound_name(name))}")
             _check_value(name, statement.value, source)
+            found[bound_name(name)] = statement.value
+    return found
 
 
 def _check_value(name: str, value, source: str) -> None:

@@ -4,6 +4,7 @@ The command line prints them without a traceback (`cli.py`) and ends with `exit_
 """
 
 import re
+import sys
 
 
 class ConfigError(ValueError):
@@ -36,6 +37,12 @@ class Preempted(BaseException):
 def one_line(error: Exception) -> str:
     """The text of an error on one line, for an error line of this package."""
     return " ".join(str(error).split())[:200]
+
+
+def file_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """The errors of reading and writing files, and others; TensorFlow's among them only where it has been loaded."""
+    tensorflow = sys.modules.get("tensorflow")
+    return (OSError, *others, tensorflow.errors.OpError) if tensorflow else (OSError, *others)
 
 
 def data_error(error: BaseException) -> DataError | None:

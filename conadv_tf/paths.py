@@ -41,6 +41,26 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def read_text(path: str) -> str | None:
+    """The text of a file, local or gs://; None where there is none. A local file is read without TensorFlow.
+
+    Raises:
+      OSError, tf.errors.OpError: if the file cannot be read.
+      UnicodeDecodeError: if it is not UTF-8.
+    """
+    if not is_remote(path):
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    import tensorflow as tf
+
+    if not tf.io.gfile.exists(path):
+        return None
+    with tf.io.gfile.GFile(path) as file:
+        return file.read()
+
+
 def matching(folder: str, pattern: str) -> list[str]:
     """Lists the files below a folder that match a glob pattern, sorted; the folder's name is as given.
 

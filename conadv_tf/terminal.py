@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 import tqdm
 
 from conadv_tf import paths
-from conadv_tf.errors import ConfigError, DataError, RunError, data_error, one_line
+from conadv_tf.errors import ConfigError, DataError, RunError, data_error, file_errors, one_line
 
 # Seconds between two lines of progress where there is no screen.
 LINE_SECONDS = 10.0
@@ -100,7 +100,7 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
         return work() or 0
     except (ConfigError, DataError, RunError) as error:
         failure: ConfigError | DataError | RunError = error
-    except _file_errors() as error:
+    except file_errors() as error:
         failure = data_error(error) or RunError(f"{one_line(error)}: {remedy}")
     except KeyboardInterrupt:
         say(f"\ninterrupted: {interrupted}", sys.stderr)
@@ -108,9 +108,3 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
     # gin appends lines of its own about the call the error came from.
     say(f"error: {str(failure).splitlines()[0]}", sys.stderr)
     return failure.exit_code
-
-
-def _file_errors() -> tuple[type[Exception], ...]:
-    """The errors of reading and writing files; TensorFlow's among them only where it has been loaded."""
-    tensorflow = sys.modules.get("tensorflow")
-    return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)

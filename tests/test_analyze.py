@@ -16,7 +16,7 @@ from commands import call_command_line
 from helpers import make_model, random_batches
 
 from conadv_tf import data, methods
-from conadv_tf.experiments import analyze, sharpness
+from conadv_tf.experiments import analysis, analyze, sharpness
 from conadv_tf.training import losses
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_hessian_vector_product_of_a_network_is_the_slope_of_its_gradient():
     network = make_model(methods.vanilla(), trained=True, branches=("main", "adversarial")).network
     images, labels = random_batches(1, 16)
     batch = tf.constant(images[0], tf.float32), tf.constant(labels[0])
-    variables = analyze.main_variables(network)
+    variables = analysis.main_variables(network)
     assert len(variables) == len([v for v in network.trainable_variables if "/adversarial/" not in v.name])
     loss = sharpness.MeanLoss(
         lambda x, y: losses.SmoothedCrossEntropy(0.1)(y, network(x, training=False)), variables, [batch]
@@ -129,14 +129,14 @@ def test_attack_on_a_linear_model_has_the_closed_form(attack, epsilon):
     difference = LINEAR[:, 1] - LINEAR[:, 0]
     expected = np.mean(np.abs(flat @ difference) > epsilon * np.abs(difference).sum())
     assert 0 < expected < 1
-    found = analyze.robust_accuracy(
+    found = analysis.robust_accuracy(
         lambda x: tf.reshape(x, [-1, 4]) @ LINEAR,
         2,
         [
             (tf.constant(images[:200]), tf.constant(labels[:200])),
             (tf.constant(images[200:]), tf.constant(labels[200:])),
         ],
-        analyze.ATTACKS[attack](epsilon),
+        analysis.ATTACKS[attack](epsilon),
     )
     assert found == pytest.approx(expected, abs=1e-6)
 
@@ -178,9 +178,9 @@ def exported(run: Path, split: str):
 def test_analysis_agrees_with_the_exported_network(runs, analysed):
     found = json.loads((analysed[0] / "analysis.json").read_text())
     assert [each["run"] for each in found["runs"]] == list(map(str, runs))
-    for run, analysis in zip(runs, found["runs"], strict=True):
+    for run, of_run in zip(runs, found["runs"], strict=True):
         logits, images, labels = exported(run, "test")
-        assert analysis["robustness"]["clean_top1"] == pytest.approx(
+        assert of_run["robustness"]["clean_top1"] == pytest.approx(
             100 * np.mean(np.argmax(logits(images), 1) == labels)
         )
         with tf.GradientTape() as tape:
@@ -188,23 +188,23 @@ def test_analysis_agrees_with_the_exported_network(runs, analysed):
             loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits(images))
         attacked = tf.clip_by_value(images + 16.0 * tf.sign(tape.gradient(loss, images)), 0.0, 255.0)
         robust = 100 * np.mean(np.argmax(logits(attacked), 1) == labels)
-        fgsm = [each["fgsm_top1"] for each in analysis["robustness"]["attacked"] if each["epsilon_pixels"] == 16]
+        fgsm = [each["fgsm_top1"] for each in of_run["robustness"]["attacked"] if each["epsilon_pixels"] == 16]
         assert fgsm == pytest.approx([robust], abs=100 / IMAGES)  # a gradient of 0 but for rounding may turn its sign
         logits, images, labels = exported(run, "train")
         loss = np.mean(losses.SmoothedCrossEntropy(0.1)(labels, logits(images)))
-        assert analysis["sharpness"]["loss"] == pytest.approx(loss, rel=1e-4)
-        assert analysis["surface"]["loss"][1][1] == pytest.approx(loss, rel=1e-4)  # the middle of 3 × 3
-        assert analysis["sharpness"]["lambda_max"] > 0
-        assert analysis["sharpness"]["residual"] < 0.05 * analysis["sharpness"]["lambda_max"]
+        assert of_run["sharpness"]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert of_run["surface"]["loss"][1][1] == pytest.approx(loss, rel=1e-4)  # the middle of 3 × 3
+        assert of_run["sharpness"]["lambda_max"] > 0
+        assert of_run["sharpness"]["residual"] < 0.05 * of_run["sharpness"]["lambda_max"]
 
 
 def test_pgd_is_no_weaker_than_one_step_and_the_loss_rises_along_directions(analysed):
-    for analysis in json.loads((analysed[0] / "analysis.json").read_text())["runs"]:
-        top1 = analysis["robustness"]["clean_top1"]
-        for each in analysis["robustness"]["attacked"]:
+    for of_run in json.loads((analysed[0] / "analysis.json").read_text())["runs"]:
+        top1 = of_run["robustness"]["clean_top1"]
+        for each in of_run["robustness"]["attacked"]:
             assert each["pgd20_top1"] <= each["fgsm_top1"] + 100 / IMAGES
             assert each["fgsm_top1"] <= top1
-        rises = analysis["loss_rise"]
+        rises = of_run["loss_rise"]
         assert all(each["max"] >= each["mean"] for each in rises)
         assert rises[-1]["max"] > rises[0]["max"]
 

@@ -209,15 +209,35 @@ def test_types_are_checked_everywhere():
     assert ast.literal_eval(files.group(1)) == ["conadv_tf", "train.py", "reproduce.py"]
 
 
+TABLE = ["--table=1", "--figure=gain", "--jobs=0", "--runs=results/digits/runs"]
+
+
 @pytest.mark.parametrize(
-    ("flags", "code"), [(["--help"], 0), (["--gin_file=nothing.gin"], 2), (["--nothing=1"], 2), (["train.epochs=3"], 2)]
+    ("tool", "arguments", "code"),
+    [
+        ("cli", ["--help"], 0),
+        ("cli", ["--gin_file=nothing.gin"], 2),
+        ("cli", ["--nothing=1"], 2),
+        ("cli", ["train.epochs=3"], 2),
+        ("data.service", ["--help"], 0),
+        ("experiments.analyze", ["--help"], 0),
+        ("experiments.analyze", ["run", "--images=none"], 2),
+        ("experiments.reproduce", ["--help"], 0),
+        ("experiments.reproduce", TABLE, 0),
+        ("preflight.step_program", ["--help"], 0),
+        ("preflight.step_program", ["--images=1"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_what_can_be_said_without_tensorflow_loads_none(flags, code):
+def test_what_can_be_said_without_tensorflow_loads_none(tool, arguments, code, tmp_path):
     """Fault seen caught: `from conadv_tf.run import report` at the top of cli.py."""
     program = (
-        "import sys; from conadv_tf import cli\n"
-        "try: cli.run_command_line(['train.py', *sys.argv[1:]])\n"
-        "except SystemExit as end: print(end.code, 'tensorflow' in sys.modules)"
+        f"import sys; from conadv_tf import cli; from conadv_tf.{tool} import main\n"
+        "try: end = cli.run_command_line(['train.py', *sys.argv[1:]]) if main is cli.main else main(sys.argv[1:])\n"
+        "except SystemExit as error: end = error.code\n"
+        "print(end, 'tensorflow' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"{code} False"
+    arguments = [*arguments, *([f"--results={tmp_path}"] if arguments == TABLE else [])]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"{code} False"], done.stderr
+    assert arguments[0] != TABLE[0] or "| ResNet |" in done.stdout

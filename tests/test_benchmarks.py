@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conadv_tf import methods
-from conadv_tf.experiments import figure4, reproduce
+from conadv_tf.experiments import figure4, reproduce, scaling
 from conadv_tf.preflight.table import Work, calibration
 from conadv_tf.preflight.tpu_compiler import Cost
 from conadv_tf.preflight.tpu_generations import GENERATIONS, allreduce_seconds
@@ -98,8 +98,8 @@ def test_art_trains_the_same_network(benchmark):
 def test_scaling_adds_up_passes_and_the_all_reduce():
     by_compiler, _ = calibration()
     made = {}
-    for method in figure4.compared():
-        made[method.schedule or method.name] = figure4.point("a", method, 4096, PASSES, 100_000_000, V3)
+    for method in scaling.compared():
+        made[method.schedule or method.name] = scaling.point("a", method, 4096, PASSES, 100_000_000, V3)
     seconds = {"vanilla": 0.054, "disadv": 0.134, "shadow": 0.134, "paired": 0.109, "phased": 0.059}
     cores = {"vanilla": 64, "disadv": 64, "shadow": 64, "paired": 64, "phased": 128}
     for name, point in made.items():
@@ -110,15 +110,15 @@ def test_scaling_adds_up_passes_and_the_all_reduce():
 
 def test_scaling_leaves_out_slices_there_are_not():
     phased = methods.conadv(schedule="phased")
-    assert figure4.point("a", phased, 98_304, PASSES, 1, V3) is None
-    assert figure4.point("a", methods.vanilla(), 98_304, PASSES, 1, V3).replicas == 1536
+    assert scaling.point("a", phased, 98_304, PASSES, 1, V3) is None
+    assert scaling.point("a", methods.vanilla(), 98_304, PASSES, 1, V3).replicas == 1536
 
 
 def test_scaling_prints_beside_the_paper_and_plots(tmp_path, capsys):
     found = [
-        figure4.point(panel, method, batch, PASSES, 100_000_000, V3)
+        scaling.point(panel, method, batch, PASSES, 100_000_000, V3)
         for panel, (_, batches) in figure4.PANELS.items()
-        for method in figure4.compared()
+        for method in scaling.compared()
         for batch in batches
     ]
     found = [point for point in found if point]

@@ -1,4 +1,4 @@
-"""The two lock files: what setup.cfg asks for, pinned, hashed, and installed here; and that the smaller one suffices."""
+"""The lock files: what setup.cfg asks for, pinned, hashed, and installed here. The smaller one suffices to train."""
 
 import configparser
 import importlib.metadata
@@ -114,7 +114,9 @@ def test_every_module_can_be_imported_with_the_smaller_one():
         if any(canonicalize_name(package) in small | {"conadv-tf", "pip"} for package in packages)
     }
     left_out = sorted(importlib.metadata.packages_distributions().keys() - allowed)
-    assert {"cv2", "pycocotools", "tensorflow_text", "tensorflow_hub", "kaggle", "pandas", "pyarrow", "jax"} <= set(left_out)
+    assert {"cv2", "pycocotools", "tensorflow_text", "tensorflow_hub", "kaggle", "pandas", "pyarrow", "jax"} <= set(
+        left_out
+    )
     outcome = subprocess.run(
         [sys.executable, "-c", WITHOUT, json.dumps(left_out)], capture_output=True, text=True, cwd=ROOT
     )

@@ -14,7 +14,7 @@ from helpers import assert_close, fit, make_model, named_variables, random_batch
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.methods.attack import Attack
-from conadv_tf.preflight import step_program
+from conadv_tf.preflight import step_export, step_program
 from conadv_tf.training import lars
 from conadv_tf.training.learning_rate import warmup_poly_decay
 
@@ -34,7 +34,7 @@ def model_of(method: methods.Method, microbatches: int):
 def export(model, folder: str) -> None:
     facts = {"recipe": "test", "epochs": 1, "steps_per_epoch": UPDATES, "augmentation": "none", "seed": 0}
     facts["num_classes"] = 10
-    step_program.export(model, tf.TensorSpec((ROWS, 8, 8, 1), tf.uint8), folder, facts)
+    step_export.export(model, tf.TensorSpec((ROWS, 8, 8, 1), tf.uint8), folder, facts)
 
 
 def run_jax(folder: str, *flags: str) -> dict:
@@ -91,14 +91,14 @@ def test_jax_trains_as_keras_does(name, tmp_path):
 
     logs = fit(model, *train, UPDATES)
     loaded = model_of(method, microbatches)
-    step_program.load_weights(loaded.network, f"{folder}/weights.npz")
+    step_export.load_weights(loaded.network, f"{folder}/weights.npz")
     now = {name: variable.numpy() for name, variable in named_variables(model.network).items()}
     assert_close({n: v.numpy() for n, v in named_variables(loaded.network).items()}, now, 2e-5)
     kernels = [n for n in now if n.endswith("kernel")]
     moved = {n: np.linalg.norm(now[n] - initial[f"network/{n}"]) / np.linalg.norm(now[n]) for n in kernels}
     assert min(moved.values()) > 0.003
     with np.load(f"{folder}/weights.npz") as saved:
-        others = {n: v.numpy() for n, v in step_program.named_variables(model).items() if n[:5] in ("optim", "shado")}
+        others = {n: v.numpy() for n, v in step_export.named_variables(model).items() if n[:5] in ("optim", "shado")}
         assert_close({n: saved[n] for n in others}, others, 2e-5)
     mean = {n: np.mean([log[n] for log in logs]) for n in method.metric_names}
     assert_close({n: result["epochs"][0][n] for n in mean}, mean, 2e-5)
@@ -156,5 +156,5 @@ def test_weights_of_another_network_are_refused_whole(tmp_path):
     file = str(tmp_path / "weights.npz")
     np.savez(file, **{"network/stem/conv/kernel": np.ones((3, 3, 1, 16), np.float32)})
     with pytest.raises(RunError, match=r"network/.* of shape None"):
-        step_program.load_weights(model.network, file)
+        step_export.load_weights(model.network, file)
     assert_close(snapshot(model), before, 0)

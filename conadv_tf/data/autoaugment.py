@@ -80,8 +80,9 @@ def tables(policy: str) -> Tables:
 def _without_their_code(*packages: str) -> Iterator[None]:
     """Lets modules of packages be imported without the packages' own code.
 
-    That of official.vision loads detection, segmentation and video: five times the seconds, another backend of Matplotlib,
-    and OpenCV and pycocotools, which requirements.lock leaves out. Whoever imports the packages later gets them whole.
+    That of official.vision loads detection, segmentation and video: five times the seconds, another backend of
+    Matplotlib, and OpenCV and pycocotools, which requirements.lock leaves out. A later import of the packages has
+    them whole.
     """
     absent = [name for name in packages if name not in sys.modules]
     for name in absent:

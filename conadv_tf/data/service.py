@@ -10,6 +10,8 @@ host's files. Here input host h of H takes the processes h, h + H, ...; the i-th
 decodes its part. A process that ends, and one that is started anew, end the run; the same command resumes it.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
@@ -19,10 +21,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import tensorflow as tf
+from conadv_tf.errors import ConfigError, DataError, file_errors
 
-from conadv_tf.errors import ConfigError, DataError
+if TYPE_CHECKING:  # imported where it is used: seconds that --help does without
+    import tensorflow as tf
 
 CONNECT_SECONDS = 10
 PATIENCE_SECONDS = 60  # a service that does not answer for so long ends the run
@@ -101,6 +105,8 @@ def spread(make: Callable[[int, int], tf.data.Dataset], services: Sequence[str])
     Returns:
       Dataset of all batches, in order.
     """
+    import tensorflow as tf
+
     if not services:
         return make(1, 0)
     parts = [_made_at(address, make(len(services), part)) for part, address in enumerate(services)]
@@ -108,6 +114,8 @@ def spread(make: Callable[[int, int], tf.data.Dataset], services: Sequence[str])
 
 
 def _made_at(address: str, batches: tf.data.Dataset) -> tf.data.Dataset:
+    import tensorflow as tf
+
     everything = tf.data.experimental.service.ShardingPolicy.OFF
     # Photos do not shrink, and unpacking them would cost the host what it is to be spared.
     sent = batches.enumerate().apply(
@@ -159,6 +167,8 @@ def serve(address: str) -> tuple:
     Raises:
       OSError: where one of the ports is taken.
     """
+    import tensorflow as tf
+
     host, port = _host_and_port(address)
     next_port = port + 1
     for number in (port, next_port):
@@ -197,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--address={address} is no address: write HOST:PORT, such as {example}")
     try:
         servers = serve(address)  # they live as long as this name
-    except (OSError, RuntimeError, tf.errors.OpError) as error:
+    except file_errors(RuntimeError) as error:
         print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
         return DataError.exit_code
     _wait_for_a_signal(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker")

@@ -55,7 +55,7 @@ class Folders:
         Raises:
           ConfigError: if the cell's recipe is wrong with the settings of every run.
         """
-        self._configure(cell)
+        config.configure(cell.gin_files(), self._params(cell))
         return config.setting(name)
 
     def log(self, cell: Cell) -> str:
@@ -88,9 +88,6 @@ class Folders:
         with open(path) as file:
             return f"{file.read().strip()} ({self.log(cell)})"
 
-    def _configure(self, cell: Cell) -> None:
-        config.configure(cell.gin_files(), self._params(cell))
-
     def _params(self, cell: Cell) -> list[str]:
         own = cell.gin_params()
         varied = {config.bound_name(param): param for param in own}
@@ -101,8 +98,7 @@ class Folders:
         return own + self._gin_params
 
     def _check_recipe(self, cell: Cell, saved: str) -> None:
-        self._configure(cell)
-        changed = kept_config.contradiction(saved)
+        changed = kept_config.contradiction(saved, config.bindings(cell.gin_files(), self._params(cell)))
         if changed:
             name, old, new = changed
             raise ConfigError(

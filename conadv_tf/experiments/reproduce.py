@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conadv_tf import data, terminal
+from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.experiments import figure4, jobs, paper, plots, tpu_times
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Study
@@ -153,6 +153,8 @@ class Reproduction:
         # Settings and data that do not fit are found here, once, rather than at the end of every run.
         sources = {self._folders.setting(cell, "data.source") for cell in self._unsettled(guess=False)}
         self._compile()
+        from conadv_tf import data  # takes TensorFlow with it, which a printed table does without
+
         try:
             for source in sources:
                 data.check_source(source, self._arguments.data_dir)
@@ -174,7 +176,9 @@ class Reproduction:
                 self._estimate_times()
             if self._has_figure4 and not os.path.isfile(self._scaling):
                 generation = GENERATIONS[tpu_times.GENERATION]
-                figure4.write(figure4.points("96k_conadv.gin", generation), generation, self._folder)
+                from conadv_tf.experiments import scaling
+
+                figure4.write(scaling.points("96k_conadv.gin", generation), generation, self._folder)
         except (ConfigError, RunError) as error:
             self._not_compiled.append(str(error))
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from conadv_tf import config, methods
+from conadv_tf import config
 from conadv_tf.experiments import paper
 
 Results = Callable[["Cell"], dict | None]
@@ -252,12 +252,12 @@ class Study:
 @functools.cache  # asked for every run each time that progress is shown
 def _forward_units(recipe: str, params: tuple[str, ...]) -> float:
     """The cost of an update of a method in forward passes over the batch, as the method itself counts them."""
+    from conadv_tf import methods  # takes TensorFlow with it, which a printed table does without
+
     config.configure([f"method/{recipe}.gin"], params)
     return methods.make_method(config.setting("train.method")).forward_units
 
 
-@functools.cache  # asked for every group each time that progress is shown
 def _recipe_epsilon(*gin_files: str) -> float | None:
     """ε of a recipe; None where it has no attack."""
-    config.configure(gin_files, [])
-    return config.setting("attack.epsilon_pixels")
+    return config.bindings(gin_files).get("attack.epsilon_pixels")

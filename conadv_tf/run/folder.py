@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
+from conadv_tf import paths
+from conadv_tf.errors import RunError, file_errors, one_line
 
-from conadv_tf.errors import RunError, one_line
+# TensorFlow is imported where it is used: a tool that only reads local folders does without.
 
 
 class RunFolder:
@@ -32,7 +33,9 @@ class RunFolder:
         """
         if not self.writes:
             return
-        with contextlib.suppress(tf.errors.OpError, OSError):
+        import tensorflow as tf
+
+        with contextlib.suppress(*file_errors()):
             tf.io.gfile.makedirs(self.path)  # writing tells what goes wrong here
         self._write(".writable", "yes\n")  # not empty: a full disk has room for an empty file
         tf.io.gfile.remove(self.file(".writable"))
@@ -87,12 +90,9 @@ class RunFolder:
             raise self._damaged(name, error) from error
 
     def _read(self, name: str) -> str | None:
-        if not tf.io.gfile.exists(self.file(name)):
-            return None
         try:
-            with tf.io.gfile.GFile(self.file(name)) as file:
-                return file.read()
-        except (UnicodeDecodeError, tf.errors.OpError) as error:
+            return paths.read_text(self.file(name))
+        except file_errors(UnicodeDecodeError) as error:
             raise self._damaged(name, error) from error
 
     def _damaged(self, name: str, error: Exception) -> RunError:
@@ -101,12 +101,14 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         if not self.writes:
             return
+        import tensorflow as tf
+
         partial = self.file(name + ".partial")
         try:
             with tf.io.gfile.GFile(partial, "w") as file:
                 file.write(text)
             tf.io.gfile.rename(partial, self.file(name), overwrite=True)
-        except (tf.errors.OpError, OSError) as error:
+        except file_errors() as error:
             raise RunError(
                 f"--model_dir={self.path} cannot be written ({one_line(error)}): make room, or choose a folder you may "
                 "write"

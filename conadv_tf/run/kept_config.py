@@ -1,8 +1,7 @@
 """Comparisons of a kept config.gin, of this version or an earlier one, with the configuration of today."""
 
-from collections.abc import Sequence
-
-import gin
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from conadv_tf import config
 
@@ -30,8 +29,7 @@ def kept_settings(text: str) -> dict[str, str]:
     """
     config.register()
     found = config.parse_settings(text)
-    source = found.get("data.source", "")
-    source = found.get(source.removeprefix("%"), source).strip("'\"")  # of a macro, its value
+    source = _source(found)
     if source not in config.sources():
         return found
     streams = config.sources()[source].reads_files and found.get("data.in_memory") == "False"
@@ -43,6 +41,12 @@ def kept_settings(text: str) -> dict[str, str]:
         if name not in config.MOVED or (configurable in present and parameter in config.parameters(configurable)):
             kept[new] = value
     return kept
+
+
+def _source(found: Mapping[str, str]) -> str:
+    """What data.source says."""
+    source = found.get("data.source", "")
+    return found.get(source.removeprefix("%"), source).strip("'\"")  # of a macro, its value
 
 
 def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:
@@ -63,14 +67,22 @@ def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, 
     return None
 
 
-def contradiction(saved: str) -> tuple[str, str, str] | None:
-    """Finds the first setting of the parsed recipe that a saved run had otherwise; defaults are not compared.
+def contradiction(saved: str, wanted: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Finds the first setting of a recipe that a saved run had otherwise; defaults are not compared.
+
+    Takes no TensorFlow.
+
+    Args:
+      saved: a configuration as it was kept, by this version or an earlier one.
+      wanted: the bindings of the recipe, see `config.bindings`.
 
     Returns:
       (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
     """
-    old, new = kept_settings(saved), config.parse_settings(gin.config_str(max_line_length=config.ONE_LINE))
-    for name in sorted(old.keys() & new.keys()):
-        if old[name] != new[name] and name not in EXECUTION_SETTINGS:
-            return name, old[name], new[name]
+    found = config.parse_settings(saved)
+    old = {config.MOVED.get(name, name).format(source=_source(found)): value for name, value in found.items()}
+    for name in sorted(old.keys() & wanted.keys()):
+        new = config.as_written(wanted[name])
+        if old[name] != new and name not in EXECUTION_SETTINGS:
+            return name, old[name], new
     return None
