@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
+from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, DataError
 
 CONNECT_SECONDS = 10
@@ -183,6 +184,7 @@ def _wait_for_a_signal(announcement: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT, which end the process; returns an exit code where it cannot serve."""
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(prog="conadv-data-service", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--address",

@@ -263,7 +263,7 @@ def _describe(name: str, program: Program) -> dict:
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
