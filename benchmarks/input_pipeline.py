@@ -102,7 +102,7 @@ def table(rates: dict[str, list[float]]) -> list[dict]:
 
 
 def resident_megabytes() -> float:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
@@ -117,6 +117,7 @@ def memory(batches: tf.data.Dataset, images: int) -> list[float]:
 
 
 def main() -> None:
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=terminal.path, required=True)
     parser.add_argument("--images", type=int, default=512)
@@ -136,7 +137,7 @@ def main() -> None:
     sizes = memory(pipelines[OURS_AA], arguments.memory_images)
     text = " ".join(f"{size:.0f}" for size in sizes)
     print(f"resident memory, MB, at each tenth of {arguments.memory_images:,} images: {text}")
-    with open("input_pipeline.json", "w") as file:
+    with open("input_pipeline.json", "w", encoding="utf-8") as file:
         json.dump({"rates": rows, "resident_megabytes": sizes}, file, indent=1)
 
 

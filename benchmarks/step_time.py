@@ -27,7 +27,7 @@ import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lars as tfm_lars
 
-from conadv_tf import methods
+from conadv_tf import methods, terminal
 from conadv_tf.methods.attack import Attack
 from conadv_tf.models import resnet
 from conadv_tf.training import trainer
@@ -225,6 +225,7 @@ def missed(rows: dict[str, dict]) -> list[str]:
 
 
 def main() -> None:
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="cifar_resnet8")
     parser.add_argument("--batch", type=int, default=128)
@@ -237,7 +238,7 @@ def main() -> None:
     times = measure(runners, arguments.steps, arguments.rounds)
     rows = table(times, arguments.batch)
     print(text(rows))
-    with open("step_time.json", "w") as file:
+    with open("step_time.json", "w", encoding="utf-8") as file:
         json.dump({"arguments": vars(arguments), "rows": rows, "milliseconds": times}, file, indent=2)
     if arguments.check and missed(rows):
         sys.exit("\n".join(f"missed: {line}" for line in missed(rows)))

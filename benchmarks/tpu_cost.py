@@ -168,6 +168,7 @@ def missed(updates: dict[str, Update], rows: int, generation: Generation) -> lis
 
 
 def main() -> None:
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=GOAL_ROWS)
     parser.add_argument("--generation", choices=sorted(GENERATIONS), default="v3")
@@ -181,7 +182,7 @@ def main() -> None:
     print(markdown(updates, generation))
     rows = {name: {**dataclasses.asdict(each), "ratios": ratios(name, updates)} for name, each in updates.items()}
     misses = missed(updates, arguments.rows, generation)
-    with open("tpu_cost.json", "w") as file:
+    with open("tpu_cost.json", "w", encoding="utf-8") as file:
         json.dump({"arguments": vars(arguments), "rows": rows, "missed": misses}, file, indent=2)
     if arguments.check and misses:
         sys.exit("\n".join(["missed:", *misses]))

@@ -47,7 +47,7 @@ class Program:
         self._kept = [variable for variable in about["reads"] if variable not in set(self.assigns)]
         order = {variable: i for i, variable in enumerate([*self.assigns, *self._kept])}
         self._order = [order[variable] for variable in about["reads"]]
-        with open(os.path.join(folder, about["file"])) as file:
+        with open(os.path.join(folder, about["file"]), encoding="utf-8") as file:
             self._text = file.read()
         self._compiled = None
 
@@ -93,7 +93,7 @@ def load(folder: str, weights: str | None) -> tuple[dict, dict[str, Program], di
     """program.json, the programs, and the variables on the device."""
     if not os.path.isfile(os.path.join(folder, "program.json")):
         sys.exit(f"error: {folder} holds no program.json: make it with conadv-step-program --out={folder}")
-    with open(os.path.join(folder, "program.json")) as file:
+    with open(os.path.join(folder, "program.json"), encoding="utf-8") as file:
         description = json.load(file)
     if description["format"] != 1:
         sys.exit(f"error: {folder} has format {description['format']}, this reads 1: export it with this checkout")
@@ -256,7 +256,7 @@ def main() -> None:
     os.makedirs(arguments.out, exist_ok=True)
     name, work = ("xla_run.json", train) if arguments.data else ("xla_step.json", time_updates)
     result = work(arguments)
-    with open(os.path.join(arguments.out, name), "w") as file:
+    with open(os.path.join(arguments.out, name), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
 
 

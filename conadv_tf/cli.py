@@ -74,6 +74,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _run(_: list[str]) -> None:
+    terminal.take_any_text()
     _quiet()
     try:
         _train()

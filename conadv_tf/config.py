@@ -14,7 +14,7 @@ import pprint
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import gin
 from gin import config as gin_config
@@ -95,7 +95,7 @@ def configure(gin_files: Sequence[str], gin_params: Sequence[str]) -> None:
     register()
     gin.clear_config()
     # Files only: gin would also look for Python packages, and take a folder `data` here for one.
-    gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+    gin_config._FILE_READERS[:] = [(_open_recipe, os.path.isfile)]
     gin_config._LOCATION_PREFIXES[:] = ["", recipe_folder()]
     for path in gin_files:
         _parse(functools.partial(gin.parse_config_file, path, skip_unknown=False), path)
@@ -199,6 +199,11 @@ def _resolved(value: Any) -> Any:
     return gin.query_parameter(f"{value.scoped_selector}.value") if is_macro else value
 
 
+def _open_recipe(path: str) -> TextIO:
+    """A recipe, opened to be read; it may begin with the mark that Windows' editors put before UTF-8."""
+    return open(path, encoding="utf-8-sig")
+
+
 def _bindings_of_file(path: str, including: tuple[str, ...]) -> dict[str, Any]:
     """The bindings of a file, found as given or below gin/, and of what it includes; see `_bindings_of_text`."""
     found = next((p for p in (path, os.path.join(recipe_folder(), path)) if os.path.isfile(p)), None)
@@ -207,7 +212,7 @@ def _bindings_of_file(path: str, including: tuple[str, ...]) -> dict[str, Any]:
     if found in including:
         raise ConfigError(f"{path} includes itself, through {including[-1]}: drop one of the includes")
     try:
-        with open(found) as file:
+        with _open_recipe(found) as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text ({str(error).splitlines()[0]}): name a recipe") from error

@@ -4,10 +4,13 @@ Output that cannot be shown costs no run and changes no exit code.
 """
 
 import argparse
+import codecs
 import contextlib
+import io
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
@@ -16,12 +19,47 @@ import tqdm
 from conadv_tf import paths
 from conadv_tf.errors import ConfigError, DataError, RunError, data_error, file_errors, one_line
 
+# What has no likeness in ASCII of its own; Greek letters are written out.
+_IN_ASCII = {
+    **{"×": "x", "·": "*", "±": "+-", "→": "->", "←": "<-", "−": "-", "–": "-", "—": "-", "≥": ">=", "≤": "<="},
+    **{"≈": "~", "‖": "|", "∞": "inf", "∇": "grad", "⌊": "[", "⌋": "]", "‘": "'", "’": "'", "“": '"', "”": '"'},
+}
+# The error handlers of Python's own streams that raise, or write codes in the place of characters.
+_UNREADABLE = ("strict", "surrogateescape", "backslashreplace")
+
 # Seconds between two lines of progress where there is no screen.
 LINE_SECONDS = 10.0
 
 
+def take_any_text() -> None:
+    """Lets stdout and stderr take every text: what their encoding lacks is written in ASCII, "x" for "×"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in _UNREADABLE:
+            stream.reconfigure(errors=_in_ascii.__name__)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """The error handler of a codec that writes what cannot be encoded by characters that can."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_likeness, error.object[error.start : error.end])), error.end
+
+
+codecs.register_error(_in_ascii.__name__, _in_ascii)
+
+
+def _likeness(character: str) -> str:
+    """A character in ASCII; nothing for an accent that stands alone, "?" where there is no likeness."""
+    plain = _IN_ASCII.get(character) or unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    name = unicodedata.name(character, "")
+    if not plain and name.startswith("GREEK"):
+        plain = name.split()[-1].lower()
+    return plain if plain or unicodedata.combining(character) else "?"
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Prints a line at once, to stdout unless told otherwise."""
+    take_any_text()
     with may_be_gone():
         print(text, file=stream, flush=True)
 
@@ -37,7 +75,7 @@ def may_be_gone() -> Iterator[None]:
                 stream.flush()
             except OSError:
                 # What is left in the buffer would fail again when Python ends, and change its exit code.
-                with open(os.devnull, "w") as nowhere:
+                with open(os.devnull, "w", encoding="utf-8") as nowhere:
                     os.dup2(nowhere.fileno(), stream.fileno())
 
 
@@ -96,6 +134,7 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
     Returns:
       0, 2 for arguments and settings, 1 for data and files, 130 after Ctrl-C, or what `work` returns.
     """
+    take_any_text()
     try:
         return work() or 0
     except (ConfigError, DataError, RunError) as error:

@@ -112,7 +112,7 @@ def _link(path: Path) -> str:
 
 def _head(path: Path) -> str:
     """The head comment of a recipe without its marks."""
-    lines = path.read_text().split("\n\n")[0].splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
 
 

@@ -22,8 +22,9 @@ def command(*flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *flags]
 
 
-def train(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300)
+def train(*flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run(command(*flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def call_command_line(*flags: str) -> None:

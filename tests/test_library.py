@@ -9,7 +9,7 @@ from helpers import assert_close, make_model, mirrored, named_variables, random_
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.attack import Attack
-from conadv_tf.training import lars
+from conadv_tf.training import lars, metrics
 
 
 def arrays(rows: int):
@@ -109,6 +109,21 @@ def test_evaluation_without_weights_counts_every_image_once_and_changes_nothing(
     actual = model.evaluate(images, labels, batch_size=8, verbose=0, return_dict=True)
     assert_close(actual, expected_evaluation(model, images, labels, np.ones(37)), 1e-6)
     assert_close(trained(), before, 0)
+
+
+def test_equal_logits_count_as_chance():
+    logits = tf.constant([[0.0] * 1000, [1.0] * 3 + [0.0] * 997, [1.0] * 3 + [0.0] * 997, [np.nan] + [0.0] * 999])
+    labels = tf.constant([999, 999, 2, 5])
+    np.testing.assert_allclose(metrics.top(1, labels, logits), [1 / 1000, 0, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(metrics.top(5, labels, logits), [5 / 1000, 2 / 997, 1, 0], rtol=1e-6)
+
+
+def test_a_network_that_knows_nothing_is_evaluated_as_chance():
+    images, labels = arrays(40)
+    made = make_model(methods.conadv(), trained=False)
+    made.network.classifier.kernel.assign(tf.zeros_like(made.network.classifier.kernel))
+    actual = made.evaluate(images, labels, batch_size=8, verbose=0, return_dict=True)
+    assert_close(actual, {"loss": np.log(10), "top1": 0.1, "top5": 0.5}, 1e-6)
 
 
 def test_evaluation_on_replicas_equals_evaluation_on_one(model):

@@ -165,9 +165,37 @@ def test_bfloat16_networks_keep_float32_variables_and_logits():
     logits = network(images, mode="batch", update_statistics=False)
     assert logits.dtype == tf.float32
     assert {variable.dtype for variable in network.variables} == {tf.float32}
-    assert network.blocks[0].convs[0].conv.compute_dtype == "bfloat16"
+    assert network.blocks[0].convs[0].compute_dtype == "bfloat16"
     reference = plain(images, mode="batch", update_statistics=False)
     assert 0 < np.abs(logits - reference).max() < 0.02
+
+
+def to_bfloat16(values):
+    return tf.cast(tf.cast(values, tf.bfloat16), tf.float32).numpy()
+
+
+def test_an_evaluation_in_bfloat16_has_logits_and_a_classifier_in_float32():
+    random = np.random.default_rng(0)
+    network = ResNet("digits_resnet", 1000, (8, 8, 1), dtype="mixed_bfloat16").create_variables()
+    network.classifier.kernel.assign(random.normal(0.0, 0.3, network.classifier.kernel.shape))
+    network.classifier.bias.assign(random.normal(0.0, 0.3, network.classifier.bias.shape))
+    seen = []
+    network.classifier.call = lambda features, call=network.classifier.call: seen.append(features) or call(features)
+    logits = network(random.integers(0, 256, (3, 8, 8, 1)))
+    features, kernel, bias = map(np.float64, (seen[0], network.classifier.kernel, network.classifier.bias))
+    np.testing.assert_allclose(logits, features @ kernel + bias, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(logits, to_bfloat16(logits))
+
+
+def test_a_kernel_folded_with_moving_statistics_is_rounded_once():
+    network = ResNet("digits_resnet", 10, (8, 8, 1), dtype="mixed_bfloat16").create_variables()
+    unit, seen = network.blocks[0].convs[1], []
+    scale = np.random.default_rng(0).uniform(0.5, 1.5, 16).astype(np.float32)
+    unit.norm.gammas["main"].assign(scale * np.sqrt(np.float32(1 + 1e-5)))
+    unit.conv.convolution_op = lambda inputs, kernel: seen.append(kernel) or tf.nn.conv2d(inputs, kernel, 1, "SAME")
+    network(np.zeros((1, 8, 8, 1)))
+    folded = unit.conv.kernel.numpy() * unit.norm.moving_affine("main")[0].numpy()
+    assert np.array_equal(tf.cast(seen[0], tf.float32), to_bfloat16(folded))
 
 
 def test_networks_rebuild_from_their_configuration():

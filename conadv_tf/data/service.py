@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, DataError, file_errors
 
 if TYPE_CHECKING:  # imported where it is used: seconds that --help does without
@@ -193,6 +194,7 @@ def _wait_for_a_signal(announcement: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT, which end the process; returns an exit code where it cannot serve."""
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(prog="conadv-data-service", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--address",

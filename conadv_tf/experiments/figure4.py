@@ -86,13 +86,13 @@ def write(found: list[Point], generation: Generation, folder: str) -> None:
     """Keeps the points in the folder's scaling.json."""
     os.makedirs(folder, exist_ok=True)
     content = [{**dataclasses.asdict(point), "images_per_ms": point.images_per_ms} for point in found]
-    with open(os.path.join(folder, "scaling.json"), "w") as file:
+    with open(os.path.join(folder, "scaling.json"), "w", encoding="utf-8") as file:
         json.dump({"generation": generation.name, "points": content}, file, indent=1)
 
 
 def read(folder: str) -> tuple[list[Point], Generation]:
     """The points that `write` kept in a folder, and the generation they are for."""
-    with open(os.path.join(folder, "scaling.json")) as file:
+    with open(os.path.join(folder, "scaling.json"), encoding="utf-8") as file:
         content = json.load(file)
     names = [field.name for field in dataclasses.fields(Point)]
     found = [Point(**{name: kept[name] for name in names}) for kept in content["points"]]

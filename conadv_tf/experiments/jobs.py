@@ -85,7 +85,7 @@ class Folders:
         path = os.path.join(self.local, cell.name, _FAILED)
         if not os.path.isfile(path):
             return None
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return f"{file.read().strip()} ({self.log(cell)})"
 
     def _params(self, cell: Cell) -> list[str]:
@@ -159,7 +159,7 @@ class Runner:
     def _launched(self, cell: Cell) -> subprocess.Popen:
         os.makedirs(os.path.dirname(self._folders.log(cell)), exist_ok=True)
         _remove(os.path.join(self._folders.local, cell.name, _FAILED))
-        with open(self._folders.log(cell), "a") as log:
+        with open(self._folders.log(cell), "a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "conadv_tf", *self._folders.arguments(cell), *self._flags],
                 stdin=subprocess.DEVNULL,
@@ -203,10 +203,10 @@ class Runner:
         return f", about {seconds / 60:.0f} min left" if seconds else ""
 
     def _fail(self, cell: Cell, code: int) -> None:
-        with open(self._folders.log(cell), errors="replace") as log:
+        with open(self._folders.log(cell), encoding="utf-8", errors="replace") as log:
             lines = [line.strip() for line in log if line.strip()]
         self.failed[cell] = f"exit code {code}: {lines[-1] if lines else 'no output'}"
-        with open(os.path.join(self._folders.local, cell.name, _FAILED), "w") as file:
+        with open(os.path.join(self._folders.local, cell.name, _FAILED), "w", encoding="utf-8") as file:
             file.write(self.failed[cell] + "\n")
         self._say(f"{cell.name}: failed, {self.failed[cell]} ({self._folders.log(cell)})")
 

@@ -198,7 +198,7 @@ class Reproduction:
         for table in made:
             print(table.markdown())
             for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
-                with open(self._file(table, suffix), "w") as file:
+                with open(self._file(table, suffix), "w", encoding="utf-8") as file:
                     file.write(text)
         for experiment, table in zip(self._experiments, made, strict=True):
             _draw(experiment.plot, table, self._file(table, "png"), self._curves)

@@ -19,7 +19,7 @@ def seconds(folder: str, batch: str) -> dict[str, float]:
     path = os.path.join(_folder(folder, batch), "preflight.json")
     if not os.path.isfile(path):
         return {}
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         found = json.load(file)["methods"]
     return {
         name: 3600 * method["hours"] for name in TABLE3_ESTIMATES for method in found if method["name"].startswith(name)

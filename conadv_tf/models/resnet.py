@@ -83,7 +83,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
             padding="same",
             use_bias=False,
             kernel_initializer=tf_keras.initializers.VarianceScaling(seed=seed),
-            dtype=kwargs.get("dtype"),
+            dtype=self.variable_dtype,  # under a mixed policy the kernel would read as already rounded
             name="conv",
         )
         self.norm = SplitBatchNormalization(**norm, dtype=kwargs.get("dtype"), autocast=False, name="norm")
@@ -173,6 +173,18 @@ class ResidualBlock(tf_keras.layers.Layer):
         return tf.nn.relu(outputs + shortcut)
 
 
+class Classifier(tf_keras.layers.Dense):
+    """A dense layer in the dtype of its inputs, [rows, features] → [rows, classes]."""
+
+    def __init__(self, classes: int, seed: int, **kwargs):
+        initializer = tf_keras.initializers.RandomNormal(stddev=0.01, seed=seed)
+        super().__init__(classes, kernel_initializer=initializer, autocast=False, **kwargs)
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        outputs = tf.matmul(inputs, tf.cast(self.kernel, inputs.dtype))
+        return tf.nn.bias_add(outputs, tf.cast(self.bias, inputs.dtype))
+
+
 class ResNet(tf_keras.Model):
     """Maps images [rows, H, W, C] in [0, 255], any numeric dtype, to float32 logits [rows, num_classes].
 
@@ -232,12 +244,7 @@ class ResNet(tf_keras.Model):
             name="stem",
         )
         self.blocks = list(self._residual_blocks(seeds, norm, dtype))
-        self.classifier = tf_keras.layers.Dense(
-            num_classes,
-            kernel_initializer=tf_keras.initializers.RandomNormal(stddev=0.01, seed=next(seeds)),
-            dtype=dtype,
-            name="classifier",
-        )
+        self.classifier = Classifier(num_classes, next(seeds), dtype=self.variable_dtype, name="classifier")
 
     def _residual_blocks(self, seeds: Iterator[int], norm: dict, dtype: str) -> Iterator[ResidualBlock]:
         spec = self._spec
@@ -264,7 +271,8 @@ class ResNet(tf_keras.Model):
         """Logits. `training` alone means what it means in Keras; `mode` and `update_statistics` override it.
 
         See SplitBatchNormalization.call for `branch`, `mode`, `update_statistics` and `synchronize`.
-        `activation_dtype`: what features are computed in; None is that of the policy.
+        `activation_dtype`: what features are computed in; None is that of the policy. An evaluation, which is a call
+        with neither `training` nor `mode`, makes float32 logits of them with float32 kernels: bfloat16 would make ties.
         """
         norm_call = {
             "branch": branch,
@@ -277,7 +285,13 @@ class ResNet(tf_keras.Model):
             features = tf.nn.max_pool2d(features, 3, 2, "SAME")
         for block in self.blocks:
             features = block(features, norm_call)
-        return tf.cast(self.classifier(tf.reduce_mean(features, [1, 2])), tf.float32)
+        return self._logits(features, evaluates=not training and mode is None)
+
+    def _logits(self, features: tf.Tensor, evaluates: bool) -> tf.Tensor:
+        if evaluates:
+            features = tf.cast(features, tf.float32)
+        pooled = tf.reduce_mean(features, [1, 2])
+        return tf.cast(self.classifier(tf.cast(pooled, tf.float32 if evaluates else self.compute_dtype)), tf.float32)
 
     def _normalized(self, images: tf.Tensor, dtype: str) -> tf.Tensor:
         mean = tf.constant(self._spec.mean) * 255.0

@@ -87,7 +87,7 @@ class CompiledPrograms:
 
     def _read_index(self) -> dict[str, str]:
         try:
-            with open(self._index_file) as file:
+            with open(self._index_file, encoding="utf-8") as file:
                 return json.load(file)
         except (OSError, ValueError):
             return {}

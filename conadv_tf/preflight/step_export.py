@@ -15,6 +15,7 @@ from conadv_tf.models.resnet import ResNet, variable_path
 from conadv_tf.preflight.hlo_text import without_copies
 from conadv_tf.run import report
 from conadv_tf.run.build import Run
+from conadv_tf.training import metrics
 from conadv_tf.training.trainer import ConAdvModel
 
 FORMAT = 1
@@ -168,11 +169,10 @@ def _update(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor) -> Values:
 def _evaluate(model: ConAdvModel, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Values:
     """The weighted sums over the rows of a batch: loss, top1, images."""
     logits = model.network(images, training=False)
-    correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
     losses = model.example_losses(labels, logits)
     return {
         "loss": tf.reduce_sum(weights * losses),
-        "top1": tf.reduce_sum(weights * tf.cast(correct, tf.float32)),
+        "top1": tf.reduce_sum(weights * metrics.top(1, labels, logits)),
         "images": tf.reduce_sum(weights),
     }
 
@@ -246,7 +246,7 @@ def _describe(name: str, program: Program) -> dict:
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 

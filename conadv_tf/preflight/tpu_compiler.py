@@ -100,7 +100,7 @@ class Compiler:
     def cached(self, key: str) -> Cost | None:
         """The cost kept under `key`; None if there is none, or the file is damaged."""
         try:
-            with open(self._file(key)) as file:
+            with open(self._file(key), encoding="utf-8") as file:
                 return Cost(**json.load(file))
         except (OSError, ValueError, TypeError):
             return None
@@ -137,7 +137,7 @@ def write_file(path: str, text: str) -> None:
     """Replaces a file of the cache whole, so that another process never reads half of one."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=os.path.dirname(path), delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
     except OSError as error:
@@ -170,7 +170,7 @@ def _compile_apart(program: bytes, generation: Generation, progress: Callable[[f
         command = [sys.executable, "-m", __name__, file, generation.name]
         start = time.monotonic()
         with (
-            open(os.path.join(folder, "errors"), "w+") as errors,
+            open(os.path.join(folder, "errors"), "w+", encoding="utf-8", errors="replace") as errors,
             subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,

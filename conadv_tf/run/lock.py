@@ -45,7 +45,7 @@ def held(folder: str) -> Iterator[None]:
 def _opened(path: str) -> TextIO:
     try:
         # Append: a process that finds it locked must not wipe out who holds it.
-        return open(path, "a+")
+        return open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise RunError(
             f"{path} cannot be opened ({error.strerror}): remove it, or choose a folder you may write"
@@ -57,7 +57,7 @@ def is_held(folder: str) -> bool:
     path = os.path.join(folder, _FILE)
     if fcntl is None or not os.path.isfile(path):
         return False
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         return not _taken(file)
 
 

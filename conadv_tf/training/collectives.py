@@ -25,9 +25,14 @@ def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
 def timed_next(iterator):
     """The next element and the seconds (float64) it took to arrive; host operations only.
 
+    Where TensorFlow is made deterministic (`enable_op_determinism`, TF_DETERMINISTIC_OPS) it has no clock, and the
+    seconds are 0.
+
     The element passes through identities that wait for the clock: otherwise the clock would be read behind the first
     heavy operations on the element.
     """
+    if not _has_clock():
+        return next(iterator), tf.constant(0.0, tf.float64)
     start = tf.timestamp()
     with tf.control_dependencies([start]):
         data = next(iterator)
@@ -39,3 +44,13 @@ def timed_next(iterator):
             return tf.identity(tensor)
 
     return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited
+
+
+def _has_clock() -> bool:
+    """Tells whether TensorFlow reads the time; where it is deterministic it refuses."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        try:
+            tf.timestamp()
+        except tf.errors.FailedPreconditionError:
+            return False
+    return True

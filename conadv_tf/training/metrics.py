@@ -52,6 +52,27 @@ class TrainingMeans(tf_keras.metrics.MeanTensor):
             variable.assign(tf.zeros_like(variable))
 
 
+def top(count: int, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """The chance that each label is among the `count` largest logits, equal ones being put in a random order.
+
+    It is 1 or 0 but for ties: equal logits of 1,000 classes give 0.005 for the five largest.
+
+    Args:
+      count: at least 1.
+      labels: int32 [rows].
+      logits: float32 [rows, classes].
+
+    Returns:
+      float32 [rows], in [0, 1]; 0 for a row that is not finite and for a label that is none.
+    """
+    hot = tf.one_hot(labels, logits.shape[1])
+    own = tf.reduce_sum(hot * logits, 1, keepdims=True)
+    larger = tf.reduce_sum(tf.cast(logits > own, tf.float32), 1)
+    equal = tf.reduce_sum(tf.cast(tf.equal(logits, own), tf.float32), 1)
+    chance = tf.clip_by_value(tf.math.divide_no_nan(count - larger, equal), 0.0, 1.0)
+    return tf.where(tf.reduce_all(tf.math.is_finite(logits), 1), chance * tf.reduce_sum(hot, 1), 0.0)
+
+
 def monitors(
     optimizer, gradients: list[tf.Tensor], statistics: list[tf.Tensor], ratios: tf.Tensor, drift: tf.Tensor
 ) -> list[tf.Tensor]:

@@ -156,11 +156,9 @@ class ConAdvModel(tf_keras.Model):
         images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
         labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
         logits = self.network(images, training=False)
-        top5 = tf.math.in_top_k(labels, logits, k=min(5, self.network.num_classes))
-        correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
         self._test_means["loss"].update_state(self.example_losses(labels, logits), weights)
-        self._test_means["top1"].update_state(tf.cast(correct, tf.float32), weights)
-        self._test_means["top5"].update_state(tf.cast(top5, tf.float32), weights)
+        self._test_means["top1"].update_state(metrics.top(1, labels, logits), weights)
+        self._test_means["top5"].update_state(metrics.top(5, labels, logits), weights)
 
     # The program of a training call
 

@@ -43,7 +43,7 @@ class Gain(NamedTuple):
 def read_gains(path: str) -> dict[str, dict[str, Gain]]:
     """By method and batch, as the file has them."""
     gains: dict[str, dict[str, Gain]] = {}
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             runs = int(row["runs"])
             error = stats.t.ppf(0.975, runs - 1) * float(row["standard_deviation"]) / math.sqrt(runs)
