@@ -12,6 +12,7 @@ from conadv_tf.data import augment, decode, record_files, records
 from conadv_tf.data import service as data_service
 from conadv_tf.data.cache import Cache
 from conadv_tf.data.examiner import Examiner, count_bad
+from conadv_tf.data.fingerprint import Files, Fingerprint
 from conadv_tf.data.pipeline import SPLITS, HostReading, ImageData
 from conadv_tf.errors import ConfigError
 
@@ -58,6 +59,7 @@ class StreamData(ImageData):
     seeded by them. Hosts own files h, h + H, ... or, where the files do not divide, records h, h + H, ...
 
     Args beyond those of ImageData:
+      folder: the folder of the files, local or gs://.
       files, schema: indexed files by split, and how a record becomes an example.
       image_size: height and width of every image after cropping and resizing, pixels.
       augmentation: the augmentation of training images; without a random crop, the central one is taken.
@@ -70,6 +72,7 @@ class StreamData(ImageData):
     def __init__(
         self,
         name: str,
+        folder: str,
         files: dict[str, list[record_files.RecordFile]],
         schema: records.Schema,
         image_size: int,
@@ -82,7 +85,7 @@ class StreamData(ImageData):
         sizes = {split: sum(file.num_records for file in files[split]) for split in SPLITS}
         shape = image_size, image_size, 3
         super().__init__(name, schema.num_classes or 0, shape, sizes, bad_records, augmentation)
-        self._files, self._schema = files, schema
+        self._folder, self._files, self._schema = folder, files, schema
         self._shuffle_buffer, self._cached, self.services = shuffle_buffer, cached, services
         self._examiners = {split: Examiner(files[split], schema, bad_records) for split in SPLITS}
         self._caches: dict[tuple[object, ...], Cache] = {}
@@ -91,6 +94,10 @@ class StreamData(ImageData):
             logging.info(
                 "%s: stream.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *shown
             )
+
+    def _fingerprint(self) -> Fingerprint:
+        outlines = {split: {file.path: file.outline for file in files} for split, files in self._files.items()}
+        return Files(self._folder, outlines).fingerprint()
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
