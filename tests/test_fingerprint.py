@@ -177,9 +177,9 @@ def test_a_thousand_files_take_less_than_a_second(tmp_path):
         path = tmp_path / f"train-{number}"
         path.write_bytes(block)
         files[str(path)] = ""
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process alone: other tests may keep the machine busy
     found = fingerprint.Files(str(tmp_path), {"train": files}).fingerprint()
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert len(found.parts) == 1152
 
 

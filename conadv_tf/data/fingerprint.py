@@ -110,7 +110,7 @@ def of_labels(split: str, labels: np.ndarray) -> dict[str, str]:
 
 def checksum(*contents: bytes) -> str:
     """A checksum over contents one after the other, 16 hexadecimal digits."""
-    hashed = hashlib.blake2b(digest_size=8)
+    hashed = hashlib.sha256()  # the fastest where processors have instructions for it
     for content in contents:
         hashed.update(content)
-    return hashed.hexdigest()
+    return hashed.hexdigest()[:16]
