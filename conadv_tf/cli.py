@@ -34,7 +34,7 @@ flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pi
 flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an accelerator type such as v3-512.")
 flags.DEFINE_string("strategy", "auto", "auto, tpu, mirrored, multiworker or one_device.")
 flags.DEFINE(_Path(), "data_dir", None, "Where the data are; local or gs://.")
-flags.DEFINE(_Path(), "model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>.")
+flags.DEFINE(_Path(), "model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>[-<data>].")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
 
 HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
@@ -109,7 +109,7 @@ def _train() -> None:
     if FLAGS.preflight:
         _preflight(recipe, gin_files)
         return
-    from conadv_tf.run import report
+    from conadv_tf.run import report, resuming
     from conadv_tf.run.build import build
     from conadv_tf.run.strategy import make_strategy
     from conadv_tf.run.train import train
@@ -117,7 +117,8 @@ def _train() -> None:
     built = build(recipe, make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
     _check_effect()
     terminal.say(report.arithmetic(built))
-    terminal.say(report.result_text(train(built, FLAGS.model_dir or os.path.join("runs", recipe))))
+    model_dir = FLAGS.model_dir or resuming.default_folder(recipe, FLAGS.data_dir, built.data.fingerprint)
+    terminal.say(report.result_text(train(built, model_dir)))
 
 
 def _preflight(recipe: str, gin_files: list[str]) -> None:

@@ -78,6 +78,11 @@ def matching(folder: str, pattern: str) -> list[str]:
     return sorted(os.path.join(folder, path[len(os.path.join(plain, "")) :]) for path in found)
 
 
+def absolute(path: str) -> str:
+    """The path from the root, which means the same in every working directory; a remote one as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
 @contextlib.contextmanager
 def readable(checkpoint: str) -> Iterator[str]:
     """Gives a name by which TensorFlow reads a checkpoint; it is good within the context.

@@ -299,3 +299,13 @@ def test_data_that_are_files_need_their_folder(runs, tmp_path, capsys):
     code, line = failure(capsys, run, f"--out={tmp_path / 'out'}")
     assert code == 2
     assert "--data_dir" in line
+
+
+def test_other_data_than_those_of_the_run_are_refused(runs, tmp_path, capsys):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    kept = json.loads((run / "data.json").read_text())
+    kept["parts"]["train: labels"] = "others"
+    (run / "data.json").write_text(json.dumps({**kept, "place": "/data/fold1"}))
+    code, line = failure(capsys, run, f"--out={tmp_path / 'out'}")
+    assert code == 2
+    assert "/data/fold1 had then, digits has others (train: labels): pass the --data_dir of that run" in line

@@ -86,6 +86,33 @@ def test_any_start_of_streamed_files_is_the_tail_of_the_whole(streamed, start):
         np.testing.assert_array_equal(one[start : start + 16], other)
 
 
+@pytest.fixture(scope="module")
+def one_class_a_file(tmp_path_factory) -> data.ImageData:
+    """70 files of 24 images each, labelled with the number of their file; the buffer holds half a file."""
+    folder = tmp_path_factory.mktemp("neighbours")
+    image = jpeg(np.full((8, 8, 3), 100, np.uint8))
+    for number in range(70):
+        write(folder / f"train-{number:05d}-of-00070", [example_bytes(image, number)] * 24)
+    write(folder / "validation-00000-of-00001", [example_bytes(image, 0)])
+    return stream(folder, shuffle_buffer=12)
+
+
+def test_neighbours_in_a_file_seldom_share_a_batch(one_class_a_file):
+    """One file after the other: 0.49 of the pairs within a batch are of one file. In a uniform order: 0.014."""
+    labels = take(one_class_a_file.train_batches(24, 1, seed=1), 70)[1].reshape(70, 24)
+    pairs = labels[:, :, None] == labels[:, None, :]
+    share = (pairs.sum() - labels.size) / (labels.size * 23)
+    assert share < 0.02
+    np.testing.assert_array_equal(np.bincount(labels.ravel()), np.full(70, 24))
+
+
+@pytest.mark.parametrize("start", [1_000, 1_640])
+def test_a_run_resumes_among_files_read_in_turn(one_class_a_file, start):
+    whole = take(one_class_a_file.train_batches(40, 1, seed=1), 45)[1]
+    tail = take(one_class_a_file.train_batches(40, 1, start_position=start, seed=1), 3)[1]
+    np.testing.assert_array_equal(whole[start : start + 120], tail)
+
+
 def test_streamed_order_ignores_the_global_seed(streamed):
     tf.random.set_seed(1)
     one = take(streamed.train_batches(5, 1), 6)

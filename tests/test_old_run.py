@@ -27,6 +27,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, capfd):
     assert [(epoch["epoch"], epoch["step"]) for epoch in epochs] == [(1, 13), (2, 26), (3, 39), (4, 52)]
     assert [epoch["loss"] for epoch in epochs[2:]] == pytest.approx(LAST_LOSSES, rel=0.003)
     assert json.loads((folder / "result.json").read_text())["steps"] == 52
+    assert json.loads((folder / "data.json").read_text())["place"] == "digits"  # which that version did not keep
     assert json.loads((folder / "layout.json").read_text()) == json.loads((OLD_RUN / "layout.json").read_text())
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from conadv_tf.data import augment, record_files
+from conadv_tf.data import augment, fingerprint, record_files
 from conadv_tf.data.examiner import ANY_SHAPE, Examiner
+from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.data.pipeline import HostReading, ImageData
 from conadv_tf.data.record_files import BadRecords, RecordFile
 from conadv_tf.data.records import Schema, decode_image, raw_records
@@ -19,6 +20,8 @@ class MemoryData(ImageData):
     Args beyond those of ImageData:
       splits: name -> (images uint8 [n, H, W, C], labels int32 [n]); example i shows image i mod n.
       augmentation: the augmentation of training images.
+      sizes: the number of examples of each split; None: as many as it has images.
+      files: the files that the images were read from; None where there are none.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class MemoryData(ImageData):
         augmentation: augment.Augmentation,
         bad_records: record_files.BadRecords,
         sizes: dict[str, int] | None = None,
+        files: fingerprint.Files | None = None,
     ):
         own_sizes = {split: len(labels) for split, (_, labels) in splits.items()}
         shape = splits["train"][0].shape[1:]
@@ -37,8 +41,20 @@ class MemoryData(ImageData):
                 f"autoaugment.policy={augmentation.policy!r} is for colour images, {name} has {shape}: drop it"
             )
         super().__init__(name, num_classes, shape, sizes or own_sizes, bad_records, augmentation)
+        self._files = files
         with tf.device("CPU:0"):  # else a GPU would hold them, and tf.data copy them back for each batch
             self._splits = {split: tuple(map(tf.constant, arrays)) for split, arrays in splits.items()}
+
+    def _fingerprint(self) -> Fingerprint:
+        # The images of files are known by the files: decoders differ by a level or so.
+        arrays = {split: [part.numpy() for part in parts] for split, parts in self._splits.items()}
+        if self._files is None:
+            of_splits = [fingerprint.of_arrays(split, *both) for split, both in arrays.items()]
+            return Fingerprint(self.name, {name: each for parts in of_splits for name, each in parts.items()})
+        found = self._files.fingerprint()
+        for split, (_, labels) in arrays.items():
+            found.parts.update(fingerprint.of_labels(split, labels))
+        return found
 
     def _lookup(self, split: str, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         images, labels = self._splits[split]

@@ -8,12 +8,14 @@ once in each pass, and any update can be rebuilt from (seed, t) alone.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from conadv_tf.data import augment, record_files
+from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.errors import ConfigError
 
 SPLITS = ("train", "test")
@@ -191,6 +193,15 @@ class ImageData(abc.ABC):
         images, labels, _ = next(iter(good.batch(n)))
         return images.numpy(), labels.numpy()
 
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells these data from others, wherever they lie; the first call reads a block of each file.
+
+        Raises:
+          DataError: if a file cannot be read.
+        """
+        return self._fingerprint()
+
     @abc.abstractmethod
     def _train(self, reading: HostReading, start_position: int, seed: int) -> tf.data.Dataset:
         """See `train_batches`."""
@@ -198,6 +209,10 @@ class ImageData(abc.ABC):
     @abc.abstractmethod
     def _evaluation(self, split: str, reading: HostReading, steps: int, keeps: bool) -> tf.data.Dataset:
         """See `evaluation_batches`; `keeps`: what is read is kept for the next time, where stream.cache asks for it."""
+
+    @abc.abstractmethod
+    def _fingerprint(self) -> Fingerprint:
+        """See `fingerprint`."""
 
     @abc.abstractmethod
     def _largest_share(self, split: str, num_hosts: int) -> int:

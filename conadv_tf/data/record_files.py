@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from conadv_tf.data.fingerprint import checksum
 from conadv_tf.errors import ConfigError, DataError
 from conadv_tf.paths import is_remote, matching
 
@@ -114,6 +115,11 @@ class RecordFile:
     def num_records(self) -> int:
         """The number of whole records."""
         return len(self.bounds) - 1
+
+    @property
+    def outline(self) -> str:
+        """A checksum of where the records lie."""
+        return checksum(self.bounds.tobytes())
 
     @property
     def payload_bytes(self) -> int:

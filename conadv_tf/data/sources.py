@@ -14,6 +14,7 @@ from absl import logging
 
 from conadv_tf.data import record_files, records, service
 from conadv_tf.data.augment import Augmentation
+from conadv_tf.data.fingerprint import Files
 from conadv_tf.data.memory import MemoryData, read_into_memory
 from conadv_tf.data.pipeline import SPLITS, ImageData
 from conadv_tf.data.streaming import Stream, StreamData
@@ -160,10 +161,15 @@ class _Found(Protocol):
     def name(self) -> str: ...
 
     @property
+    def folder(self) -> str: ...
+
+    @property
     def channels(self) -> int: ...
 
     @property
     def schema(self) -> records.Schema: ...
+
+    def paths(self, split: str) -> list[str]: ...
 
     def split_files(self, split: str) -> list[str]: ...
 
@@ -223,6 +229,7 @@ class _Files:
         files = {split: record_files.index_files(found.split_files(split), bad_records) for split in SPLITS}
         return StreamData(
             self.name or found.name,
+            found.folder,
             files,
             found.schema,
             self.image_size or _DEFAULT_IMAGE_SIZE,
@@ -247,23 +254,28 @@ class _Files:
             logging.warning("%s", bad_records.report())
         num_classes = found.schema.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
         taken = demand.subset.of(splits)
-        return MemoryData(self.name or found.name, num_classes, taken, demand.augmentation, bad_records)
+        files = Files(found.folder, {split: dict.fromkeys(found.paths(split), "") for split in SPLITS})
+        return MemoryData(self.name or found.name, num_classes, taken, demand.augmentation, bad_records, files=files)
 
 
 @dataclasses.dataclass(frozen=True)
 class _FoundRecords:
     name: str
+    folder: str
     schema: records.Schema
-    paths: dict[str, list[str]]
+    files: dict[str, list[str]]
     channels: int = 3
 
+    def paths(self, split: str) -> list[str]:
+        return self.files[split]
+
     def split_files(self, split: str) -> list[str]:
-        return self.paths[split]
+        return self.files[split]
 
     def read_into_memory(
         self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, int, int] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        files = record_files.index_files(self.paths[split], bad_records)
+        files = record_files.index_files(self.files[split], bad_records)
         return read_into_memory(files, self.schema, bad_records, image_shape)
 
 
@@ -310,12 +322,12 @@ class TFRecords(_Files):
                 "classes: set it"
             )
         folder = str(data_dir)
-        paths = {
+        files = {
             "train": record_files.match_files(folder, self.train_files, "tfrecords.train_files"),
             "test": record_files.match_files(folder, self.test_files, "tfrecords.test_files"),
         }
         schema = records.Schema(self.label_offset, self.num_classes)
-        return _FoundRecords(os.path.basename(folder.rstrip("/")), schema, paths)
+        return _FoundRecords(os.path.basename(folder.rstrip("/")), folder, schema, files)
 
 
 @gin.configurable("tfds")

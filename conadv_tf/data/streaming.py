@@ -12,10 +12,12 @@ from conadv_tf.data import augment, decode, record_files, records
 from conadv_tf.data import service as data_service
 from conadv_tf.data.cache import Cache
 from conadv_tf.data.examiner import Examiner, count_bad
+from conadv_tf.data.fingerprint import Files, Fingerprint
 from conadv_tf.data.pipeline import SPLITS, HostReading, ImageData
 from conadv_tf.errors import ConfigError
 
 CACHES = ("none", "memory")
+_FILES_AT_ONCE = 64  # each takes a megabyte for reading
 
 
 @gin.configurable("stream")
@@ -54,10 +56,12 @@ class Stream:
 class StreamData(ImageData):
     """Files read in sequence and decoded on the way; see `ImageData`.
 
-    In each epoch a host visits its files in an order drawn from (seed, epoch), through a shuffle buffer
-    seeded by them. Hosts own files h, h + H, ... or, where the files do not divide, records h, h + H, ...
+    In each epoch a host visits its files in an order drawn from (seed, epoch), 64 of them in turn, a record each, since
+    a file may hold neighbours of one class. The records pass a shuffle buffer, seeded likewise. Hosts own files h,
+    h + H, ... or, where the files do not divide, records h, h + H, ...
 
     Args beyond those of ImageData:
+      folder: the folder of the files, local or gs://.
       files, schema: indexed files by split, and how a record becomes an example.
       image_size: height and width of every image after cropping and resizing, pixels.
       augmentation: the augmentation of training images; without a random crop, the central one is taken.
@@ -70,6 +74,7 @@ class StreamData(ImageData):
     def __init__(
         self,
         name: str,
+        folder: str,
         files: dict[str, list[record_files.RecordFile]],
         schema: records.Schema,
         image_size: int,
@@ -82,7 +87,7 @@ class StreamData(ImageData):
         sizes = {split: sum(file.num_records for file in files[split]) for split in SPLITS}
         shape = image_size, image_size, 3
         super().__init__(name, schema.num_classes or 0, shape, sizes, bad_records, augmentation)
-        self._files, self._schema = files, schema
+        self._folder, self._files, self._schema = folder, files, schema
         self._shuffle_buffer, self._cached, self.services = shuffle_buffer, cached, services
         self._examiners = {split: Examiner(files[split], schema, bad_records) for split in SPLITS}
         self._caches: dict[tuple[object, ...], Cache] = {}
@@ -91,6 +96,10 @@ class StreamData(ImageData):
             logging.info(
                 "%s: stream.cache takes %.3g GB of encoded and %.3g GB of decoded images over all hosts", *shown
             )
+
+    def _fingerprint(self) -> Fingerprint:
+        outlines = {split: {file.path: file.outline for file in files} for split, files in self._files.items()}
+        return Files(self._folder, outlines).fingerprint()
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
@@ -118,12 +127,14 @@ class StreamData(ImageData):
         reading: HostReading,
         kept: Cache | None,
         reorder: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+        at_once: int = 1,
     ) -> tf.data.Dataset:
-        """The host's records (payload, file, record), files in the order that `reorder` gives them."""
+        """The host's records (payload, file, record), `at_once` files in turn, in the order that `reorder` gives."""
         files, hosts, host = self._files[split], reading.num_hosts, reading.host
         if len(files) % hosts == 0:
-            return records.raw_records(files, reorder(tf.range(host, len(files), hosts, dtype=tf.int64)), kept=kept)
-        return records.raw_records(files, reorder(tf.range(len(files), dtype=tf.int64)), hosts, host, kept)
+            own = reorder(tf.range(host, len(files), hosts, dtype=tf.int64))
+            return records.raw_records(files, own, kept=kept, at_once=at_once)
+        return records.raw_records(files, reorder(tf.range(len(files), dtype=tf.int64)), hosts, host, kept, at_once)
 
     def _kept_records(self, reading: HostReading) -> Cache | None:
         """The cache in which the host keeps what it reads of the training split; None where nothing is kept."""
@@ -135,10 +146,12 @@ class StreamData(ImageData):
         # Seeds this function graph alone: the order must not depend on the program's global seed.
         tf.random.set_seed(1)
         order_seed = tf.stack([augment.epoch_seed(seed, reading.host, epoch), -1])  # no image has this seed
-        in_file_order = self._records(
-            "train", reading, kept, lambda files: tf.random.experimental.stateless_shuffle(files, order_seed)
-        )
-        return in_file_order.shuffle(self._shuffle_buffer, order_seed[0], reshuffle_each_iteration=False)
+
+        def shuffled(files: tf.Tensor) -> tf.Tensor:
+            return tf.random.experimental.stateless_shuffle(files, order_seed)
+
+        interleaved = self._records("train", reading, kept, shuffled, _FILES_AT_ONCE)
+        return interleaved.shuffle(self._shuffle_buffer, order_seed[0], reshuffle_each_iteration=False)
 
     def _train(self, reading: HostReading, start_position: int, seed: int) -> tf.data.Dataset:
         share = self._share("train", reading.num_hosts, reading.host)

@@ -55,6 +55,7 @@ class TfdsData:
       name: the name of the data set, without config and version.
       schema: how its records become examples.
       channels: the number of channels of its images, 1 or 3.
+      folder: the folder of its files, local or gs://.
 
     Raises:
       ConfigError: an unknown name or split, no supervised image classification, another number of classes.
@@ -71,6 +72,7 @@ class TfdsData:
     ):
         self._builder = _builder(dataset, data_dir)
         self._requested, self.name = dataset, self._builder.name
+        self.folder = str(self._builder.data_dir)
         self.schema = records.Schema(0, self._num_classes(num_classes), _IMAGE, _LABEL, "tfds")
         self.channels: int = self._builder.info.features[_IMAGE].shape[-1]
         self._splits = {"train": train_split, "test": test_split or self._default_test_split()}
@@ -136,6 +138,10 @@ class TfdsData:
             "TFRecords are read: prepare it with file_format='tfrecord' in another --data_dir"
         )
 
+    def paths(self, split: str) -> list[str]:
+        """Lists the files that "train" or "test" is read from, whole or in part."""
+        return [str(path) for path in self._builder.info.splits[self._splits[split]].filepaths]
+
     def split_files(self, split: str) -> list[str]:
         """Lists the TFRecord files of "train" or "test", for streaming.
 
@@ -156,7 +162,7 @@ class TfdsData:
                 f"tfds.dataset={self._requested!r} stores its images as {encoding}, and only JPEGs are streamed: set "
                 "tfds.in_memory=True"
             )
-        return [str(path) for path in splits[name].filepaths]
+        return self.paths(split)
 
     def read_into_memory(
         self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, ...] | None

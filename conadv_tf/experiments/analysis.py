@@ -14,7 +14,7 @@ from conadv_tf.experiments.analysis_text import ATTACK_NAMES, DIRECTIONS, FACTS,
 from conadv_tf.methods import attack
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization
-from conadv_tf.run import checkpoint, kept_config
+from conadv_tf.run import checkpoint, kept_config, resuming
 from conadv_tf.run.build import Run, build
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.run.strategy import make_strategy
@@ -94,7 +94,7 @@ def restore(path: str, data_dir: str | None) -> Run:
     """The run in the folder `path`, with its last weights.
 
     Raises:
-      ConfigError: if there is no run, or its data need a --data_dir.
+      ConfigError: if there is no run, or its data need a --data_dir, or are others than it was trained on.
       DataError: for missing or damaged data.
       RunError: if the run has not finished, or its last checkpoint is gone.
     """
@@ -103,7 +103,10 @@ def restore(path: str, data_dir: str | None) -> Run:
     config.configure([], [*(f"{name} = {value}" for name, value in kept.items()), *ANALYSIS_PARAMS])
     strategy = make_strategy("one_device")
     built = build(result["recipe"], strategy, data_dir, result["num_replicas"])
-    updates = checkpoint.Checkpoints(built.model, folder.file("checkpoints")).restore()
+    checkpoints = checkpoint.Checkpoints(built.model, folder.file("checkpoints"))
+    updates = checkpoints.restore()
+    data = folder.read_data() or checkpoints.data
+    resuming.check_data(path, data, built.data.fingerprint, "pass the --data_dir of that run")
     if updates != result["steps"]:
         raise RunError(
             f"RUN={path}: the newest whole checkpoint has {updates:,} of {result['steps']:,} updates: bring back its "

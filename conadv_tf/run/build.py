@@ -41,6 +41,8 @@ class TrainSettings:
       checkpoint_every_epochs: epochs between two checkpoints; the last epoch always has one.
       checkpoint_every_steps: updates between two checkpoints within an epoch, for long epochs; 0: none. Where
         steps_per_execution updates are one call, the checkpoint comes after the call.
+      accept_changed_data: whether a run goes on although the files of its data are no longer what they were, as when
+        damaged ones were brought back; False refuses other data.
     """
 
     global_batch_size: int = 0
@@ -56,6 +58,7 @@ class TrainSettings:
     evaluate_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
     checkpoint_every_steps: int = 0
+    accept_changed_data: bool = False
 
     def __post_init__(self):
         for name, choices in (

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from conadv_tf import paths
+from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.errors import RunError, one_line
 from conadv_tf.training.trainer import ConAdvModel
 
@@ -29,26 +31,42 @@ class EpochSoFar(NamedTuple):
     seconds: float
 
 
+class _Data(tf.train.experimental.PythonState):
+    """The fingerprint of the data in a checkpoint, as text: `written` is saved, `read` was restored."""
+
+    written = read = ""
+
+    def serialize(self) -> str:
+        return self.written
+
+    def deserialize(self, string_value: bytes) -> None:
+        self.read = tf.compat.as_text(string_value)
+
+
 class Checkpoints:
     """Checkpoints of the network, its shadow copies and the optimizer in `directory`; the newest KEEP stay.
 
     A checkpoint is named after the number of updates made, `ckpt-N`. The folder's files say which there are, not the
     list that TensorFlow keeps beside them: a crash can leave the list behind. A checkpoint within an epoch also holds
     an EpochSoFar, which is `epoch_so_far` once it is restored; after any other checkpoint that is None.
+
+    Args:
+      model: the model.
+      directory: the folder of the checkpoints.
+      data: the fingerprint of the data that the model is trained on, which every checkpoint holds.
     """
 
-    def __init__(self, model: ConAdvModel, directory: str):
+    def __init__(self, model: ConAdvModel, directory: str, data: Fingerprint | None = None):
         model.create_optimizer_variables()
         self._model = model
         self._directory = directory
         self.epoch_so_far: EpochSoFar | None = None
         self.last: str | None = None  # saved or restored
-        parts = {"network": model.network, "shadows": list(model.shadows), "optimizer": model.optimizer}
+        self._parts = {"network": model.network, "shadows": list(model.shadows), "optimizer": model.optimizer}
         self._means, self._seconds = model.metrics[0], tf.Variable(0.0, trainable=False, dtype=tf.float64)
+        self._data, self._data.written = _Data(), data.to_text() if data else ""
         epoch = tf.train.Checkpoint(means=self._means, seconds=self._seconds)
-        self._checkpoint, self._within_epoch = tf.train.Checkpoint(**parts), tf.train.Checkpoint(**parts, epoch=epoch)
-        # write() does not count saves, but a checkpoint may hold a counter, and what it holds must exist here.
-        self._counter = self._checkpoint.save_counter
+        self._further = {"data": self._data, "epoch": epoch}
 
     def restore(self) -> int:
         """Restores the newest whole checkpoint, if there is one; returns the number of updates made so far.
@@ -77,11 +95,17 @@ class Checkpoints:
                 )
         return self._model.updates_made()
 
+    @property
+    def data(self) -> Fingerprint | None:
+        """The fingerprint in the restored checkpoint; None before one is restored, and in those of earlier versions."""
+        return Fingerprint.from_text(self._data.read) if self._data.read else None
+
     def _restore_fitting(self, path: str) -> None:
         with paths.readable(path) as name:
-            within = any(variable.startswith("epoch/") for variable, _ in tf.train.list_variables(name))
+            held = {variable.partition("/")[0] for variable, _ in tf.train.list_variables(name)}
+            self._data.read = ""
             try:
-                status = (self._within_epoch if within else self._checkpoint).read(name, self._reading(path, name))
+                status = self._holding(held).read(name, self._reading(path, name))
                 try:
                     status.assert_existing_objects_matched()
                     status.assert_consumed()
@@ -93,7 +117,16 @@ class Checkpoints:
                     "use the recipe that wrote it, or another --model_dir"
                 ) from error
         means = [variable.numpy() for variable in self._means.variables]
-        self.epoch_so_far = EpochSoFar(means, float(self._seconds.numpy())) if within else None
+        self.epoch_so_far = EpochSoFar(means, float(self._seconds.numpy())) if "epoch" in held else None
+
+    def _holding(self, names: Collection[str]) -> tf.train.Checkpoint:
+        """A checkpoint of the parts that all have, and those of the further ones that are named."""
+        found = tf.train.Checkpoint(
+            **self._parts, **{name: part for name, part in self._further.items() if name in names}
+        )
+        if "save_counter" in names:  # of an earlier version: what a checkpoint holds must exist here
+            self._counter = found.save_counter
+        return found
 
     def _reading(self, path: str, name: str) -> tf.train.CheckpointOptions:
         # A copy of a remote checkpoint is on this host alone, which need not be the one that a TPU is attached to.
@@ -114,7 +147,7 @@ class Checkpoints:
         path = self._path(number)
         try:
             self._seconds.assign(seconds or 0.0)
-            (self._checkpoint if seconds is None else self._within_epoch).write(path)
+            self._holding(["data"] if seconds is None else ["data", "epoch"]).write(path)
             self._sweep(number)
         except (tf.errors.OpError, OSError) as error:
             raise RunError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from conadv_tf import paths
+from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.errors import RunError, file_errors, one_line
 
 # TensorFlow is imported where it is used: a tool that only reads local folders does without.
@@ -70,6 +71,13 @@ class RunFolder:
 
     def write_layout(self, layout: dict) -> None:
         self._write("layout.json", json.dumps(layout) + "\n")
+
+    def read_data(self) -> Fingerprint | None:
+        """The fingerprint of the data that the run was last started on; None in a folder of an earlier version."""
+        return self._parsed("data.json", Fingerprint.from_text)
+
+    def write_data(self, data: Fingerprint) -> None:
+        self._write("data.json", data.to_text())
 
     def write_preflight(self, content: dict) -> None:
         self._write("preflight.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

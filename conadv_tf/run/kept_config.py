@@ -15,6 +15,7 @@ EXECUTION_SETTINGS = (
     "monitor.images",
     "stream.cache",
     "stream.service",
+    "train.accept_changed_data",
     "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps",
     "train.evaluate_every_epochs",

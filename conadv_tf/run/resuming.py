@@ -1,8 +1,10 @@
 """Rules of resuming: what a run must share with the run in its folder, and in what it may differ."""
 
+import os
 from typing import Any
 
-from conadv_tf import config
+from conadv_tf import config, paths
+from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.errors import ConfigError
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.run import kept_config
@@ -11,6 +13,10 @@ from conadv_tf.training.plan import Plan
 
 # How a run is spread over replicas, by the names in layout.json.
 Spread = dict[str, Any]
+
+_BRING_BACK = (
+    "bring those back, pass another --model_dir, or, where damaged files were repaired, train.accept_changed_data=True"
+)
 
 
 def spread_of(plan: Plan, network: ResNet) -> Spread:
@@ -31,8 +37,32 @@ def spread_of(plan: Plan, network: ResNet) -> Spread:
     }
 
 
-def check(folder: RunFolder, current: Spread) -> None:
+def check_data(path: str, kept: Fingerprint | None, current: Fingerprint, remedy: str = _BRING_BACK) -> None:
+    """Checks that data are those that a run was trained on.
+
+    Args:
+      path: the folder of the run.
+      kept: the fingerprint that the folder or a checkpoint keeps; None: of an earlier version, which kept none.
+      current: the fingerprint of the data.
+      remedy: the end of the error's line.
+
+    Raises:
+      ConfigError: if they are others.
+    """
+    part = kept.difference(current) if kept else None
+    if kept and part:
+        raise ConfigError(
+            f"{path} holds a run on the data that {kept.place} had then, {current.place} has others ({part}): {remedy}"
+        )
+
+
+def check(folder: RunFolder, current: Spread, data: Fingerprint | None = None) -> None:
     """Checks that the folder holds this run or none.
+
+    Args:
+      folder: the folder.
+      current: the spread of this run.
+      data: the fingerprint of the data of this run; None: they may be others.
 
     Raises:
       ConfigError: if the folder holds a run of other settings, on other data, or with batch statistics over another
@@ -55,11 +85,29 @@ def check(folder: RunFolder, current: Spread) -> None:
             f"{current['batch_norm_images']}: pass train.microbatch_size={images} with as few replicas as that takes, "
             "or another --model_dir"
         )
+    if data:
+        check_data(folder.path, folder.read_data(), data)
     if before and before.get("num_train", current["num_train"]) != current["num_train"]:
         raise ConfigError(
             f"--model_dir={folder.path} holds a run on {before['num_train']:,} training images, here are "
             f"{current['num_train']:,}: bring back the files of that data set, or pass another --model_dir"
         )
+
+
+def default_folder(recipe: str, data_dir: str | None, data: Fingerprint) -> str:
+    """The folder of a run for which none is named: after the recipe and, where --data_dir is given, its last part.
+
+    A run that an earlier version keeps in the folder of the recipe alone goes on there, unless its data are others.
+    """
+    plain = os.path.join("runs", recipe)
+    if data_dir is None:
+        return plain
+    named = f"{plain}-{os.path.basename(paths.absolute(data_dir).rstrip('/'))}"
+    earlier = RunFolder(plain)
+    if RunFolder(named).read_config() is not None or earlier.read_config() is None:
+        return named
+    kept = earlier.read_data()
+    return named if kept and kept.difference(data) else plain
 
 
 def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Spread) -> str:

@@ -9,6 +9,7 @@ from absl import logging
 
 from conadv_tf import config, terminal
 from conadv_tf.data import service as data_service
+from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.run import callbacks, checkpoint, divergence, lock, monitor, preemption, report, resuming
 from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
@@ -24,26 +25,30 @@ def train(run: Run, model_dir: str) -> dict:
     """Trains a run to its end in `model_dir`, resuming what is there; returns the result.
 
     Raises:
-      ConfigError: if the folder holds another run.
+      ConfigError: if the folder holds another run, or one on other data.
       RunError: if the folder cannot be used or is in use, or an update is not finite (divergence.py).
       Preempted, KeyboardInterrupt: after SIGTERM, SIGINT; the run is kept up to the update in which the signal came.
       DataError: if the data turn out damaged beyond the limit.
     """
     folder = RunFolder(model_dir, writes=is_chief(run.strategy))
     spread = resuming.spread_of(run.plan, run.model.network)
-    resuming.check(folder, spread)
+    data = run.data.fingerprint
+    resuming.check(folder, spread, None if run.settings.accept_changed_data else data)
     finished = folder.read_result()
     if finished:
         terminal.say(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     folder.make()
     with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
-        return _train_in(run, folder, spread)
+        return _train_in(run, folder, spread, data)
 
 
-def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread) -> dict:
-    checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"))
+def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Fingerprint) -> dict:
+    checkpoints = checkpoint.Checkpoints(run.model, folder.file("checkpoints"), data)
     update = checkpoints.restore()
+    if not run.settings.accept_changed_data:
+        resuming.check_data(folder.file("checkpoints"), checkpoints.data, data)
+    folder.write_data(data)  # first: a folder without it passes for one of an earlier version
     folder.write_config(config.operative_config())
     if update:
         terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, spread))
