@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiled once, when first imported: a start that compiles TensorFlow anew takes twice as long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test torture check install lock clean
+.PHONY: demo test test-all torture check install lock clean
 
 # The smallest real run: digits at a batch of 7.67 % of the training set (96k on ImageNet), ConAdv.
 demo: .venv/installed
@@ -15,6 +15,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# Further minutes, for what only a whole run shows; the table in CONTRIBUTING.md names them.
+test-all: test
+	CONADV_LONG=1 $(BIN)/python -m pytest -m long
 
 # Everything that `make test` runs a share of, mutated recipes and corrupted files, then what it leaves out: runs that are
 # killed, workers that are lost, a long run. The counts are in its summary.

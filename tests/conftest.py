@@ -33,8 +33,11 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves the tests marked torture to `make torture`: further cases of what others test already, or long runs."""
-    if not os.environ.get("CONADV_TORTURE"):
-        left = [item for item in items if item.get_closest_marker("torture")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    """Leaves the tests marked long to `make test-all`, and those marked torture to `make torture`.
+
+    A long one shows what only a whole run can; a torture is a further case of what others test already, or takes hours.
+    """
+    left_out = [mark for mark in ("long", "torture") if not os.environ.get(f"CONADV_{mark.upper()}")]
+    left = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]

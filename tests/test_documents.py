@@ -228,10 +228,11 @@ def run(command: str, checkout: Path) -> subprocess.CompletedProcess:
 
 
 def need_make() -> None:
+    """Skips where make would install the copy of the checkout into the environment of these tests."""
     installed = ROOT / ".venv" / "installed-dev"
-    # Else make would install the copy of the checkout into the environment of these tests.
-    if not installed.exists() or installed.stat().st_mtime < (ROOT / "setup.cfg").stat().st_mtime:
-        pytest.skip("tests were not started by make: .venv/installed-dev is not there, or older than setup.cfg")
+    needed = [ROOT / name for name in ("setup.cfg", "pyproject.toml", "requirements.lock", "requirements-dev.lock")]
+    if not installed.exists() or any(installed.stat().st_mtime < file.stat().st_mtime for file in needed):
+        pytest.skip("tests were not started by make: .venv/installed-dev is not there, or older than the locks")
 
 
 def shown_text(start: str) -> Block:
