@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fast_python
 import numpy as np
 import tensorflow as tf
 from absl import flags as flags_module
@@ -18,13 +19,15 @@ ROOT = Path(__file__).parents[1]
 SHORT = ["--gin_param=train.epochs=6", "--gin_param=learning_rate.warmup_epochs=1"]
 
 
-def command(*flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *flags]
+def command(*flags: str, python: str = sys.executable) -> list[str]:
+    """The command line of train.py. Where the process is killed or named, it has to be python's own."""
+    return [python, str(ROOT / "train.py"), *flags]
 
 
 def train(*flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
-    return subprocess.run(command(*flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    line = command(*flags, python=fast_python.path())
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def call_command_line(*flags: str) -> None:
@@ -44,18 +47,16 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def workers(*flags: str) -> list[subprocess.Popen]:
-    """Two worker processes on this machine."""
+def workers(*flags: str, python: str = sys.executable) -> list[subprocess.Popen]:
+    """Two worker processes on this machine; see `command`."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     environments = [
         {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
         for index in range(2)
     ]
-    flags = (*flags, "--strategy=multiworker")
-    return [
-        subprocess.Popen(command(*flags), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for env in environments
-    ]
+    line = command(*flags, "--strategy=multiworker", python=python)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [subprocess.Popen(line, cwd=ROOT, env=env, text=True, **pipes) for env in environments]
 
 
 def weights(model_dir: Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fast_python
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -142,7 +143,7 @@ def test_attack_on_a_linear_model_has_the_closed_form(attack, epsilon):
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "conadv_tf.experiments.analyze", *map(str, arguments)]
+    line = [fast_python.path(), "-m", "conadv_tf.experiments.analyze", *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -4,10 +4,10 @@ import json
 import os
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fast_python
 import numpy as np
 import pytest
 from commands import ROOT, SHORT, call_command_line, command, weights
@@ -163,7 +163,7 @@ def test_a_run_killed_inside_a_checkpoint_write_resumes_to_the_same_weights(shar
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     call_command_line(*SHORT, f"--model_dir={whole}")
     process = subprocess.Popen(
-        [sys.executable, "-c", MORTAL, *command(*SHORT, f"--model_dir={killed}")[2:]],
+        [fast_python.path(), "-c", MORTAL, *command(*SHORT, f"--model_dir={killed}")[2:]],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

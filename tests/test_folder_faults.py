@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fast_python
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -284,7 +284,7 @@ def test_a_clock_that_jumps_changes_no_duration(whole, tmp_path):
     if shutil.which("cc") is None or subprocess.run(build, capture_output=True).returncode:
         pytest.skip("there is no C compiler to make the clock with")
     outcome = subprocess.run(
-        [sys.executable, "-c", JUMPING, *SHORT, f"--model_dir={tmp_path}"],
+        [fast_python.path(), "-c", JUMPING, *SHORT, f"--model_dir={tmp_path}"],
         cwd=ROOT,
         env={**os.environ, "LD_PRELOAD": str(tmp_path / "clock.so")},
         capture_output=True,

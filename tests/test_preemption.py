@@ -5,9 +5,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import fast_python
 import pytest
 import tensorflow as tf
 from commands import ROOT, call_command_line, command, weights
@@ -157,7 +157,11 @@ with test_preemption.signalled(20):
 def test_the_command_line_ends_with_a_code_of_its_own_and_one_line_and_goes_on(tmp_path, capfd):
     flags = [*(f"--gin_param={binding}" for binding in SHORT), f"--model_dir={tmp_path}"]
     outcome = subprocess.run(
-        [sys.executable, "-c", PREEMPTED, *command(*flags)[2:]], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [fast_python.path(), "-c", PREEMPTED, *command(*flags)[2:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert outcome.returncode == 75, outcome.stderr
     assert outcome.stderr.splitlines()[-1] == (
@@ -173,7 +177,7 @@ def test_a_reader_of_its_output_that_ends_with_it_loses_nothing(tmp_path):
     reader, writer = os.pipe()
     flags = [*(f"--gin_param={binding}" for binding in SHORT), f"--model_dir={tmp_path}"]
     process = subprocess.Popen(
-        [sys.executable, "-c", PREEMPTED, *command(*flags)[2:]], cwd=ROOT, stdout=writer, stderr=writer
+        [fast_python.path(), "-c", PREEMPTED, *command(*flags)[2:]], cwd=ROOT, stdout=writer, stderr=writer
     )
     os.close(writer)
     os.read(reader, 1)
@@ -208,7 +212,7 @@ with preemption.noticed(can_save=True) as request:
 
 
 def test_a_second_sigterm_ends_at_once():
-    process = subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([fast_python.path(), "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "told\n"

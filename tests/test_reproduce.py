@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_python
 import pytest
 
 from conadv_tf.experiments import paper, tables
@@ -25,11 +26,11 @@ SHORT = [
     "--gin_param=learning_rate.warmup_epochs=1",
     "--gin_param=train.evaluate_every_epochs=1",
 ]
-COMMAND = [sys.executable, "reproduce.py", "--scale=digits", "--batches=256k", "--rows=vanilla", "--jobs=2", *SHORT]
+ARGUMENTS = ["reproduce.py", "--scale=digits", "--batches=256k", "--rows=vanilla", "--jobs=2", *SHORT]
 
 
 def reproduce(results: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [*COMMAND, *arguments, f"--results={results}"]
+    command = [fast_python.path(), *ARGUMENTS, *arguments, f"--results={results}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, **options)
 
 
@@ -78,7 +79,7 @@ def test_the_table_is_kept_as_markdown_csv_and_plot(reproduced):
 def printed_by(capsys, results: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a call that has nothing to train."""
     with pytest.raises(SystemExit) as ended:
-        main([*COMMAND[2:], *arguments, f"--results={results}"])
+        main([*ARGUMENTS[1:], *arguments, f"--results={results}"])
     return ended.value.code, *capsys.readouterr()
 
 
@@ -126,7 +127,7 @@ def processes_of(path: Path) -> list[int]:
 def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
     _, printed = reproduced
     keep(reproduced, tmp_path, 5)
-    command = [*COMMAND, "--table=1", "--seeds=2", f"--results={tmp_path}"]
+    command = [fast_python.path(), *ARGUMENTS, "--table=1", "--seeds=2", f"--results={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while not (runs := processes_of(tmp_path / "digits" / "runs" / "256k" / "vanilla_lr10_s0")):
@@ -157,7 +158,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "closed terminal"])
 def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
-    command = [*COMMAND[: -len(SHORT)], "--jobs=1", "--table=1", "--seeds=1", f"--results={tmp_path}"]
+    command = [sys.executable, *ARGUMENTS[: -len(SHORT)], "--jobs=1", "--table=1", "--seeds=1", f"--results={tmp_path}"]
     command += ["--gin_param=train.epochs=100000", "--gin_param=train.checkpoint_every_epochs=50000"]
     terminal, its_end = os.openpty()
     process = subprocess.Popen(
@@ -189,7 +190,7 @@ def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
 def test_two_at_once_make_one_run_of_each(reproduced, tmp_path):
     for rate in (10, 20):
         keep(reproduced, tmp_path, rate)
-    command = [*COMMAND, "--table=1", "--seeds=1", f"--results={tmp_path}"]
+    command = [fast_python.path(), *ARGUMENTS, "--table=1", "--seeds=1", f"--results={tmp_path}"]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]

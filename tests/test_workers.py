@@ -5,6 +5,7 @@ import re
 import signal
 import time
 
+import fast_python
 import numpy as np
 import pytest
 from commands import train, weights, workers
@@ -16,7 +17,7 @@ def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
     """With one and with two micro-batches a worker; the first worker alone keeps the files."""
     layout = ["--gin_param=train.global_batch_size=108", f"--gin_param=train.microbatch_size={rows}"]
     layout += ["--gin_param=train.epochs=3", "--gin_param=learning_rate.warmup_epochs=1"]
-    processes = workers(*layout, f"--model_dir={tmp_path / 'two'}")
+    processes = workers(*layout, f"--model_dir={tmp_path / 'two'}", python=fast_python.path())
     one = train(*layout, "--strategy=mirrored", f"--model_dir={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
     for process in processes:
