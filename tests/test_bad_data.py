@@ -54,9 +54,9 @@ DAMAGES = {
 REASONS = {
     "wrong checksum": "unreadable (corrupted record",
     "corrupt JPEG": "corrupt JPEG",
-    "no JPEG": "corrupt JPEG",
-    "no image": "image/encoded is missing",
-    "no label": "image/class/label is missing",
+    "no JPEG": "no image, where JPEG, PNG, BMP, WebP or GIF is decoded",
+    "no image": "image/encoded is missing; there are image/class/label (1 int64: 2)",
+    "no label": "image/class/label is missing; there are image/encoded (1 bytes)",
     "no example": "not a tf.train.Example",
 }
 
@@ -354,7 +354,7 @@ def test_a_bad_record_on_an_input_host_without_our_python(tmp_path):
     labels, reasons, refused = outcome.stdout.splitlines()
     expected = sorted([0, 1, 3, *range(3, 21)] * 2)
     assert labels.startswith(f"{expected} [1.0, 0.0, 1.0, 1.0, 1.0] 2 2 bad records skipped (at most 2): 1 in ")
-    assert reasons == "unreadable (corrupted record at 12) corrupt JPEG"
+    assert reasons == "unreadable (corrupted record at 12) no image, where JPEG, PNG, BMP, WebP or GIF is decoded"
     place = f"{tmp_path}/train-00000-of-00003, record 2"
     assert refused.startswith(f"{place}: cannot be used; with it its host has met more bad records than")
     assert refused.endswith("data.max_bad_records=0: repair the file or raise data.max_bad_records")

@@ -176,7 +176,7 @@ def test_impossible_imports(tmp_path, capsys, monkeypatch, arguments, code, word
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_printed_command_trains_on_it(tmp_path, capsys):
+def test_the_printed_command_trains_on_it(tmp_path, capsys, caplog):
     src, dst = make_folder(tmp_path / "src"), tmp_path / "my photos"
     out, _ = run(src, dst, "--validation=0.2", capsys=capsys)
     command = shlex.split(out.splitlines()[-1])
@@ -191,3 +191,4 @@ def test_the_printed_command_trains_on_it(tmp_path, capsys):
     small = ["--gin_param=model.name='cifar_resnet8'", "--gin_param=train.epochs=6", f"--model_dir={tmp_path}/run"]
     call_command_line(*command[2:], *small)
     assert "my photos: 24 training, 6 test images" in capsys.readouterr().out
+    assert "retracing" not in caplog.text  # TensorFlow's, where functions are made anew again and again

@@ -73,14 +73,14 @@ def jpeg(mode: str) -> tf.Tensor:
 def test_cmyk_photos_look_like_rgb_ones(crop):
     augmentation, seed = augment.Augmentation(crop), tf.constant([3, 1], tf.int64)
     assert tf.io.extract_jpeg_shape(jpeg("CMYK"))[2] == 4
-    made = [augment.jpeg(jpeg(mode), augmentation, 32, seed).numpy().astype(int) for mode in ("RGB", "CMYK")]
+    made = [augment.decoded(jpeg(mode), augmentation, 32, seed).numpy().astype(int) for mode in ("RGB", "CMYK")]
     assert np.ptp(made[0]) > 20
     assert np.abs(made[0] - made[1]).max() <= 8  # two lossy conversions
 
 
 @pytest.mark.parametrize("crop", augment.STREAMED)
 def test_grey_photos_have_three_equal_channels(crop):
-    made = augment.jpeg(jpeg("L"), augment.Augmentation(crop), 32, tf.constant([3, 1], tf.int64)).numpy()
+    made = augment.decoded(jpeg("L"), augment.Augmentation(crop), 32, tf.constant([3, 1], tf.int64)).numpy()
     assert made.shape == (32, 32, 3)
     assert (made == made[..., :1]).all()
     assert np.ptp(made) > 20

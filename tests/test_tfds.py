@@ -3,6 +3,7 @@
 import ast
 import io
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -136,6 +137,20 @@ def test_parts_of_splits_in_memory(prepared):
     assert (loaded.num_train, loaded.num_test) == (9, 9)
     both = [pair for split in ("train", "test") for pair in zip(*loaded.examples(split, 99), strict=True)]
     assert in_any_order(both) == in_any_order(by_tfds("square", prepared, "train"))
+
+
+def test_the_fingerprint_is_that_of_the_files_and_follows_a_copy(prepared, tmp_path):
+    copied = shutil.copytree(prepared, tmp_path / "copied")
+    part = {"train_split": "train[:50%]"}
+    for own, other in (
+        (load("square", prepared), load("square", str(copied))),
+        (stream("sizes", prepared), stream("sizes", str(copied))),
+        (load("square", prepared, **part), load("square", str(copied), **part)),
+    ):
+        assert own.fingerprint.difference(other.fingerprint) is None
+        assert str(copied) in other.fingerprint.place
+        assert [name for name in own.fingerprint.parts if ".tfrecord" in name]
+    assert load("square", prepared).fingerprint.difference(load("square", prepared, **part).fingerprint)
 
 
 @pytest.mark.parametrize("loader", [load, stream])

@@ -2,15 +2,17 @@
 
 Every draw is a function of (seed, epoch, index within the epoch), so an image position gets the same crop
 whatever the number of replicas, hosts or micro-batches, and a resumed run repeats it. Two kinds: whole
-batches of small decoded images (`batch`), and one JPEG at a time (`jpeg`).
+batches of small decoded images (`batch`), and one encoded image at a time (`decoded`).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import gin
 import tensorflow as tf
 
 from conadv_tf.data import autoaugment
+from conadv_tf.data.pictures import decode_image
 from conadv_tf.errors import ConfigError
 
 # Streams of randomness under one seed: the order of the images must not be tied to their crops.
@@ -158,10 +160,32 @@ def _resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
     return tf.saturate_cast(tf.round(tf.ensure_shape(resized, [image_size, image_size, 3])), tf.uint8)
 
 
-def _random_crop(encoded: tf.Tensor, image_size: int, seed: tf.Tensor) -> tf.Tensor:
+def _cropped(encoded: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor], image_size: int) -> tf.Tensor:
+    """Decodes a window of an image, once, and resizes it.
+
+    Args:
+      encoded: string scalar, an image.
+      window: a function from the image's shape, int32 [3], to int32 [4]: top, left, height, width.
+      image_size: height and width of the result.
+    """
+
+    def of_jpeg() -> tf.Tensor:  # decodes the window alone
+        shape = tf.io.extract_jpeg_shape(encoded)
+        return tf.image.decode_and_crop_jpeg(encoded, window(shape), channels=3)
+
+    def of_others() -> tf.Tensor:
+        image = decode_image(encoded)
+        top, left, height, width = tf.unstack(window(tf.shape(image)))
+        return image[top : top + height, left : left + width]
+
+    # By the bytes: a decoder of another format would complain on the screen.
+    return _resize(tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others), image_size)
+
+
+def _random_window(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     # The "object" is the whole image: a positive min_object_covered would raise the smallest area.
     begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.io.extract_jpeg_shape(encoded),
+        shape,
         tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
         seed,
         min_object_covered=0.0,
@@ -170,43 +194,45 @@ def _random_crop(encoded: tf.Tensor, image_size: int, seed: tf.Tensor) -> tf.Ten
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )
-    window = tf.concat([begin[:2], size[:2]], axis=0)
-    return _resize(tf.image.decode_and_crop_jpeg(encoded, window, channels=3), image_size)
+    return tf.concat([begin[:2], size[:2]], axis=0)
+
+
+def _central_window(shape: tf.Tensor) -> tf.Tensor:
+    sides = shape[:2]
+    square = tf.cast(tf.round(CENTRAL_FRACTION * tf.cast(tf.reduce_min(sides), tf.float32)), tf.int32)
+    return tf.concat([(sides - square + 1) // 2, [square, square]], axis=0)
 
 
 def central_crop(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
-    """Decodes the central square of a JPEG, CENTRAL_FRACTION of the shorter side, and resizes it.
+    """Decodes the central square of an image, CENTRAL_FRACTION of the shorter side, and resizes it.
 
     Args:
-      encoded: string scalar, a JPEG; grey pictures become three equal channels.
+      encoded: string scalar, of a format that `decode_image` takes; grey pictures become three equal channels.
       image_size: height and width of the result.
 
     Returns:
-      uint8 [image_size, image_size, 3]; an InvalidArgumentError at run time where the JPEG is damaged.
+      uint8 [image_size, image_size, 3]; an InvalidArgumentError at run time where the image is damaged.
     """
-    sides = tf.io.extract_jpeg_shape(encoded)[:2]
-    square = tf.cast(tf.round(CENTRAL_FRACTION * tf.cast(tf.reduce_min(sides), tf.float32)), tf.int32)
-    window = tf.concat([(sides - square + 1) // 2, [square, square]], axis=0)
-    return _resize(tf.image.decode_and_crop_jpeg(encoded, window, channels=3), image_size)
+    return _cropped(encoded, _central_window, image_size)
 
 
-def jpeg(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, seed: tf.Tensor) -> tf.Tensor:
+def decoded(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, seed: tf.Tensor) -> tf.Tensor:
     """Decodes, augments and resizes a training image.
 
     Args:
-      encoded: string scalar, a JPEG.
+      encoded: string scalar, of a format that `decode_image` takes.
       augmentation: with a crop of STREAMED; "none" and "flip" crop the centre, "resized_crop_flip" a random part.
       image_size: height and width of the result.
       seed: int64 [2], see `epoch_seed`.
 
     Returns:
       uint8 [image_size, image_size, 3], or [2, image_size, image_size, 3] if it concatenates; an
-      InvalidArgumentError at run time where the JPEG is damaged.
+      InvalidArgumentError at run time where the image is damaged.
     """
     # The seeds are kept apart by hand: splitting a seed costs a tenth of a decode.
     crop_seed, flip_seed, distortion_seed = (seed * [1, 4] + [0, place] for place in range(3))
     if augmentation.crop == "resized_crop_flip":
-        image = _random_crop(encoded, image_size, crop_seed)
+        image = _cropped(encoded, lambda shape: _random_window(shape, crop_seed), image_size)
     else:
         image = central_crop(encoded, image_size)
     if augmentation.crop != "none":

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from conadv_tf.data.record_files import RecordFile
-from conadv_tf.data.records import Schema, decode_image, fail_unless
+from conadv_tf.data.records import Schema, fail_unless
 
 _READ_BYTES = 1 << 18  # the buffer for a single record: a photo and some
 NO_PLACE = -1
@@ -22,7 +22,7 @@ class Decoder:
     Args:
       files: indexed files; their order gives the file numbers.
       schema: how a record becomes an example.
-      decode: from (JPEG string scalar, seed int64 [2]) to an image uint8 [...]; fails at run time if it is damaged.
+      decode: from (image string scalar, seed int64 [2]) to an image uint8 [...]; fails at run time if it is damaged.
       image_shape: the shape of what `decode` makes.
       replaces: whether a bad record is replaced by the next good one of its file, cyclically. The choice depends on the
         record alone, not on what was read before, so a resumed run repeats it. Otherwise the place stays black.
@@ -128,8 +128,6 @@ class Decoder:
 
     def _example(self, payload: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         encoded, label = self._schema.features(payload)
-        # An image in another format, such as a few PNGs among photos, becomes a JPEG here.
-        encoded = tf.cond(tf.io.is_jpeg(encoded), lambda: encoded, lambda: _as_jpeg(encoded))
         return self._decode(encoded, seed), label
 
     def _read(self, file: tf.Tensor, record: tf.Tensor) -> tf.data.Dataset:
@@ -146,8 +144,3 @@ class Decoder:
         # Within a map a failure belongs to this element alone; a reader itself would try for ever.
         place = tf.gather(self._paths, file), tf.gather(self._compressions, file)
         return tf.data.Dataset.from_tensors(place).map(read).ignore_errors()
-
-
-def _as_jpeg(encoded: tf.Tensor) -> tf.Tensor:
-    image = tf.ensure_shape(decode_image(encoded), [None, None, 3])
-    return tf.io.encode_jpeg(image, quality=100, chroma_downsampling=False)

@@ -1,5 +1,6 @@
 """Bad records: what is wrong with each, and how many there are."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -7,10 +8,13 @@ import numpy as np
 import tensorflow as tf
 from google.protobuf import message
 
+from conadv_tf.data import pictures
 from conadv_tf.data.decode import NO_PLACE
 from conadv_tf.data.record_files import BadRecords, RecordFile
-from conadv_tf.data.records import Schema, decode_image, fail_unless
+from conadv_tf.data.records import Schema, fail_unless
+from conadv_tf.errors import DataError
 
+_LEAST_EXAMINED = 10  # records, before all are taken for another kind of data
 ANY_SHAPE = (0, 0, 0)  # in memory, before the first image has shown its shape
 
 
@@ -66,18 +70,43 @@ class Examiner:
             features = tf.train.Example.FromString(payload).features.feature
         except message.DecodeError:
             return "not a tf.train.Example"
-        image_feature, label_feature = self.schema.image_feature, self.schema.label_feature
-        label, encoded = features[label_feature].int64_list.value, features[image_feature].bytes_list.value
-        if len(label) != 1 or len(encoded) != 1:
-            return f"feature {image_feature if len(label) == 1 else label_feature} is missing"
-        self.schema.check_label(label[0], path, record)
+        mismatch = self.schema.mismatch(features)
+        if mismatch:
+            return mismatch
+        (encoded,) = features[self.schema.image_feature].bytes_list.value
+        (label,) = features[self.schema.label_feature].int64_list.value
+        self.schema.check_label(label, path, record)
         try:
-            shape = tuple(decode_image(encoded[0]).shape)
+            shape = tuple(pictures.decode_image(encoded).shape)
         except tf.errors.InvalidArgumentError:
-            return "corrupt JPEG"
+            return pictures.fault(encoded)
         if self.image_shape is None or self.image_shape in (ANY_SHAPE, shape):
             return None
         return self.schema.wrong_shape(shape, self.image_shape)
+
+
+def check_schema(files: Sequence[RecordFile], schema: Schema, bad_records: BadRecords) -> None:
+    """Checks that records have the features of a schema, by the first one that does.
+
+    A few other records are bad ones, counted when they are met. Where there are only such, the data are of another
+    kind, and skipping them would hide that.
+
+    Raises:
+      DataError: if the first records lack them, more than there may be bad ones; unreadable ones say nothing.
+    """
+    first_fault = ""
+    places = ((file, record) for file in files for record in range(file.num_records))
+    for file, record in itertools.islice(places, max(bad_records.limit + 1, _LEAST_EXAMINED)):
+        try:
+            features = tf.train.Example.FromString(file.read(record)).features.feature
+        except (OSError, tf.errors.OpError, message.DecodeError):
+            continue
+        fault = schema.mismatch(features)
+        if fault is None:
+            return
+        first_fault = first_fault or f"{file.path}, record {record}: {fault}"
+    if first_fault:
+        raise DataError(f"{first_fault}: {schema.mismatch_remedy()}")
 
 
 def count_bad(batches: tf.data.Dataset, examiner: Examiner) -> tf.data.Dataset:
@@ -113,7 +142,8 @@ def _python_runs_here() -> bool:
         return tf.numpy_function(process, [], tf.int64)
 
     try:
-        return int(tf.function(probe, autograph=False)()) == os.getpid()
+        # Traced once, as it is run once: TensorFlow warns of a tf.function that is made again and again.
+        return int(tf.function(probe, autograph=False).get_concrete_function()()) == os.getpid()
     except tf.errors.OpError:
         return False
 

@@ -6,11 +6,12 @@ import numpy as np
 import tensorflow as tf
 
 from conadv_tf.data import augment, fingerprint, record_files
-from conadv_tf.data.examiner import ANY_SHAPE, Examiner
+from conadv_tf.data.examiner import ANY_SHAPE, Examiner, check_schema
 from conadv_tf.data.fingerprint import Fingerprint
+from conadv_tf.data.pictures import decode_image
 from conadv_tf.data.pipeline import HostReading, ImageData
 from conadv_tf.data.record_files import BadRecords, RecordFile
-from conadv_tf.data.records import Schema, decode_image, raw_records
+from conadv_tf.data.records import Schema, raw_records
 from conadv_tf.errors import ConfigError, DataError
 
 
@@ -132,6 +133,7 @@ def read_into_memory(
     Raises:
       DataError: label out of range, more bad records than allowed, or no good one.
     """
+    check_schema(files, schema, bad_records)
     examiner = Examiner(files, schema, bad_records, image_shape or ANY_SHAPE)
     examiner.image_shape = shape = image_shape or _first_shape(examiner)
     counts = [file.num_records for file in files]

@@ -5,7 +5,7 @@ wrong with it. The files are found and indexed by record_files.py.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
@@ -14,6 +14,8 @@ from conadv_tf.data.record_files import RecordFile
 from conadv_tf.errors import DataError
 
 _READ_BYTES = 1 << 20
+_NAMED = 12  # features of a record, in a line about it
+_LONGEST_VALUE = 30  # characters of a value in such a line
 RECORD_SPECS = (tf.TensorSpec([], tf.string),)  # an element of a Cache of payloads
 
 
@@ -95,11 +97,43 @@ class Schema:
             f"{classes}: set {self.source}.label_offset or {self.source}.num_classes to what the files carry"
         )
 
+    def mismatch(self, features: Mapping[str, tf.train.Feature]) -> str | None:
+        """What the features of an example are instead of the schema's, on one line; None where both are there."""
+        wanted = ((self.image_feature, "bytes_list", "1 bytes"), (self.label_feature, "int64_list", "1 int64"))
+        for name, kind, what in wanted:
+            if name not in features or not features[name].WhichOneof("kind"):
+                named = [f"{other} ({_described(features[other])})" for other in sorted(features)]
+                there = ", ".join(named[:_NAMED] + ["..."] * (len(named) > _NAMED))
+                return f"feature {name} is missing; there are {there or 'none'}"
+            if len(getattr(features[name], kind).value) != 1:
+                return f"feature {name} is {_described(features[name])}, not {what}"
+        return None
+
+    def mismatch_remedy(self) -> str:
+        """The end of the line about records none of which has the features."""
+        if self.source == "tfds":
+            return "prepare the data set again"
+        return (
+            f"set {self.source}.image_feature and {self.source}.label_feature to the names in the files, or write the "
+            "records again with the image as 1 bytes and the label as 1 int64"
+        )
+
     def wrong_shape(self, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
         """Says what is wrong with an image of shape (H, W, C) in memory where all images have the expected shape."""
         sizes = [f"{height}x{width}" for height, width, _ in (found, expected)]
         settings = f"{self.source}.image_size; {self.source}.in_memory=False resizes"
         return f"image of {sizes[0]}, not {sizes[1]} pixels ({settings})"
+
+
+def _described(feature: tf.train.Feature) -> str:
+    """The number and kind of a feature's values, and a single one itself: "1 float: 3.0"."""
+    kind = feature.WhichOneof("kind")
+    if not kind:
+        return "empty"
+    values = getattr(feature, kind).value
+    counted = f"{len(values)} {kind.removesuffix('_list')}"
+    single = repr(values[0]) if len(values) == 1 else ""
+    return f"{counted}: {single}" if 0 < len(single) <= _LONGEST_VALUE else counted
 
 
 def raw_records(
@@ -157,8 +191,3 @@ def _payloads_of_file(path: tf.Tensor, compression: tf.Tensor) -> tf.data.Datase
 
     opened = tf.data.Dataset.from_tensors(0).map(open_once).ignore_errors()
     return opened.flat_map(lambda _: tf.data.TFRecordDataset(path, compression, buffer_size=_READ_BYTES))
-
-
-def decode_image(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes a JPEG, PNG, BMP, WebP or the first picture of a GIF to uint8 [H, W, 3]; fails at run time for others."""
-    return tf.io.decode_image(encoded, channels=3, expand_animations=False)

@@ -292,6 +292,8 @@ class TFRecords(_Files):
         image's); streamed images are cropped and resized to it (None: 224).
       num_train: the number of training images that the recipe expects; another one is warned about, since a shard may
         be missing. None: any number.
+      image_feature: the name of the feature that has the encoded image, 1 bytes.
+      label_feature: the name of the feature that has the label, 1 int64.
       label_offset: the stored label of class 0: 1 for ImageNet as the Cloud TPU script writes it.
       train_files: the pattern of the training files below --data_dir, or several patterns, tried in turn.
       test_files: the pattern of the test files below --data_dir, or several patterns, tried in turn.
@@ -308,6 +310,8 @@ class TFRecords(_Files):
     num_classes: int | None = None
     image_size: int | None = None
     num_train: int | None = None
+    image_feature: str = "image/encoded"
+    label_feature: str = "image/class/label"
     label_offset: int = 0
     train_files: str | Sequence[str] = "train-*"
     test_files: str | Sequence[str] = ("validation-*", "test-*")
@@ -326,7 +330,7 @@ class TFRecords(_Files):
             "train": record_files.match_files(folder, self.train_files, "tfrecords.train_files"),
             "test": record_files.match_files(folder, self.test_files, "tfrecords.test_files"),
         }
-        schema = records.Schema(self.label_offset, self.num_classes)
+        schema = records.Schema(self.label_offset, self.num_classes, self.image_feature, self.label_feature)
         return _FoundRecords(os.path.basename(folder.rstrip("/")), folder, schema, files)
 
 

@@ -11,7 +11,7 @@ from absl import logging
 from conadv_tf.data import augment, decode, record_files, records
 from conadv_tf.data import service as data_service
 from conadv_tf.data.cache import Cache
-from conadv_tf.data.examiner import Examiner, count_bad
+from conadv_tf.data.examiner import Examiner, check_schema, count_bad
 from conadv_tf.data.fingerprint import Files, Fingerprint
 from conadv_tf.data.pipeline import SPLITS, HostReading, ImageData
 from conadv_tf.errors import ConfigError
@@ -89,6 +89,8 @@ class StreamData(ImageData):
         super().__init__(name, schema.num_classes or 0, shape, sizes, bad_records, augmentation)
         self._folder, self._files, self._schema = folder, files, schema
         self._shuffle_buffer, self._cached, self.services = shuffle_buffer, cached, services
+        for split in SPLITS:
+            check_schema(files[split], schema, bad_records)
         self._examiners = {split: Examiner(files[split], schema, bad_records) for split in SPLITS}
         self._caches: dict[tuple[object, ...], Cache] = {}
         if cached:
@@ -172,7 +174,7 @@ class StreamData(ImageData):
         stream = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records)
 
         def image(encoded: tf.Tensor, image_seed: tf.Tensor) -> tf.Tensor:
-            return augment.jpeg(encoded, self.augmentation, self.image_shape[0], image_seed)
+            return augment.decoded(encoded, self.augmentation, self.image_shape[0], image_seed)
 
         decoder = decode.Decoder(self._files["train"], self._schema, image, self.train_shape, replaces=True)
         services = data_service.of_host(self.services, reading.num_hosts, reading.host)

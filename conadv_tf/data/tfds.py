@@ -139,8 +139,9 @@ class TfdsData:
         )
 
     def paths(self, split: str) -> list[str]:
-        """Lists the files that "train" or "test" is read from, whole or in part."""
-        return [str(path) for path in self._builder.info.splits[self._splits[split]].filepaths]
+        """Lists the files that "train" or "test" is read from, whole or in part; none of what TFDS makes up."""
+        splits = self._builder.info.splits
+        return [str(path) for path in splits[self._splits[split]].filepaths] if splits else []
 
     def split_files(self, split: str) -> list[str]:
         """Lists the TFRecord files of "train" or "test", for streaming.

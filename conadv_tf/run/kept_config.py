@@ -22,11 +22,18 @@ EXECUTION_SETTINGS = (
     "train.steps_per_execution",
 )
 
+# Settings that version 0.1.0 lacked, and the values that it had in effect.
+LATER_SETTINGS = {
+    "tfrecords.image_feature": "'image/encoded'",
+    "tfrecords.label_feature": "'image/class/label'",
+}
+
 
 def kept_settings(text: str) -> dict[str, str]:
     """The bindings of a kept config.gin, name to value as written, under the names that settings have now.
 
     Settings that earlier versions wrote for every source, and that the source of this run does not have, are left out.
+    Settings that they lacked have the values that were in effect.
     """
     config.register()
     found = config.parse_settings(text)
@@ -41,7 +48,8 @@ def kept_settings(text: str) -> dict[str, str]:
         configurable, _, parameter = new.rpartition(".")
         if name not in config.MOVED or (configurable in present and parameter in config.parameters(configurable)):
             kept[new] = value
-    return kept
+    later = {name: value for name, value in LATER_SETTINGS.items() if name.partition(".")[0] == source}
+    return later | kept
 
 
 def _source(found: Mapping[str, str]) -> str:
