@@ -166,7 +166,10 @@ class Attack:
             if self.label == "smoothed":
                 losses = loss(labels, logits(images))
             else:
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits(images))
+                values = logits(images)
+                # Of a label out of range this op makes NaN or an error, by device; the training loss tells of it.
+                known = tf.clip_by_value(labels, 0, values.shape[-1] - 1)
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(known, values)
             objective = tf.reduce_sum(losses if self.goal == "untargeted" else -losses)
         return tape.gradient(objective, images)
 

@@ -15,9 +15,9 @@ from conadv_tf.run.monitor import MonitorSettings
 from conadv_tf.training.lars import OPTIMIZERS
 from conadv_tf.training.learning_rate import warmup_poly_decay
 from conadv_tf.training.plan import Plan, check_batch_norm_groups, make_plan
+from conadv_tf.training.refusals import PRECISIONS
 from conadv_tf.training.trainer import ConAdvModel
 
-PRECISIONS = ("float32", "mixed_bfloat16")
 ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 
 

@@ -6,7 +6,8 @@ methods/schedules.py.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import tensorflow as tf
 import tf_keras
@@ -16,8 +17,10 @@ from conadv_tf.errors import ConfigError
 from conadv_tf.methods import schedules
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
-from conadv_tf.training import metrics
+from conadv_tf.training import metrics, refusals
+from conadv_tf.training.checked_model import CheckedModel
 from conadv_tf.training.collectives import timed_next
+from conadv_tf.training.given import Checks
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.losses import SmoothedCrossEntropy
 from conadv_tf.training.plan import check_turns
@@ -26,13 +29,13 @@ from conadv_tf.training.shadows import shadow_copy
 from conadv_tf.training.update import ReplicaUpdate
 
 
-class ConAdvModel(tf_keras.Model):
+class ConAdvModel(CheckedModel):
     """Trains `network` by `method` under `compile` and `fit`, on any strategy.
 
     Build it, like the optimizer, inside `strategy.scope()`. Data are batches (images, labels): images
     [rows, H, W, C] in [0, 255] of any numeric dtype, or [rows, 2, H, W, C] with an augmented image beside each clean
     one (for methods whose `Mixture` is augmented); labels int [rows]. With `microbatches` > 1 every update
-    takes that many batches from the iterator, and `steps_per_epoch` counts updates.
+    takes that many batches from the iterator, and `steps_per_epoch` counts updates. given.py looks at all of it.
 
     Logs of training: the method's metrics and metrics.MONITORS, means over the epoch's updates so far (drift is
     ‖θ_t − θ_{t−τ}‖ / ‖θ_t‖), and `input_wait_seconds`, which the last call spent waiting for data. Logs of
@@ -55,7 +58,7 @@ class ConAdvModel(tf_keras.Model):
       carry: the variables that hold what the method carries between updates; none before training begins.
 
     Raises:
-      ConfigError: if the network lacks a branch, or microbatches < 1.
+      ConfigError: if the network lacks a branch or has a precision that training has not, or microbatches < 1.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class ConAdvModel(tf_keras.Model):
         all_reduce_dtype: str = "float32",
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        _check(network, method, microbatches)
+        refusals.check_network(network, method, microbatches)
+        refusals.check_precision(network)
+        # Not the global policy, which would round pixels on their way to the network; that has a policy of its own.
+        super().__init__(**{"dtype": "float32", **kwargs})
         self.network = network.create_variables()
         self.method = method
         self.microbatches = microbatches
@@ -93,12 +98,13 @@ class ConAdvModel(tf_keras.Model):
     def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
         """Compiles as Keras does. The loss, SmoothedCrossEntropy() unless given, sees (labels, logits). No metrics."""
         unusable = {name: kwargs.get(name) for name in ("metrics", "weighted_metrics")}
-        for name, value in {**unusable, "loss": loss if isinstance(loss, str) else None}.items():
-            if value:
-                raise ConfigError(f"compile({name}={value!r}): pass a loss object, no metrics; logs have loss, top1")
+        refusals.check_compiled(optimizer, loss, unusable)
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
 
-    def fit(self, *args, callbacks: Sequence[tf_keras.callbacks.Callback] | None = None, **kwargs):
+    def data_checks(self, labelled: bool = True) -> Checks:
+        return Checks(self.network.image_shape, self.network.num_classes if labelled else None)
+
+    def fit(self, *args, callbacks=None, **kwargs):
         """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
         ahead = self.method.batches_ahead or self.method.updates_per_batch > 1 or self.microbatches > 1
         if ahead and kwargs.get("steps_per_epoch") is None:
@@ -106,8 +112,16 @@ class ConAdvModel(tf_keras.Model):
                 f"fit(steps_per_epoch=None): with {self.method.record.setting} and {self.microbatches} micro-batches "
                 "an update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
             )
+        refusals.check_all_trained(self.network)
+        given = tf.nest.flatten(callbacks or [])
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
-        return super().fit(*args, callbacks=[start, *(callbacks or [])], **kwargs)
+        return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)
+
+    def _bars(self, callbacks: list) -> list[tf_keras.callbacks.Callback]:
+        """Keras' progress bar, unless it is given: logs are means already, of which Keras' own would show the mean."""
+        if any(isinstance(callback, tf_keras.callbacks.ProgbarLogger) for callback in callbacks):
+            return []
+        return [tf_keras.callbacks.ProgbarLogger("steps", [*self.log_names, "input_wait_seconds"])]
 
     @property
     def metrics(self) -> list[tf_keras.metrics.Metric]:
@@ -155,6 +169,8 @@ class ConAdvModel(tf_keras.Model):
         """Adds one batch to the evaluation; rows of weight 0 count nothing. Logs as in `train_step`."""
         images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
         labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
+        if weights is not None:  # padding may have any label, which must not make its loss NaN: 0 · NaN is NaN
+            labels = tf.where(tf.cast(tf.reshape(weights, [-1]), tf.bool), labels, 0)
         logits = self.network(images, training=False)
         self._test_means["loss"].update_state(self.example_losses(labels, logits), weights)
         self._test_means["top1"].update_state(metrics.top(1, labels, logits), weights)
@@ -167,6 +183,7 @@ class ConAdvModel(tf_keras.Model):
 
     def _program(self, method: methods.Method, iterator) -> Callable:
         """The program of `steps_per_execution` updates by a method; makes the variables and the carry that it needs."""
+        refusals.check_all_trained(self.network)
         check_turns(method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync, self.microbatches)
         self.create_optimizer_variables()
         if method.carries and not self.carry.variables:
@@ -292,16 +309,23 @@ class ConAdvModel(tf_keras.Model):
         return dict(zip(self.log_names, means, strict=True))
 
     def example_losses(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        """The training loss of each row, float32 [rows], for labels int32 [rows] and logits float32 [rows, classes]."""
+        """The training loss of each row, float32 [rows], for labels int32 [rows] and logits float32 [rows, classes].
+
+        NaN for a label out of range, of which the losses themselves make 0, an error or NaN, by device and compiler.
+        """
         function = self.loss.call if isinstance(self.loss, tf_keras.losses.Loss) else self.loss
-        return function(labels, logits)
+        known = (labels >= 0) & (labels < logits.shape[-1])
+        return tf.where(known, function(tf.where(known, labels, 0), logits), math.nan)
 
     def adversarial_examples(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         """x̂ of `images` and `labels` from the weights that the next update attacks; float32, of the images' shape.
 
         Raises:
           ConfigError: for a method without an attack.
+          DataError: for images or labels that `fit` would refuse.
         """
+        if not tf.is_symbolic_tensor(images):
+            self.data_checks().arrays(images, labels)
         batch = methods.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
         return self._attacked(batch)
 
@@ -337,20 +361,3 @@ def _summed(count: tf.Tensor, once: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tens
 
     zero = tf.zeros_like(count), tf.constant(0.0, tf.float64)
     return tf.while_loop(lambda index, _: index < count, body, zero, parallel_iterations=1)[1]
-
-
-def _check(network: ResNet, method: methods.Method, microbatches: int) -> None:
-    """Raises ConfigError unless the network can be trained by the method."""
-    missing = [branch for branch in method.branches if branch not in network.branches]
-    if missing:
-        raise ConfigError(
-            f"method {method.name!r} trains the BN branches {missing}, which the network lacks: "
-            f"build it with branches={method.branches}"
-        )
-    if microbatches < 1:
-        raise ConfigError(f"microbatches={microbatches} must be at least 1: 1 makes an update of one batch")
-    if method.updates_per_batch > 1 and network.replicas_per_group > 1:
-        raise ConfigError(
-            f"{method.record.setting} gives neighbouring replicas different passes, which cannot share "
-            f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or 'paired'"
-        )

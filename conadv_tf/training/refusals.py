@@ -1,0 +1,85 @@
+"""Refusals: what Keras lets through and training here could not do, or would do as something else."""
+
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from conadv_tf.errors import ConfigError
+from conadv_tf.methods import Method
+from conadv_tf.models.resnet import ResNet
+
+PRECISIONS = ("float32", "mixed_bfloat16")
+
+
+def check_network(network: ResNet, method: Method, microbatches: int) -> None:
+    """Raises ConfigError unless the network can be trained by the method."""
+    missing = [branch for branch in method.branches if branch not in network.branches]
+    if missing:
+        raise ConfigError(
+            f"method {method.name!r} trains the BN branches {missing}, which the network lacks: "
+            f"build it with branches={method.branches}"
+        )
+    if microbatches < 1:
+        raise ConfigError(f"microbatches={microbatches} must be at least 1: 1 makes an update of one batch")
+    if method.updates_per_batch > 1 and network.replicas_per_group > 1:
+        raise ConfigError(
+            f"{method.record.setting} gives neighbouring replicas different passes, which cannot share "
+            f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or 'paired'"
+        )
+
+
+def check_precision(network: ResNet) -> None:
+    """Raises ConfigError for a precision that training does not have, or a global policy that the network has not."""
+    own, everywhere = network.dtype_policy.name, tf_keras.mixed_precision.global_policy().name
+    if own not in PRECISIONS:
+        raise ConfigError(
+            f"the network's dtype={own!r} is none of {PRECISIONS}: float16 would need a scale of the loss; build it "
+            "with dtype='mixed_bfloat16'"
+        )
+    if everywhere not in ("float32", own):
+        raise ConfigError(
+            f"the global policy {everywhere!r} does not reach the network, whose dtype is {own!r}: set the global "
+            "policy to 'float32', and build the network with dtype='mixed_bfloat16' where that is meant"
+        )
+
+
+def check_compiled(optimizer: Any, loss: Any, unusable: dict[str, Any]) -> None:
+    """Raises ConfigError for arguments of `compile` that training cannot use; `unusable`: those that must be empty."""
+    for name, value in {**unusable, "loss": loss if isinstance(loss, str) else None}.items():
+        if value:
+            raise ConfigError(f"compile({name}={value!r}): pass a loss object, no metrics; logs have loss, top1")
+    for name, value in (("optimizer", optimizer), ("loss", loss)):
+        if _is_of_other_keras(value):
+            raise ConfigError(_other_keras(f"compile({name}=…)", value))
+    if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
+        raise ConfigError(
+            "compile(optimizer=LossScaleOptimizer): the loss has no scale here: pass the optimizer inside it"
+        )
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raises ConfigError for callbacks that are not of tf_keras, such as keras.callbacks.EarlyStopping."""
+    for callback in tf.nest.flatten(callbacks or []):
+        if not isinstance(callback, (tf_keras.callbacks.Callback, tf_keras.callbacks.CallbackList)):
+            raise ConfigError(_other_keras("callbacks", callback))
+
+
+def check_all_trained(network: ResNet) -> None:
+    """Raises ConfigError for a network of which layers are frozen."""
+    still = len(network.moving_statistics(network.branches))
+    frozen = len(network.leaf_variables()) - still - len(network.trainable_variables)
+    if frozen:
+        raise ConfigError(
+            f"{frozen} variables of the network are frozen (trainable=False): training moves all of them, and the "
+            "batch statistics too: set network.trainable=True"
+        )
+
+
+def _is_of_other_keras(value: Any) -> bool:
+    return any(base.__module__.split(".")[0] == "keras" for base in type(value).__mro__)
+
+
+def _other_keras(place: str, value: Any) -> str:
+    kind = type(value)
+    return f"{place}: {kind.__module__}.{kind.__name__} is not of tf_keras, as this model is: use tf_keras' own"
