@@ -24,7 +24,7 @@ test-all: test
 # killed, workers that are lost, a long run. The counts are in its summary.
 torture: .venv/installed-dev
 	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP tests/test_fuzz_config.py tests/test_fuzz_data.py
-	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP -m torture
+	CONADV_TORTURE=1 CONADV_LONG=1 $(BIN)/python -m pytest -rfEsP -m torture
 
 # Style, types, and what wings may import.
 check: .venv/installed-dev

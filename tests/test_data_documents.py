@@ -99,6 +99,7 @@ def more_flags(command: str, place: Path) -> list[str]:
     return flags + [f"--gin_param={setting}" for setting in sizes + epochs]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, place):
     if "data/cifar10" in command and not (DATA / "cifar10").is_dir():

@@ -240,6 +240,7 @@ def shown_text(start: str) -> Block:
     return block
 
 
+@pytest.mark.long
 def test_make_demo_reaches_what_the_readme_promises(checkout):
     need_make()
     outcome = run("make demo", checkout)
@@ -251,6 +252,7 @@ def test_make_demo_reaches_what_the_readme_promises(checkout):
     assert top1 == pytest.approx(promised, abs=1.5)
 
 
+@pytest.mark.long
 def test_training_on_cifar10_runs_to_its_end(checkout):
     if not (DATA / "cifar10").is_dir():
         pytest.skip(f"{DATA / 'cifar10'} is not here; set CONADV_TEST_DATA")
@@ -315,6 +317,7 @@ def test_reproduction_prints_what_is_kept(checkout):
     assert re.search(r"\| ResNet \|.*\d\d\.\d\d ± ", outcome.stdout)
 
 
+@pytest.mark.long
 def test_analysis_compares_runs(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     short = ["--gin_param=train.epochs=3", "--gin_param=learning_rate.warmup_epochs=1"]
@@ -330,6 +333,7 @@ def test_analysis_compares_runs(checkout, monkeypatch):
     assert (checkout / "analysis" / "surface.png").exists()
 
 
+@pytest.mark.long
 def test_make_check_passes(checkout):
     need_make()
     outcome = run("make check", checkout)

@@ -124,6 +124,7 @@ def processes_of(path: Path) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_killed_and_started_again_it_makes_the_same_table(reproduced, tmp_path):
     _, printed = reproduced
     keep(reproduced, tmp_path, 5)
@@ -187,6 +188,7 @@ def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.long
 def test_two_at_once_make_one_run_of_each(reproduced, tmp_path):
     for rate in (10, 20):
         keep(reproduced, tmp_path, rate)

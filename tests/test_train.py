@@ -151,6 +151,7 @@ KILLED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", some_of(KILLED, "conadv"))
 def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path, capfd):
     flags = [*SHORT, *(f"--gin_param={binding}" for binding in KILLED[case])]
@@ -171,6 +172,7 @@ def test_killed_run_resumes_to_the_same_weights_bit_for_bit(case, tmp_path, capf
     assert epochs == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.long
 def test_mirrored_and_virtual_pod_reach_the_same_result(tmp_path):
     layout = ["--gin_param=train.global_batch_size=108", "--gin_param=train.microbatch_size=27", *SHORT]
     pod = train(
