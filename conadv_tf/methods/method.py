@@ -140,6 +140,24 @@ class Method:
             return update
         return (update + self.batches_ahead - 1) // self.updates_per_batch
 
+    def get_config(self) -> dict[str, Any]:
+        """The method in plain values, for `from_config`."""
+        parts = {"attack": self.attack, "mixture": self.mixture}
+        settings = {name: dataclasses.asdict(part) if part else None for name, part in parts.items()}
+        return {"kind": self.kind, "tau": self.tau, **settings}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Method":
+        """The method that `get_config` described.
+
+        Raises:
+          ConfigError: if its schedule is not registered here.
+        """
+        kind, attack, mixture = config["kind"], config["attack"], config["mixture"]
+        if kind not in SCHEDULES:
+            raise ConfigError(f"schedule {kind!r} is not known here: register it before the model is loaded")
+        return cls(SCHEDULES[kind], config["tau"], attack and Attack(**attack), mixture and Mixture(**mixture))
+
     @property
     def _given(self) -> tuple[Attack, Mixture]:
         # A schedule without attacks is handed None twice, and looks at neither.

@@ -2,6 +2,7 @@
 
 import gin
 import tensorflow as tf
+import tf_keras
 from official.modeling.optimization import lars as tfm_lars
 
 from conadv_tf.errors import ConfigError
@@ -84,6 +85,13 @@ class LARS(tfm_lars.LARS):
         for name in ("weight_decay_rate", "eeta", "nesterov", "classic_momentum"):
             del config[name]
         return {**config, "weight_decay": self.weight_decay_rate, "trust_coefficient": self.eeta}
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "LARS":
+        rate = config["learning_rate"]
+        if isinstance(rate, dict):
+            rate = tf_keras.saving.deserialize_keras_object(rate, custom_objects)
+        return cls(**{**config, "learning_rate": rate})
 
 
 def is_adapted(variable) -> bool:

@@ -1,10 +1,46 @@
 """Learning rate: linear warm-up from 0 to the peak, then polynomial decay (docs/method.md)."""
 
 import gin
+import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lr_schedule
 
 from conadv_tf.errors import ConfigError
+
+
+class WarmupPolyDecay(tf_keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from 0 to the peak, then polynomial decay; a function of the number of updates made.
+
+    Args:
+      warmup_steps: updates of the warm-up; 0: none.
+      peak_learning_rate: the rate after them.
+      decay_steps: updates in which the decay reaches `end_learning_rate`.
+      end_learning_rate: the rate at the end.
+      power: the power of the decay polynomial.
+    """
+
+    def __init__(
+        self, warmup_steps: int, peak_learning_rate: float, decay_steps: int, end_learning_rate: float, power: float
+    ):
+        super().__init__()
+        self.warmup_steps, self.end_learning_rate = warmup_steps, end_learning_rate
+        self._config = {"peak_learning_rate": peak_learning_rate, "decay_steps": decay_steps, "power": power}
+        # This pair equals MLPerf's curve at every step; a PolynomialDecay without offset has a wrong peak.
+        decay = lr_schedule.PolynomialDecayWithOffset(
+            offset=warmup_steps,
+            initial_learning_rate=peak_learning_rate,
+            decay_steps=decay_steps,
+            end_learning_rate=end_learning_rate,
+            power=power,
+        )
+        self._rate = lr_schedule.LinearWarmup(decay, warmup_steps, 0.0) if warmup_steps else decay
+
+    def __call__(self, step) -> tf.Tensor:
+        return self._rate(step)
+
+    def get_config(self) -> dict:
+        # Those of the two inside leave out the offset, and what kind the other one is.
+        return {"warmup_steps": self.warmup_steps, "end_learning_rate": self.end_learning_rate, **self._config}
 
 
 @gin.configurable("learning_rate", denylist=["steps_per_epoch", "total_steps"])
@@ -15,7 +51,7 @@ def warmup_poly_decay(
     warmup_epochs: float = 5,
     end_learning_rate: float = 1e-4,
     power: float = 2.0,
-) -> tf_keras.optimizers.schedules.LearningRateSchedule:
+) -> WarmupPolyDecay:
     """The schedule of a run, a function of the number of updates made.
 
     Args:
@@ -44,27 +80,23 @@ def warmup_poly_decay(
             f"learning_rate.end_learning_rate={end_learning_rate} must lie in [0, {peak_learning_rate}] and "
             f"learning_rate.power={power} above 0"
         )
-    # This pair equals MLPerf's curve at every step; a PolynomialDecay without offset has a wrong peak.
-    decay = lr_schedule.PolynomialDecayWithOffset(
-        offset=warmup_steps,
-        initial_learning_rate=float(peak_learning_rate),
-        decay_steps=total_steps - warmup_steps + 1,
-        end_learning_rate=float(end_learning_rate),
-        power=float(power),
+    return WarmupPolyDecay(
+        warmup_steps,
+        float(peak_learning_rate),
+        total_steps - warmup_steps + 1,
+        float(end_learning_rate),
+        float(power),
     )
-    return lr_schedule.LinearWarmup(decay, warmup_steps, 0.0) if warmup_steps else decay
 
 
-def peak_of(schedule: tf_keras.optimizers.schedules.LearningRateSchedule) -> tuple[int, float]:
-    """(updates of the warm-up, peak learning rate) of a schedule made by `warmup_poly_decay`."""
-    warmup_steps = schedule.get_config().get("warmup_steps", 0)
-    return warmup_steps, float(schedule(warmup_steps))
+def peak_of(schedule: WarmupPolyDecay) -> tuple[int, float]:
+    """(updates of the warm-up, peak learning rate) of a schedule."""
+    return schedule.warmup_steps, float(schedule(schedule.warmup_steps))
 
 
-def end_of(schedule: tf_keras.optimizers.schedules.LearningRateSchedule) -> float:
-    """The rate that the decay of a schedule made by `warmup_poly_decay` ends at."""
-    config = schedule.get_config()
-    return config.get("after_warmup_lr_sched", config)["end_learning_rate"]
+def end_of(schedule: WarmupPolyDecay) -> float:
+    """The rate that the decay of a schedule ends at."""
+    return schedule.end_learning_rate
 
 
 def next_rate(optimizer):

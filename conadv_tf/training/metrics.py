@@ -21,7 +21,21 @@ MONITORS = (
 )
 
 
-class TrainingMeans(tf_keras.metrics.MeanTensor):
+class _Unsaved(tf_keras.metrics.Metric):
+    """A metric that Keras' files leave out: it begins anew, and Keras cannot load one of several replicas."""
+
+    def save_own_variables(self, store) -> None:
+        pass
+
+    def load_own_variables(self, store) -> None:
+        pass
+
+
+class EvaluationMean(_Unsaved, tf_keras.metrics.Mean):
+    """The mean of a value over an evaluation."""
+
+
+class TrainingMeans(_Unsaved, tf_keras.metrics.MeanTensor):
     """Means over the updates of an epoch, and the trust ratios of the last update that was finite.
 
     Args:

@@ -8,6 +8,7 @@ import tf_keras
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import Method
 from conadv_tf.models.resnet import ResNet
+from conadv_tf.training.savable_model import check_saves
 
 PRECISIONS = ("float32", "mixed_bfloat16")
 
@@ -59,10 +60,12 @@ def check_compiled(optimizer: Any, loss: Any, unusable: dict[str, Any]) -> None:
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Raises ConfigError for callbacks that are not of tf_keras, such as keras.callbacks.EarlyStopping."""
+    """Raises ConfigError for callbacks that are not of tf_keras, or would save what cannot be read back."""
     for callback in tf.nest.flatten(callbacks or []):
         if not isinstance(callback, (tf_keras.callbacks.Callback, tf_keras.callbacks.CallbackList)):
             raise ConfigError(_other_keras("callbacks", callback))
+        if isinstance(callback, tf_keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
+            check_saves(callback.filepath)
 
 
 def check_all_trained(network: ResNet) -> None:

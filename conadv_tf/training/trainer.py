@@ -25,11 +25,12 @@ from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.losses import SmoothedCrossEntropy
 from conadv_tf.training.plan import check_turns
 from conadv_tf.training.replica_state import Accumulators, CarryVariables
+from conadv_tf.training.savable_model import SavableModel
 from conadv_tf.training.shadows import shadow_copy
 from conadv_tf.training.update import ReplicaUpdate
 
 
-class ConAdvModel(CheckedModel):
+class ConAdvModel(CheckedModel, SavableModel):
     """Trains `network` by `method` under `compile` and `fit`, on any strategy.
 
     Build it, like the optimizer, inside `strategy.scope()`. Data are batches (images, labels): images
@@ -79,15 +80,16 @@ class ConAdvModel(CheckedModel):
         self.microbatches = microbatches
         self.seed = seed
         self.all_reduce_dtype = tf.as_dtype(all_reduce_dtype)
-        self.shadows = [shadow_copy(network) for _ in range(method.tau)]
+        self.shadows = [shadow_copy(network, number) for number in range(method.tau)]
         self.carry = CarryVariables({}, microbatches)
         self.train_function: Callable | None = None
         self.test_function: Callable | None = None
         self._active = method
         self._resumed_at: int | None = None
-        self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
+        self._test_means = {name: metrics.EvaluationMean(name) for name in ("loss", "top1", "top5")}
         adapted = sum(is_adapted(variable) for variable in network.trainable_variables)
         self._train_means = metrics.TrainingMeans(len(self.log_names), adapted)
+        self.built = True  # for Keras, which would wait for a call: all variables are there
 
     # Keras' interface
 
@@ -100,6 +102,17 @@ class ConAdvModel(CheckedModel):
         unusable = {name: kwargs.get(name) for name in ("metrics", "weighted_metrics")}
         refusals.check_compiled(optimizer, loss, unusable)
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
+
+    def get_config(self) -> dict:
+        network = tf_keras.saving.serialize_keras_object(self.network)
+        settings = {name: getattr(self, name) for name in ("microbatches", "seed", "name")}
+        method = self.method.get_config()
+        return {"network": network, "method": method, "all_reduce_dtype": self.all_reduce_dtype.name, **settings}
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "ConAdvModel":
+        network = tf_keras.saving.deserialize_keras_object(config["network"], custom_objects)
+        return cls(**{**config, "network": network, "method": methods.Method.from_config(config["method"])})
 
     def data_checks(self, labelled: bool = True) -> Checks:
         return Checks(self.network.image_shape, self.network.num_classes if labelled else None)
