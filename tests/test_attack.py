@@ -11,6 +11,7 @@ from conadv_tf import methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import schedules
 from conadv_tf.methods.attack import Attack, random_wrong_labels
+from conadv_tf.models import xla
 
 ATTACKS = st.builds(
     Attack,
@@ -138,6 +139,31 @@ def test_random_targets_are_uniform_over_the_wrong_labels():
     counts = np.bincount(targets, minlength=10)
     assert counts[0] == 0
     assert np.abs(counts[1:] - 1000).max() < 150
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e-21, 1.0, 1e20, 1e37])
+def test_a_step_depends_on_the_direction_of_the_gradient_alone(scale, jit_compile):
+    random = np.random.default_rng(0)
+    images, gradient = np.full((2, 6, 6, 3), 128.0, np.float32), random.uniform(-1.0, 1.0, (2, 6, 6, 3))
+    attack = Attack(epsilon_pixels=4, norm="l2", random_start_probability=0.0)
+    step = tf.function(attack.one_step, jit_compile=jit_compile, autograph=False)
+    expected = 4.0 * gradient / np.sqrt(np.mean(gradient**2, (1, 2, 3), keepdims=True))
+    moved = step(tf.constant(images), tf.constant(scale * gradient, tf.float32))
+    np.testing.assert_allclose(moved - images, expected, atol=1e-4)
+
+
+def test_an_image_without_a_gradient_is_not_moved():
+    images = tf.fill((1, 6, 6, 3), 128.0)
+    assert np.array_equal(Attack(norm="l2").one_step(images, tf.zeros_like(images)), images)
+
+
+def test_draws_are_those_of_tensorflow_with_xla_and_without():
+    seed = tf.constant([5, 7])
+    expected = tf.random.stateless_uniform((40, 50), seed, -1.0, 1.0)
+    for jit_compile in (False, True):
+        draw = tf.function(lambda seed: xla.random_uniform((40, 50), seed, -1.0, 1.0), jit_compile=jit_compile)
+        assert np.array_equal(draw(seed), expected)
 
 
 def test_the_same_seed_gives_the_same_examples_and_another_seed_others():

@@ -388,6 +388,28 @@ def test_crops_differ_between_epochs_and_seeds():
         assert (one == other).mean() < 3 / 162  # 1 / 162 by chance
 
 
+@pytest.mark.parametrize("stream", [augment.ORDER, augment.AUGMENTATION, augment.AUTOAUGMENT])
+@pytest.mark.parametrize("varied", ["epoch", "seed"])
+def test_two_thousand_epochs_or_seeds_are_drawn_apart(stream, varied):
+    """Numbers that are equal in their low 8, 16 or 32 bits are among them."""
+    size, count = 1437 if stream == augment.ORDER else 2**31, 12
+    steps = [*range(800), *range(1000, 1000 + 256 * 600, 256), *(2**16 * np.arange(3, 403))]
+    steps += [2**32 * step for step in range(1, 201)]
+    assert len(set(steps)) == 2000
+    number, index = np.repeat(np.int64(steps), count), np.tile(np.arange(count), 2000)
+    seed, epoch = (number, 0 * number) if varied == "seed" else (7, number)
+    first = augment.permute(tf.constant(index), size, seed, stream, tf.constant(epoch)).numpy().reshape(2000, count)
+    assert len(np.unique(first, axis=0)) == 2000
+    # The first place has all values equally often, and the values of neighbours have nothing in common.
+    for values in (first[:, 0], first[:, -1]):
+        times = np.bincount(values * 20 // size, minlength=20)
+        assert np.sum((times - 100) ** 2 / 100) < 44  # chi-squared of 19 degrees: 1 in 1,000
+    assert abs(np.corrcoef(first[:-1, 0], first[1:, 0])[0, 1]) < 4 / np.sqrt(2000)
+    chance = count / size if stream == augment.ORDER else 0
+    met = np.mean([np.isin(one, other).sum() / count for one, other in itertools.pairwise(first)])
+    assert abs(met - chance) < 0.003
+
+
 def test_streamed_crops_are_of_the_offered_sizes_and_differ_between_epochs(tmp_path):
     # A picture of two ramps shows where a crop begins and how large it is.
     ramp = np.zeros((80, 120, 3), np.uint8)

@@ -30,6 +30,7 @@ _DRAWS = 2**31
 # Four rounds, TensorFlow's default, leave the permutations of neighbouring epochs correlated (1.7 times as
 # many equal crops as chance); eight do not.
 _ROUNDS = 8
+_WORDS = 3  # of a seed of RandomIndexShuffle
 
 MODES = ("replace", "concat3")
 
@@ -100,18 +101,34 @@ def permute(index: tf.Tensor, size: int, seed: int, stream: int, epoch: tf.Tenso
     Args:
       index: int64 [n], in 0..size-1.
       size: the length of the permutation.
-      seed: any int64.
-      stream: ORDER or AUGMENTATION.
+      seed: any int64, or int64 [n].
+      stream: ORDER, AUGMENTATION or AUTOAUGMENT.
       epoch: int64 [n], the epoch of each index.
 
     Returns:
       int64 [n], in 0..size-1, each in O(1): nothing is shuffled in memory.
     """
-    fixed = tf.broadcast_to(tf.constant([seed, stream], tf.int64), [tf.size(index), 2])
-    seeds = tf.concat([fixed, epoch[:, None]], axis=1)
-    return tf.raw_ops.RandomIndexShuffle(
-        index=index, seed=seeds, max_index=tf.constant(size - 1, tf.int64), rounds=_ROUNDS
-    )
+    key = _hashed(_hashed(tf.convert_to_tensor(seed, tf.int64), tf.constant(stream, tf.int64)), epoch)
+    # Of each word of a seed the shuffle reads half as many bits as an index has, 8 for up to 65,536: three words alone
+    # would make two of a few thousand permutations equal.
+    for first in range(0, 2 * _WORDS, _WORDS):
+        words = [_hashed(key, tf.constant(first + word, tf.int64)) % 2**31 for word in range(_WORDS)]
+        index = tf.raw_ops.RandomIndexShuffle(
+            index=index, seed=tf.stack(words, 1), max_index=tf.constant(size - 1, tf.int64), rounds=_ROUNDS
+        )
+    return index
+
+
+def _hashed(key: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """A hash of two int64 tensors, int64: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    bits = tf.bitcast(key, tf.uint64) + tf.bitcast(number + 1, tf.uint64) * tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = _folded(bits, shift) * tf.constant(factor, tf.uint64)
+    return tf.bitcast(_folded(bits, 31), tf.int64)
+
+
+def _folded(bits: tf.Tensor, shift: int) -> tf.Tensor:
+    return tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, tf.constant(shift, tf.uint64)))
 
 
 def batch(images: tf.Tensor, augmentation: Augmentation, index: tf.Tensor, seed: int, epoch: tf.Tensor) -> tf.Tensor:

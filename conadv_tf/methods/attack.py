@@ -108,7 +108,7 @@ class Attack:
             labels = random_wrong_labels(labels, num_classes, target_seed)
         epsilon, _, _ = self._bounds(images.shape[-1])
         probability = 1.0 if self.random_start_probability is None else self.random_start_probability
-        coin = tf.random.stateless_uniform((), coin_seed)
+        coin = xla.random_uniform((), coin_seed, 0.0, 1.0)
         start = xla.random_uniform(tf.shape(images), start_seed, -1.0, 1.0)
         delta = start * tf.cast(coin < probability, tf.float32)
         adversarial = images + epsilon * delta
@@ -120,7 +120,7 @@ class Attack:
     def one_step(self, images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """x̂ of one step from δ_0 = 0 along `gradient`, ∇_x of the loss to ascend, both float32 [rows, H, W, C].
 
-        The result is that of `adversarial_examples`; the scale of the gradient does not matter.
+        The result is that of `adversarial_examples`; the scale of the gradient, 1e-30 to 1e38, does not matter.
         """
         return tf.stop_gradient(self._moved(images, tf.zeros_like(images), gradient))
 
@@ -182,6 +182,8 @@ class Attack:
         """δ after a step along the gradient's sign, or its RMS-normalised value, projected onto the unit ball."""
         if self.norm == "linf":
             return tf.clip_by_value(delta + self._relative_step() * tf.sign(gradient), -1.0, 1.0)
+        # Squares of very small or large gradients would leave float32; by the largest magnitude they lie in [0, 1].
+        gradient = tf.math.divide_no_nan(gradient, tf.reduce_max(tf.abs(gradient), [1, 2, 3], keepdims=True))
         delta += self._relative_step() * tf.math.divide_no_nan(gradient, _rms(gradient))
         return delta / tf.maximum(1.0, _rms(delta))
 

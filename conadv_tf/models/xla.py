@@ -49,16 +49,24 @@ def barrier(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.
 
 
 def random_uniform(shape, seed: tf.Tensor, low: float, high: float) -> tf.Tensor:
-    """float32 [shape] in [low, high) from `seed` int32 [2], as tf.random.stateless_uniform.
+    """float32 [shape] in [low, high) from `seed` int32 [2]: the numbers of tf.random.stateless_uniform.
+
+    XLA makes other floats of the same bits than TensorFlow does. Here they are made of the low bits, as by TensorFlow:
+    a program draws the same with XLA and without.
+    """
+    mantissa = tf.bitwise.bitwise_and(_random_bits(shape, seed), tf.constant(0x7FFFFF, tf.uint32))
+    unit = tf.bitcast(tf.bitwise.bitwise_or(mantissa, tf.constant(0x3F800000, tf.uint32)), tf.float32) - 1.0
+    return low + (high - low) * unit
+
+
+def _random_bits(shape, seed: tf.Tensor) -> tf.Tensor:
+    """uint32 [shape].
 
     TensorFlow chooses the algorithm by the device, the chip's own generator on a TPU, which has no name elsewhere. A
     program that is lowered elsewhere to be compiled for a TPU gets ThreeFry, additions and shifts of whole vectors:
     the Philox of other devices would cost a TPU gigabytes in changes of layout.
     """
     if not _for_tpu.get():
-        return tf.random.stateless_uniform(shape, seed, low, high)
+        return tf.random.stateless_uniform(shape, seed, None, None, tf.uint32)
     algorithm, state = tf.random.Algorithm.THREEFRY.value, tf.cast(seed, tf.uint64)
-    _, bits = gen_xla_ops.xla_rng_bit_generator(algorithm, state, tf.convert_to_tensor(shape, tf.int32), tf.uint32)
-    mantissa, one = tf.bitwise.right_shift(bits, tf.constant(9, tf.uint32)), tf.constant(0x3F800000, tf.uint32)
-    unit = tf.bitcast(tf.bitwise.bitwise_or(mantissa, one), tf.float32) - 1.0
-    return low + (high - low) * unit
+    return gen_xla_ops.xla_rng_bit_generator(algorithm, state, tf.convert_to_tensor(shape, tf.int32), tf.uint32)[1]
