@@ -77,7 +77,7 @@ def path() -> str:
         listening.listen(64)
         # OpenBLAS would start its threads when it is loaded.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_search_path()), "OPENBLAS_NUM_THREADS": "1"}
-        lifeline, held = os.pipe()
+        lifeline, _held = os.pipe()  # the second end stays open: the server ends with this process
         subprocess.Popen(
             [sys.executable, __file__, str(listening.fileno()), str(lifeline)],
             pass_fds=[listening.fileno(), lifeline],
@@ -86,7 +86,6 @@ def path() -> str:
             env=environment,
         )
         os.close(lifeline)
-        os.set_inheritable(held, False)
     before = {name: value for name, value in os.environ.items() if name.startswith(_EARLY)}
     names = {"python": sys.executable, "server": server, "early": _EARLY, "before": before, "passed_on": _PASSED_ON}
     program = os.path.join(folder, "python")

@@ -12,7 +12,7 @@ from image_trees import COLOURS, content, fails, make_folder, noise, number, pic
 from PIL import Image
 
 from conadv_tf import data
-from conadv_tf.data import import_images
+from conadv_tf.data import image_records
 
 
 def test_good_jpegs_are_copied_and_split(tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_broken_images_are_named_and_left_out(tmp_path, capsys):
 
 def test_an_interrupted_import_leaves_nothing(tmp_path, capsys, monkeypatch):
     src = make_folder(tmp_path / "src", 3)
-    encode, calls = import_images.encode, []
+    encode, calls = image_records.encode, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -137,7 +137,7 @@ def test_an_interrupted_import_leaves_nothing(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(import_images, "encode", interrupted)
+    monkeypatch.setattr(image_records, "encode", interrupted)
     _, err = run(src, tmp_path / "dst", "--validation=0.4", code=130, capsys=capsys)
     assert "nothing was imported" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]

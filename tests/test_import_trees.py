@@ -16,7 +16,7 @@ from helpers import some_of
 from image_trees import content, fails, make_folder, noise, picture, run, stored
 from PIL import Image
 
-from conadv_tf.data import import_images
+from conadv_tf.data import image_records, import_images
 from conadv_tf.errors import DataError
 
 
@@ -294,7 +294,7 @@ def test_every_file_is_in_a_record_or_in_a_count(tmp_path, seeds):
     assert len(refused) < len(seeds) / 2
 
 
-def check_all_is_said(src: Path, dst: Path, report: import_images.Report, seed: int) -> None:
+def check_all_is_said(src: Path, dst: Path, report: image_records.Report, seed: int) -> None:
     names_of = [
         os.path.relpath(path, src)
         for split in ("train", "validation")

@@ -10,212 +10,28 @@ for byte; images in other formats, rotated images and images to be shrunk are st
 white where they are transparent. Whatever is not imported is named or counted.
 """
 
+from __future__ import annotations
+
 import argparse
-import concurrent.futures
-import dataclasses
 import functools
-import hashlib
-import io
 import os
 import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-
-import tensorflow as tf
-from PIL import ExifTags, Image, ImageOps
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from conadv_tf import terminal
-from conadv_tf.data.image_folder import Source, find
-from conadv_tf.errors import ConfigError, DataError
+from conadv_tf.data.image_folder import find
+from conadv_tf.errors import ConfigError
 
-_COLORSPACES = {"RGB": b"RGB", "L": b"Grayscale"}
-_JPEG_QUALITY = 95
-_IMAGES_PER_SHARD = 1000  # unless --shards says otherwise; ImageNet's 1,024 shards hold about as many
+if TYPE_CHECKING:  # takes TensorFlow with it, which --help and a misspelt folder do without
+    from conadv_tf.data.image_records import Report
+
 _LARGEST_IMAGE_SIZE = 224  # in the training command: the size that ImageNet networks take
-_IMAGES_AT_A_TIME = 256
-_TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
 _NAMED = 3  # of the files left out for one reason
 _RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
-
-
-@dataclasses.dataclass
-class Report:
-    """The outcome of an import.
-
-    Attributes:
-      sides: the shorter side, in pixels, of every image of each split.
-      bad: the fault of each broken image, by its path.
-      layout: a line on what the folders of SRC serve for; empty where they are classes.
-      left_out: paths below SRC that are not imported, by the reason.
-      duplicates: (path of a validation image, path of a training image of the same bytes).
-    """
-
-    sides: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    bad: dict[str, str] = dataclasses.field(default_factory=dict)
-    layout: str = ""
-    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    duplicates: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-
-def _rotated(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-
-
-def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
-    """Turns an image upright and into RGB on white, and shrinks its shorter side to image_size pixels."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in _TRANSPARENT_MODES or "transparency" in upright.info:
-        white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    upright = upright.convert("RGB")
-    if image_size and min(upright.size) > image_size:
-        scale = image_size / min(upright.size)
-        width, height = (max(image_size, round(scale * side)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
-    return upright
-
-
-def encode(content: bytes, image_size: int | None) -> tuple[bytes, tuple[int, int], str]:
-    """Makes a JPEG that training can decode. Transparent parts become white.
-
-    Args:
-      content: an image file.
-      image_size: the longest shorter side allowed, pixels; None leaves the size.
-
-    Returns:
-      (JPEG, its (width, height) in pixels, "RGB" or "L"): the content itself where it is such a JPEG already.
-
-    Raises:
-      Exception: many kinds, where the image is broken.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        fits = not image_size or min(image.size) <= image_size
-        if tf.io.is_jpeg(content) and image.mode in _COLORSPACES and fits and not _rotated(image):
-            tf.io.decode_jpeg(content, channels=3)  # as training will
-            return content, image.size, image.mode
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
-        converted = _reencoded(image, image_size)
-    file = io.BytesIO()
-    converted.save(file, "JPEG", quality=_JPEG_QUALITY)
-    return file.getvalue(), converted.size, converted.mode
-
-
-def _feature(value: bytes | int) -> tf.train.Feature:
-    if isinstance(value, int):
-        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
-    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-
-
-def _fault(error: Exception) -> str:
-    if isinstance(error, tf.errors.InvalidArgumentError):
-        return "corrupt JPEG"
-    first, *_ = str(error).split(" <_io")[0].splitlines() or [type(error).__name__]
-    return first
-
-
-def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int, bytes]:
-    """Makes (serialized tf.train.Example, shorter side in pixels, hash of the file) of an image.
-
-    Raises:
-      DataError: with the fault of a broken image.
-    """
-    try:
-        with open(source.path, "rb") as file:
-            content = file.read()
-        encoded, (width, height), mode = encode(content, image_size)
-    except Exception as error:  # decoders raise whatever they stumble over
-        raise DataError(_fault(error)) from error
-    features: dict[str, bytes | int] = {
-        "image/encoded": encoded,
-        "image/format": b"JPEG",
-        "image/colorspace": _COLORSPACES[mode],
-        "image/height": height,
-        "image/width": width,
-        "image/filename": os.fsencode(source.filename),
-        "image/class/label": source.label,
-        "image/class/text": os.fsencode(class_name),
-    }
-    feature = {name: _feature(value) for name, value in features.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
-    return example, min(width, height), hashlib.blake2b(content, digest_size=16).digest()
-
-
-class _Writer:
-    """Writes the shards of both splits into a folder."""
-
-    def __init__(self, folder: str, classes: Sequence[str], image_size: int | None, max_bad_images: int):
-        self._folder, self._classes = folder, classes
-        self._image_size, self._max_bad_images = image_size, max_bad_images
-        self._train_paths: dict[bytes, str] = {}  # by the hash of the file
-        self.report = Report()
-
-    def write(self, splits: dict[str, list[Source]], shards: int | None) -> None:
-        total = sum(map(len, splits.values()))
-        with concurrent.futures.ThreadPoolExecutor() as pool, terminal.Progress(total, "image") as progress:
-            for split, images in splits.items():
-                self.report.sides[split] = []
-                count = _num_shards(len(images), len(splits["train"]), shards)
-                for number in range(count):
-                    path = os.path.join(self._folder, f"{split}-{number:05d}-of-{count:05d}")
-                    self._write_shard(path, images[number::count], split, pool, progress)
-
-    def _write_shard(
-        self,
-        path: str,
-        images: list[Source],
-        split: str,
-        pool: concurrent.futures.Executor,
-        progress: terminal.Progress,
-    ) -> None:
-        sides = self.report.sides[split]
-        before = len(sides)
-        with tf.io.TFRecordWriter(path) as file:
-            for image, result in self._results(images, pool):
-                try:
-                    record, side, digest = result.result()
-                except DataError as error:
-                    self._count_bad(image, str(error))
-                else:
-                    file.write(record)
-                    sides.append(side)
-                    self._compare(image, split, digest)
-                progress.update()
-        if len(sides) == before:
-            raise DataError(
-                f"{os.path.basename(path)} would hold no good image: use fewer --shards, or repair the images"
-            )
-
-    def _results(
-        self, images: list[Source], pool: concurrent.futures.Executor
-    ) -> Iterator[tuple[Source, concurrent.futures.Future]]:
-        # Submits some at a time: the pool holds what it made until it is written.
-        for begin in range(0, len(images), _IMAGES_AT_A_TIME):
-            some = images[begin : begin + _IMAGES_AT_A_TIME]
-            futures = [pool.submit(_record, image, self._classes[image.label], self._image_size) for image in some]
-            yield from zip(some, futures, strict=True)
-
-    def _compare(self, image: Source, split: str, digest: bytes) -> None:
-        if split == "train":
-            self._train_paths.setdefault(digest, image.path)
-        elif digest in self._train_paths:
-            self.report.duplicates.append((image.path, self._train_paths[digest]))
-
-    def _count_bad(self, image: Source, fault: str) -> None:
-        self.report.bad[image.path] = fault
-        if len(self.report.bad) > self._max_bad_images:
-            raise DataError(
-                f"{image.path}: {fault}; with it {len(self.report.bad)} broken images, more than --max_bad_images="
-                f"{self._max_bad_images}: repair them or raise --max_bad_images"
-            )
-
-
-def _num_shards(images: int, train_images: int, shards: int | None) -> int:
-    """The number of shards of a split: --shards for training images, in the same proportion for validation."""
-    wanted = shards or -(-train_images // _IMAGES_PER_SHARD)
-    return max(1, min(images, round(wanted * images / train_images)))
 
 
 def import_images(
@@ -253,9 +69,11 @@ def import_images(
     num_train = len(found.splits["train"])
     if shards and shards > num_train:
         raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
+    from conadv_tf.data.image_records import Writer
+
     os.makedirs(partial)
     try:
-        writer = _Writer(partial, found.classes, image_size, max_bad_images)
+        writer = Writer(partial, found.classes, image_size, max_bad_images)
         writer.report.layout, writer.report.left_out = found.layout, found.left_out
         writer.write(found.splits, shards)
         with open(os.path.join(partial, "classes.txt"), "wb") as file:
