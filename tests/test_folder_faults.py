@@ -195,12 +195,19 @@ def test_a_folder_where_the_lock_should_be(tmp_path):
         ("result.json", b"\xff\xfe\x00"),
         ("metrics.jsonl", b'{"epoch": 1}\n{"epo'),
         ("divergences.json", b"{}]"),
+        ("data.json", b'{"place": "fold'),
+        ("data.json", b'{"place": "fold", "parts": 3}'),
+        ("data.json", b"[]"),
     ],
 )
 def test_a_file_of_the_run_that_is_spoilt_is_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     folder = RunFolder(str(tmp_path))
-    read = {"result.json": folder.read_result, "metrics.jsonl": folder.read_metrics}.get(name, folder.read_divergences)
+    read = {
+        "result.json": folder.read_result,
+        "metrics.jsonl": folder.read_metrics,
+        "data.json": folder.read_data,
+    }.get(name, folder.read_divergences)
     with pytest.raises(RunError, match=rf"{tmp_path}/{name} is damaged \(.*\): bring it back, or") as raised:
         read()
     assert "\n" not in str(raised.value)

@@ -336,7 +336,7 @@ def damaged_copy(folder: Path) -> Path:
     records = [bytes(record) for record in tf.data.TFRecordDataset(path).as_numpy_iterator()]
     example = tf.train.Example.FromString(records[5])
     jpeg = example.features.feature["image/encoded"].bytes_list.value[0]
-    example.features.feature["image/encoded"].bytes_list.value[0] = jpeg[:1] + bytes(200) + jpeg[201:]
+    example.features.feature["image/encoded"].bytes_list.value[0] = jpeg[:3] + bytes(200) + jpeg[203:]
     records[5] = example.SerializeToString()
     with tf.io.TFRecordWriter(path) as writer:
         for record in records:

@@ -48,13 +48,11 @@ class MemoryData(ImageData):
 
     def _fingerprint(self) -> Fingerprint:
         # The images of files are known by the files: decoders differ by a level or so.
-        arrays = {split: [part.numpy() for part in parts] for split, parts in self._splits.items()}
-        if self._files is None:
-            of_splits = [fingerprint.of_arrays(split, *both) for split, both in arrays.items()]
-            return Fingerprint(self.name, {name: each for parts in of_splits for name, each in parts.items()})
-        found = self._files.fingerprint()
-        for split, (_, labels) in arrays.items():
-            found.parts.update(fingerprint.of_labels(split, labels))
+        found = self._files.fingerprint() if self._files else Fingerprint(self.name, {})
+        for split, (images, labels) in self._splits.items():
+            found.parts.update(fingerprint.of_labels(split, labels.numpy()))
+            if not self._files:
+                found.parts.update(fingerprint.of_images(split, images.numpy()))
         return found
 
     def _lookup(self, split: str, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

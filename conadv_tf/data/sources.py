@@ -341,7 +341,7 @@ class Tfds(_Files):
 
     Attributes:
       dataset: the data set as TFDS calls it, "name", "name/config" or "name/config:version"; None is refused. To
-        be streamed it must hold JPEGs in TFRecords.
+        be streamed it must be stored in TFRecords.
       name: the name of the data set in results; None: TFDS' name, without config and version.
       train_split: the training split, by TFDS' name; in memory it may be a part, "train[:90%]".
       test_split: the test split, by TFDS' name or a part; None: the first there is of "validation" and "test".

@@ -1,6 +1,6 @@
 """TFDS data sets of images and labels, as TFDS has prepared them; nothing is downloaded.
 
-Any of them can be decoded into memory through TFDS. The record files of those stored as JPEGs in TFRecords are
+Any of them can be decoded into memory through TFDS. The record files of those stored in TFRecords are
 streamed like other TFRecords: a record is a tf.train.Example that has the features "image" and "label".
 """
 
@@ -147,7 +147,7 @@ class TfdsData:
         """Lists the TFRecord files of "train" or "test", for streaming.
 
         Raises:
-          ConfigError: the files cannot be streamed: not TFRecords, not JPEGs, or a part of a split.
+          ConfigError: the files cannot be streamed: not TFRecords, or a part of a split.
         """
         name, splits = self._splits[split], self._builder.info.splits
         if name not in list(splits):
@@ -157,12 +157,6 @@ class TfdsData:
             )
         if self._builder.info.file_format != tfds.core.FileFormat.TFRECORD:
             raise ConfigError(self._file_format_message())
-        encoding = self._builder.info.features[_IMAGE].encoding_format
-        if encoding not in (None, "jpeg"):
-            raise ConfigError(
-                f"tfds.dataset={self._requested!r} stores its images as {encoding}, and only JPEGs are streamed: set "
-                "tfds.in_memory=True"
-            )
         return self.paths(split)
 
     def read_into_memory(
