@@ -20,10 +20,10 @@ test: .venv/installed-dev
 test-all: test
 	CONADV_LONG=1 $(BIN)/python -m pytest -m long
 
-# Everything that `make test` runs a share of, mutated recipes and corrupted files, then what it leaves out: runs that are
-# killed, workers that are lost, a long run. The counts are in its summary.
+# Everything that `make test` runs a share of, mutated recipes, corrupted files and inputs of `fit`, then what
+# it leaves out: runs that are killed, workers that are lost, a long run. The counts are in its summary.
 torture: .venv/installed-dev
-	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP tests/test_fuzz_config.py tests/test_fuzz_data.py
+	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP tests/test_fuzz_config.py tests/test_fuzz_data.py tests/test_fuzz_fit.py
 	CONADV_TORTURE=1 CONADV_LONG=1 $(BIN)/python -m pytest -rfEsP -m torture
 
 # Style, types, and what wings may import.

@@ -38,6 +38,14 @@ def broken_batches(cause: str):
     return images, labels
 
 
+def run(model, images, labels) -> dict[str, float]:
+    """One update from batches that `fit` would refuse; its logs."""
+    data = tf.data.Dataset.from_tensor_slices((images, labels))
+    model.reset_metrics()
+    logs = model.make_train_function()(iter(model.distribute_strategy.experimental_distribute_dataset(data)))
+    return {name: float(value) for name, value in logs.items()}
+
+
 def state(model) -> dict[str, np.ndarray]:
     return {name: value for name, value in snapshot(model).items() if not name.startswith("metrics/")}
 
@@ -57,7 +65,7 @@ def test_an_update_that_is_not_finite_changes_nothing(case):
     fit(model, images[:2], labels[:2], 2)
     before = state(model)
     rest = slice(3 - model.microbatches, 3)
-    [log] = fit(model, images[rest], labels[rest], 1, initial=2)
+    log = run(model, images[rest], labels[rest])
     if cause in LABELS:
         assert np.isfinite([log["loss"], log["gradient_norm"]]).tolist() == [cause != "loss", cause != "gradient"]
     assert_identical(state(model), before)
@@ -73,7 +81,7 @@ def test_nor_on_any_replica_where_it_is_not_finite_on_one():
     images, labels = broken_batches("images")  # the first replica's
     fit(model, images[:2], labels[:2], 2)
     before = copies(model)
-    fit(model, images[2:], labels[2:], 1, initial=2)
+    run(model, images[2:], labels[2:])
     assert model.updates_made() == 2
     assert_identical(copies(model), before)
 

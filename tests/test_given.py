@@ -349,6 +349,12 @@ def test_replicas_are_given_what_was_looked_at_in_their_scope_too():
     assert made.updates_made() == 8
 
 
+def test_values_that_are_not_finite_are_refused_of_a_data_set_too(model):
+    """Seen to fail: a loss that was finite, and no update applied."""
+    with pytest.raises(DataError, match=r"^images hold values that are not finite: "):
+        model.fit(data_set(np.where(IMAGES > 200, np.inf, IMAGES), LABELS), verbose=0)
+
+
 @pytest.mark.parametrize("where", ["fit", "evaluate"])
 def test_a_callback_of_another_keras_is_refused(where, model):
     callbacks = [keras.callbacks.EarlyStopping("loss")]

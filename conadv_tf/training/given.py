@@ -30,6 +30,7 @@ _RANGE = (
     "images hold values from {} to {}, and the network takes [0, 255] and normalises them itself: leave out rescaling "
     "and normalisation (images of 16 bits: divide by 257; single values beyond the ends: clip)"
 )
+_FINITE = "images hold values that are not finite: look for what makes them, or leave those images out"
 _LABEL = (
     "label {} is none of the {} classes of the network, which count from 0: renumber the labels, or build the network "
     "with more classes"
@@ -149,7 +150,7 @@ class Checks:
         seen = np.asarray(images[:: 1 + size // LOOKED_AT])
         low, high = float(seen.min()), float(seen.max())
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise DataError("images hold values that are not finite: look for what makes them, or leave them out")
+            raise DataError(_FINITE)
         if not _in_range(low, high, darkest):
             raise DataError(_RANGE.format(f"{low:.6g}", f"{high:.6g}"))
 
@@ -182,11 +183,10 @@ class Checks:
         return watched
 
     def _assert_range(self, images: tf.Tensor) -> tf.Operation:
-        # Values that are not finite are the step's: it applies no update that has any.
         values = tf.cast(images, tf.float32)
-        values = tf.where(tf.math.is_finite(values), values, 0.0)
         low, high = tf.reduce_min(values), tf.reduce_max(values)
-        return fail_unless(_in_range(low, high, 1), _RANGE, _text(low), _text(high))
+        with tf.control_dependencies([fail_unless(tf.reduce_all(tf.math.is_finite(values)), _FINITE)]):
+            return fail_unless(_in_range(low, high, 1), _RANGE, _text(low), _text(high))
 
     def _assert_labels(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None) -> None:
         rows = tf.shape(images)[0]

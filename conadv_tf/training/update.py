@@ -164,7 +164,9 @@ class ReplicaUpdate:
         images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
         if images.shape[0] is None and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
             # Keras would deal a last, smaller batch out unevenly, and a replica without rows has no mean.
-            raise ConfigError("replicas need batches of one fixed size: batch the data with drop_remainder=True")
+            raise ConfigError(
+                "replicas need batches of one fixed size that divides over them: batch with drop_remainder=True"
+            )
         two = images.shape.rank == 5
         if two != ("augmented" in self.method.images):
             raise ConfigError(
