@@ -70,6 +70,53 @@ def test_expansion_of_a_constant_is_finite():
     assert all(np.isfinite(value).all() for value in outputs_and_gradients(expanded, *inputs))
 
 
+def test_expansion_of_one_value_has_a_variance_of_nothing():
+    outputs, mean, variance, *gradients = outputs_and_gradients(
+        expanded, random(1, 1, 1, 1, 4), random(2, 1, 1, 4, 8), tf.ones(8), random(3, 8)
+    )
+    np.testing.assert_allclose(outputs[0, 0, 0], random(3, 8), atol=1e-3)
+    assert np.abs(variance).max() < 1e-6
+    assert all(np.isfinite(value).all() for value in [mean, *gradients])
+
+
+# Narrow channels with a mean, or mostly shared, which the columns of the kernel cancel.
+@pytest.mark.parametrize(("mean", "shared"), [(0, 0.1), (1, 0.1), (10, 1), (100, 1), (1000, 1), (0, 100)])
+def test_the_error_of_an_expansion_of_bfloat16_is_bounded(mean, shared):
+    draw = np.random.default_rng(0)
+    narrow = mean + shared * draw.normal(size=(8, 16, 16, 1)) + 0.1 * draw.normal(size=(8, 16, 16, 6))
+    kernel = draw.uniform(-1.0, 1.0, (1, 1, 6, 20))
+    narrow, kernel = (tf.cast(value, tf.bfloat16) for value in (narrow, kernel - kernel.mean(2, keepdims=True)))
+    fused = tf.function(expanded, jit_compile=True, autograph=False)
+    _, means, variances = fused(narrow, kernel, tf.ones(20), tf.zeros(20))
+    a, w = tf.cast(narrow, tf.float64).numpy().reshape(-1, 6), tf.cast(kernel[0, 0], tf.float64).numpy()
+    bound = 5e-7 * np.square(np.abs(a) @ np.abs(w)).mean(0)
+    assert np.all(np.abs(variances - (a @ w).var(0, ddof=1)) <= bound)
+    np.testing.assert_allclose(means, (a @ w).mean(0), rtol=0, atol=1e-5 * (1 + mean))
+
+
+def test_what_float32_channels_have_in_common_does_not_hide_their_difference():
+    draw = np.random.default_rng(0)
+    a = 100.0 * draw.normal(size=(8, 16, 16, 1)) + 0.1 * draw.normal(size=(8, 16, 16, 6))
+    kernel = np.array([1, -1, 2, -2, 1, -1])[:, None] * np.arange(1, 21)  # each column has a sum of 0
+    settings = {"branches": ("main",), "momentum": 0.9, "epsilon": 1e-5}
+    unit = resnet.ConvBatchNorm(20, 1, 1, 0, settings, relu=False)
+    call = {"branch": "main", "mode": "batch", "update_statistics": True, "synchronize": True}
+    unit(np.float32(a), call)
+    unit.conv.kernel.assign(kernel[None, None])
+
+    def step(a):
+        with deferred_statistics() as statistics:
+            outputs = unit(a, call)
+        return outputs, statistics[1][1]
+
+    with xla.compiling(True):
+        outputs, variance = tf.function(step, jit_compile=True, autograph=False)(tf.constant(a, tf.float32))
+    wide = np.float64(np.float32(a)).reshape(-1, 6) @ kernel
+    np.testing.assert_allclose(variance, wide.var(0, ddof=1), rtol=1e-3)
+    expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    np.testing.assert_allclose(outputs, expected.reshape(outputs.shape), atol=3e-3)
+
+
 def test_a_product_keeps_what_bfloat16_would_round():
     one, other = random(1, 8, 8), tf.cast(tf.cast(random(2, 8, 8), tf.bfloat16), tf.float32)
     upper = tf.cast(tf.cast(one, tf.bfloat16), tf.float32)
@@ -99,9 +146,27 @@ def training_pass(compiled: bool) -> list[np.ndarray]:
 def test_a_network_compiled_with_expansions_computes_what_it_does_without(monkeypatch):
     tiny = resnet.Architecture((1, 1), (8, 16), True, False, resnet.CIFAR_MEAN, resnet.CIFAR_STDDEV)
     monkeypatch.setitem(resnet.ARCHITECTURES, "tiny_bottleneck", tiny)
+    monkeypatch.setattr(expansion, "DTYPES", (tf.float32,))  # bfloat16 would round the two to their own
     plain, fused = (training_pass(compiled) for compiled in (False, True))
     assert any(not np.array_equal(one, other) for one, other in zip(plain, fused, strict=True))
     assert_equal_to(plain, fused, 2e-4)
+
+
+def test_images_of_little_contrast_train_under_xla_from_the_first_update():
+    """The mean is more than a hundred standard deviations, and no moving mean knows; the borders' zeros help."""
+    images = tf.cast(random(1, 8, 8, 8, 1, low=250.0, high=255.0), tf.uint8)
+    network = resnet.ResNet("digits_resnet", 10, (8, 8, 1), seed=1).create_variables()
+
+    def step(images):
+        with deferred_statistics() as statistics, tf.GradientTape() as tape:
+            loss = tf.reduce_sum(network(images, mode="batch", update_statistics=True) * random(2, 8, 10))
+        gradients = tape.gradient(loss, network.trainable_variables)
+        return [loss, *gradients, *(value for _, value in statistics)]
+
+    plain = [value.numpy() for value in tf.function(step, autograph=False)(images)]
+    with xla.compiling(True):
+        fused = [value.numpy() for value in tf.function(step, jit_compile=True, autograph=False)(images)]
+    assert_equal_to(plain, fused, 1e-4)
 
 
 def test_after_orders_what_xla_compiles_and_nothing_else():

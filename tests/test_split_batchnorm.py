@@ -8,6 +8,7 @@ from helpers import BRANCHES, assert_close, fit, make_model, mirrored, named_var
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
+from conadv_tf.models import xla
 from conadv_tf.models.split_batchnorm import SplitBatchNormalization, deferred_statistics
 from conadv_tf.training import lars
 
@@ -258,3 +259,66 @@ def test_configuration_round_trip():
     layer = SplitBatchNormalization(("a", "b"), 0.7, 1e-4, "zeros", 2, name="mine")
     rebuilt = SplitBatchNormalization.from_config(layer.get_config())
     assert rebuilt.get_config() == layer.get_config()
+
+
+def in_float64(x, gamma, beta, weights) -> list[np.ndarray]:
+    """Outputs, mean and variance of batch normalisation, and the gradients of Σ weights · outputs by x, γ and β."""
+    x, gamma, beta, weights = map(np.float64, (x, gamma, beta, weights))
+    axes, deviation = (0, 1, 2), np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    normal = (x - x.mean(axes)) / deviation
+    by_beta, by_gamma = weights.sum(axes), (weights * normal).sum(axes)
+    by_x = gamma / deviation * (weights - weights.mean(axes) - normal * (weights * normal).mean(axes))
+    return [normal * gamma + beta, x.mean(axes), x.reshape(-1, x.shape[-1]).var(0, ddof=1), by_x, by_gamma, by_beta]
+
+
+def of_layer(layer, x, weights, compiled: bool = True) -> list[np.ndarray]:
+    """The same of a layer, under XLA or not; mean and variance are what its moving averages are to learn."""
+
+    def step(x):
+        with tf.GradientTape() as tape, deferred_statistics() as statistics:
+            tape.watch(x)
+            outputs = layer(x, update_statistics=True)
+            loss = tf.reduce_sum(outputs * weights)
+        gradients = tape.gradient(loss, [x, *variables(layer)[:2]])
+        return [outputs, *(value for _, value in statistics), *gradients]
+
+    with xla.compiling(compiled):
+        return [value.numpy() for value in tf.function(step, jit_compile=compiled, autograph=False)(x)]
+
+
+# The mean in standard deviations, and how many of them the moving mean is off.
+@pytest.mark.parametrize(("mean", "off"), [(0, 0), (10, 1), (100, 1), (1000, 1), (1000, 10), (1000, 30)])
+def test_far_from_zero_statistics_under_xla_are_those_of_float64(mean, off):
+    draw = np.random.default_rng(0)
+    x = tf.constant(draw.normal(mean, 1.0, (16, 32, 32, 5)), tf.float32)
+    weights = tf.constant(draw.normal(size=x.shape), tf.float32)
+    layer = built()
+    layer.moving_means["main"].assign([mean - off] * 5)
+    actual = of_layer(layer, x, weights)
+    expected = in_float64(x, *values(layer)[:2], weights)
+    bound = 1e-5 * (1 + off**2)
+    np.testing.assert_allclose(actual[2], expected[2], rtol=bound)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6, atol=1e-5)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound * np.abs(other).max())
+
+
+def test_bfloat16_is_normalised_in_float32_under_xla():
+    layer, x = built(dtype="mixed_bfloat16"), tf.cast(100.0 + inputs(rows=64), tf.bfloat16)
+    layer.moving_means["main"].assign([100.0] * 5)
+    outputs, mean, variance, *_ = of_layer(layer, x, tf.ones_like(x))
+    expected = in_float64(tf.cast(x, tf.float32), *values(layer)[:2], np.ones(x.shape))
+    assert outputs.dtype == tf.bfloat16.as_numpy_dtype
+    np.testing.assert_allclose(np.float32(outputs), expected[0], rtol=2**-8, atol=1e-3)
+    np.testing.assert_allclose(mean, expected[1], rtol=1e-6)
+    np.testing.assert_allclose(variance, expected[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_value_a_channel_trains_to_a_variance_of_nothing(compiled):
+    layer, x = built(), inputs(rows=1)[:, :1, :1]
+    outputs, mean, variance, *gradients = of_layer(layer, x, tf.ones_like(x), compiled)
+    np.testing.assert_allclose(outputs[0, 0, 0], values(layer)[1], atol=1e-5)
+    np.testing.assert_allclose(mean, x[0, 0, 0], rtol=1e-6)
+    assert np.array_equal(variance, np.zeros(5))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)

@@ -4,9 +4,15 @@ The statistics of z = a W follow from the first two moments of the narrow a: mea
 var(z) = diag(Wᵀ Cov(a) W). Known before z is computed, they let a compiler fuse convolution, normalisation and what
 follows into one pass, and the backward pass needs aᵀ dy, which is the kernel's gradient but for small terms, instead of
 reading z again. The mathematics is that of batch normalisation; rounding differs.
+
+The moments are float32, and var(z) is a small difference of them where a has a mean, or channels in common, that W
+cancels: its relative error is up to 5e-7 times E[(|a| |W|)²] / var(z), a factor that is small behind a batch norm.
+Networks expand what is of DTYPES and take the two steps apart for the rest.
 """
 
 import tensorflow as tf
+
+DTYPES: tuple[tf.DType, ...] = (tf.bfloat16,)
 
 
 def expand_and_normalize(inputs: tf.Tensor, kernel: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float):
@@ -50,7 +56,7 @@ def expand_and_normalize(inputs: tf.Tensor, kernel: tf.Tensor, gamma: tf.Tensor,
             by_inputs += tf.cast(constant, inputs.dtype)
             return by_inputs, tf.cast(by_kernel, kernel.dtype)[None, None], by_gamma, by_beta
 
-        return (outputs, mean, variance * (count / (count - 1.0))), gradient
+        return (outputs, mean, variance * (count / tf.maximum(count - 1.0, 1.0))), gradient
 
     return expand(inputs, kernel, gamma, beta)
 

@@ -96,10 +96,11 @@ class ConvBatchNorm(tf_keras.layers.Layer):
             self.norm.build((*input_shape[:-1], self.conv.filters))
         super().build(input_shape)
 
-    def _expands(self, channels: int) -> bool:
-        """Tells whether the layer is a pointwise convolution from `channels` to more."""
+    def _expands(self, inputs: tf.Tensor) -> bool:
+        """Tells whether the layer is a pointwise convolution to more channels, of inputs that expansion.py is for."""
         conv = self.conv
-        return conv.kernel_size == conv.strides == (1, 1) and channels < conv.filters
+        widens = conv.kernel_size == conv.strides == (1, 1) and inputs.shape[-1] < conv.filters
+        return widens and inputs.dtype in expansion.DTYPES
 
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
         through = self._folded if norm_call["mode"] == "moving" else self._normalized
@@ -108,7 +109,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
 
     def _normalized(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
         kernel = tf.cast(self.conv.kernel, inputs.dtype)
-        if self._expands(inputs.shape[-1]) and self.norm.is_local(norm_call) and xla.is_compiling():
+        if self._expands(inputs) and self.norm.is_local(norm_call) and xla.is_compiling():
             return self._expanded(inputs, kernel, norm_call)
         return self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
 

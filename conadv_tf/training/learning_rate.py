@@ -59,7 +59,7 @@ def warmup_poly_decay(
       total_steps: updates in the run; the decay would reach `end_learning_rate` two steps after the last.
       peak_learning_rate: the rate at the end of the warm-up, > 0.
       warmup_epochs: the epochs of linear warm-up from 0, ≥ 0 and shorter than the run; may be fractional.
-      end_learning_rate: the rate at the end of the run, ≥ 0 and at most the peak.
+      end_learning_rate: the rate that the decay ends at, ≥ 0 and at most the peak.
       power: the power of the decay polynomial, > 0.
 
     Raises:
