@@ -16,8 +16,7 @@ from conadv_tf.errors import ConfigError
 from conadv_tf.methods import schedules
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
-from conadv_tf.training import metrics
-from conadv_tf.training.collectives import timed_next
+from conadv_tf.training import collectives, metrics
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.losses import SmoothedCrossEntropy
 from conadv_tf.training.plan import check_turns
@@ -83,6 +82,8 @@ class ConAdvModel(tf_keras.Model):
         self._test_means = {name: tf_keras.metrics.Mean(name) for name in ("loss", "top1", "top5")}
         adapted = sum(is_adapted(variable) for variable in network.trainable_variables)
         self._train_means = metrics.TrainingMeans(len(self.log_names), adapted)
+        if isinstance(self.distribute_strategy, tf.distribute.MirroredStrategy):
+            collectives.keep_apart()  # a notebook may go on with other devices
 
     # Keras' interface
 
@@ -212,7 +213,7 @@ class ConAdvModel(tf_keras.Model):
         """
 
         def once(index: tf.Tensor) -> tf.Tensor:
-            data, waited = timed_next(iterator) if iterator else (None, tf.constant(0.0, tf.float64))
+            data, waited = collectives.timed_next(iterator) if iterator else (None, tf.constant(0.0, tf.float64))
             self.distribute_strategy.run(replica_function, args=(data, index))
             return waited
 
