@@ -11,7 +11,7 @@ import tensorflow as tf
 from conadv_tf import methods
 from conadv_tf.methods import attack
 from conadv_tf.models import resnet
-from conadv_tf.training import lars, trainer
+from conadv_tf.training import collectives, lars, trainer
 
 TORTURE = bool(os.environ.get("CONADV_TORTURE"))
 BRANCHES = ("main", "adversarial")
@@ -20,12 +20,8 @@ SHAPES = {"digits_resnet": (8, 8, 1), "cifar_resnet8": (8, 8, 3)}
 
 @functools.cache
 def mirrored(replicas: int) -> tf.distribute.Strategy:
-    """A MirroredStrategy on logical CPUs.
-
-    TensorFlow's collectives keep a group's size for the life of the process; strategies of several sizes in
-    one process need keys of their own, as in TensorFlow's own tests.
-    """
-    tf.distribute.MirroredStrategy._collective_key_base += 100_000
+    """A MirroredStrategy on logical CPUs."""
+    collectives.keep_apart()
     return tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(replicas)])
 
 

@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 
+import gin
 import numpy as np
 import pytest
 import tensorflow as tf
 from commands import ROOT
-from helpers import mirrored
+from helpers import fit, make_model, mirrored, random_batches
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import split_batchnorm
 from conadv_tf.run.strategy import make_strategy, parse_accelerator_type
+from conadv_tf.training import collectives
 
 
 def test_one_device_without_accelerators(monkeypatch):
@@ -109,6 +111,23 @@ def test_group_means_are_over_neighbouring_replicas(group, expected):
 
     results = strategy.experimental_local_results(tf.function(lambda: strategy.run(replica))())
     np.testing.assert_allclose(np.stack(results), np.outer(expected, [1.0, 10.0]), rtol=1e-6)
+
+
+def trained_loss(strategy: tf.distribute.Strategy) -> float:
+    images, labels = random_batches(1, 12)
+    return fit(make_model(methods.vanilla(), strategy=strategy), images, labels, 1)[0]["loss"]
+
+
+def test_a_notebook_trains_on_one_group_of_devices_after_another():
+    collectives.keep_apart()  # from what other tests made
+    losses = [trained_loss(tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(n)])) for n in (2, 3)]
+    strategies = []
+    for logical_cpus in (2, 4):
+        gin.bind_parameter("mirrored.logical_cpus", logical_cpus)
+        strategies.append(make_strategy("mirrored"))
+    losses += map(trained_loss, strategies)
+    assert [strategy.num_replicas_in_sync for strategy in strategies] == [2, 4]
+    assert np.isfinite(losses).all()
 
 
 def test_methods_are_known_by_name():

@@ -11,6 +11,7 @@ import tensorflow as tf
 from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, RunError, one_line
 from conadv_tf.run import preemption
+from conadv_tf.training import collectives
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
 CONNECT_SECONDS = 20
@@ -97,6 +98,7 @@ def _mirrored_strategy(gpus: list[str], logical_cpus: int = 2) -> tf.distribute.
       gpus: the GPUs there are.
       logical_cpus: the number of parts that the CPU is split into where there is no GPU.
     """
+    collectives.keep_apart()
     if gpus:
         return tf.distribute.MirroredStrategy(gpus)
     if not isinstance(logical_cpus, int) or logical_cpus < 1:

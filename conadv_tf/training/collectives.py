@@ -2,6 +2,18 @@
 
 import tensorflow as tf
 
+# More than the collectives of one strategy.
+_KEYS_OF_A_STRATEGY = 100_000
+
+
+def keep_apart() -> None:
+    """Gives the MirroredStrategy that is made next keys of its own for its collectives.
+
+    All of a process have the same ones else, and TensorFlow keeps the devices of a key for the life of the process: a
+    second strategy on other devices ended with "Shape mismatch in the collective instance".
+    """
+    tf.distribute.MirroredStrategy._collective_key_base += _KEYS_OF_A_STRATEGY
+
 
 def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
     """The sum of each value over the replicas, in one all-reduce a dtype; runs in a replica; not differentiable.

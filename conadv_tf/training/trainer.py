@@ -17,9 +17,8 @@ from conadv_tf.errors import ConfigError
 from conadv_tf.methods import schedules
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
-from conadv_tf.training import metrics, refusals
+from conadv_tf.training import collectives, metrics, refusals
 from conadv_tf.training.checked_model import CheckedModel
-from conadv_tf.training.collectives import timed_next
 from conadv_tf.training.given import Checks
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.losses import SmoothedCrossEntropy
@@ -90,6 +89,8 @@ class ConAdvModel(CheckedModel, SavableModel):
         adapted = sum(is_adapted(variable) for variable in network.trainable_variables)
         self._train_means = metrics.TrainingMeans(len(self.log_names), adapted)
         self.built = True  # for Keras, which would wait for a call: all variables are there
+        if isinstance(self.distribute_strategy, tf.distribute.MirroredStrategy):
+            collectives.keep_apart()  # a notebook may go on with other devices
 
     # Keras' interface
 
@@ -242,7 +243,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         """
 
         def once(index: tf.Tensor) -> tf.Tensor:
-            data, waited = timed_next(iterator) if iterator else (None, tf.constant(0.0, tf.float64))
+            data, waited = collectives.timed_next(iterator) if iterator else (None, tf.constant(0.0, tf.float64))
             self.distribute_strategy.run(replica_function, args=(data, index))
             return waited
 
