@@ -12,8 +12,8 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-# Everything that `make test` runs a share of, mutated recipes, corrupted files and inputs of fit, then what it leaves out: runs that are
-# killed, workers that are lost, a long run. The counts are in its summary.
+# Everything that `make test` runs a share of, mutated recipes, corrupted files and inputs of fit, then what it leaves out:
+# runs that are killed, workers that are lost, a long run. The counts are in its summary.
 torture: .venv/installed-dev
 	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP tests/test_fuzz_config.py tests/test_fuzz_data.py tests/test_fuzz_fit.py
 	CONADV_TORTURE=1 $(BIN)/python -m pytest -rfEsP -m torture
