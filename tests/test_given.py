@@ -155,6 +155,14 @@ def test_only_the_first_batches_of_a_fit_are_looked_at():
         list(CHECKS.checked(data))
 
 
+def test_for_a_tpu_every_batch_is_looked_at_without_a_resource_of_this_host():
+    late = np.where(np.arange(32)[:, None, None, None] < 3 * ROWS, IMAGES, IMAGES / 255).astype(np.float32)
+    checked = given.Checks((8, 8, 1), 10, every_batch=True).checked(data_set(late, LABELS))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="images hold values from 0 to 1,"):
+        list(checked)
+    assert not any(function.function.captured_inputs for function in checked._functions())
+
+
 def test_a_data_set_keeps_its_elements_number_and_options():
     options = tf.data.Options()
     options.deterministic = False

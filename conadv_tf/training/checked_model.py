@@ -53,12 +53,12 @@ class CheckedModel(tf_keras.Model):
                 **kwargs,
             )
 
-    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs):
         refusals.check_callbacks(kwargs.get("callbacks"))
         if not kwargs.get("_use_cached_eval_dataset"):  # else fit calls, which has looked at its validation data
             x = self.data_checks().checked(x, y, sample_weight)
         with in_one_line():
-            return super().evaluate(x, y, batch_size, verbose, sample_weight, **kwargs)
+            return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         x = self.data_checks(labelled=False).checked(x)
@@ -69,9 +69,9 @@ class CheckedModel(tf_keras.Model):
         self.data_checks().arrays(x, y)
         return super().train_on_batch(x, y, *args, **kwargs)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+    def test_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):
         self.data_checks().arrays(x, y, sample_weight)
-        return super().test_on_batch(x, y, sample_weight, **kwargs)
+        return super().test_on_batch(x, y, sample_weight, *args, **kwargs)
 
     def predict_on_batch(self, x) -> Any:
         self.data_checks(labelled=False).arrays(x)

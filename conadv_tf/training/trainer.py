@@ -116,7 +116,10 @@ class ConAdvModel(CheckedModel, SavableModel):
         return cls(**{**config, "network": network, "method": methods.Method.from_config(config["method"])})
 
     def data_checks(self, labelled: bool = True) -> Checks:
-        return Checks(self.network.image_shape, self.network.num_classes if labelled else None)
+        classes = self.network.num_classes if labelled else None
+        return Checks(
+            self.network.image_shape, classes, isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
+        )
 
     def fit(self, *args, callbacks=None, **kwargs):
         """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
