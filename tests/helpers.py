@@ -85,14 +85,17 @@ def named_variables(network: resnet.ResNet) -> dict[str, tf.Variable]:
     return named
 
 
-def some_of(cases, *kept) -> list:
-    """For pytest.mark.parametrize: `kept` in every run of the tests, the other cases by `make torture`."""
+def some_of(cases, *kept, otherwise: str = "torture") -> list:
+    """For pytest.mark.parametrize: `kept` in every run of the tests, the other cases by `make torture` or test-all.
+
+    `otherwise` is the mark of the other cases, "torture" or "long".
+    """
     assert set(kept) <= set(cases)
-    return [case if case in kept else _only_by_torture(case) for case in cases]
-
-
-def _only_by_torture(case):
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.torture)
+    mark = getattr(pytest.mark, otherwise)
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
+        for case in cases
+    ]
 
 
 def random_batches(count: int, rows: int, architecture: str = "digits_resnet", seed: int = 0):

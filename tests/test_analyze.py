@@ -176,6 +176,7 @@ def exported(run: Path, split: str):
     return lambda x: exported_network.predict(x)["logits"], tf.constant(images, tf.float32), labels
 
 
+@pytest.mark.long
 def test_analysis_agrees_with_the_exported_network(runs, analysed):
     found = json.loads((analysed[0] / "analysis.json").read_text())
     assert [each["run"] for each in found["runs"]] == list(map(str, runs))
@@ -199,6 +200,7 @@ def test_analysis_agrees_with_the_exported_network(runs, analysed):
         assert of_run["sharpness"]["residual"] < 0.05 * of_run["sharpness"]["lambda_max"]
 
 
+@pytest.mark.long
 def test_pgd_is_no_weaker_than_one_step_and_the_loss_rises_along_directions(analysed):
     for of_run in json.loads((analysed[0] / "analysis.json").read_text())["runs"]:
         top1 = of_run["robustness"]["clean_top1"]
@@ -210,6 +212,7 @@ def test_pgd_is_no_weaker_than_one_step_and_the_loss_rises_along_directions(anal
         assert rises[-1]["max"] > rises[0]["max"]
 
 
+@pytest.mark.long
 def test_one_row_a_run_in_markdown_and_csv_from_the_same_numbers(runs, analysed):
     out, printed = analysed
     results = [json.loads((run / "result.json").read_text()) for run in runs]
@@ -229,6 +232,7 @@ def test_one_row_a_run_in_markdown_and_csv_from_the_same_numbers(runs, analysed)
     assert rows[0]["epsilon"] == ""
 
 
+@pytest.mark.long
 @needs_matplotlib
 def test_plot_is_a_picture(analysed):
     assert (analysed[0] / "surface.png").read_bytes().startswith(b"\x89PNG")

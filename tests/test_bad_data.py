@@ -329,6 +329,7 @@ for limit in (2, 0):
 """
 
 
+@pytest.mark.long
 def test_a_bad_record_on_an_input_host_without_our_python(tmp_path):
     """A process that only serves TensorFlow stands for the other hosts of a TPU pod."""
     make_folder(tmp_path)

@@ -46,6 +46,7 @@ def test_step_time_ratios_goals_and_what_is_missed(benchmark):
     assert "| conadv, paired | 42.0 | 2,381 | 2.100 | 2.100 (2.000 to 2.200) |" in step_time.text(rows)
 
 
+@pytest.mark.long
 def test_step_time_measures_and_checks(benchmark, monkeypatch, tmp_path, capsys):
     step_time = benchmark("step_time")
     monkeypatch.chdir(tmp_path)

@@ -77,6 +77,7 @@ def test_batches_are_the_same(tmp_path, services, hosts, host):
     assert there.bad_records.count == 1
 
 
+@pytest.mark.long
 def test_autoaugment_is_served(tmp_path, services):
     loaded = [stream(make_folder(tmp_path), service=service, **AUGMENTED) for service in (None, services.split(",")[0])]
     for one, other in zip(*(take(some.train_batches(3, 1), 4) for some in loaded), strict=True):
@@ -94,6 +95,7 @@ def test_a_label_out_of_range_and_too_many_bad_records_are_said(tmp_path, servic
     assert f"{path}, record 2: unreadable (corrupted record" in str(data_error(caught.value))
 
 
+@pytest.mark.long
 def test_a_service_that_is_started_anew_ends_the_run_in_one_line(tmp_path):
     process = Process(tmp_path)
     batches = stream(make_folder(tmp_path), service=process.address).train_batches(3, 1)
@@ -115,6 +117,7 @@ def test_a_signal_that_one_of_tensorflows_threads_receives_ends_it_too(tmp_path)
     assert process.wait(30) == 0
 
 
+@pytest.mark.long
 def test_a_service_that_ends_ends_the_run_in_one_line(tmp_path):
     process = Process(tmp_path)
     program = f"""

@@ -118,6 +118,7 @@ def trained_loss(strategy: tf.distribute.Strategy) -> float:
     return fit(make_model(methods.vanilla(), strategy=strategy), images, labels, 1)[0]["loss"]
 
 
+@pytest.mark.long
 def test_a_notebook_trains_on_one_group_of_devices_after_another():
     collectives.keep_apart()  # from what other tests made
     losses = [trained_loss(tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(n)])) for n in (2, 3)]

@@ -184,6 +184,7 @@ def poisoned(update: int, times: int = 1):
 VANILLA = "train.method='vanilla'"
 
 
+@pytest.mark.long
 def test_a_run_goes_back_and_on_with_a_lower_peak_that_it_keeps_when_started_again(tmp_path):
     settings = ["divergence.retries=1", "conadv.schedule='paired'", "monitor.every_epochs=3"]
     with poisoned(20):

@@ -118,6 +118,7 @@ def test_every_block_is_known_or_says_why_not():
     assert all(test in globals() for test in KNOWN_TEXTS.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", all_blocks("python"), ids=str)
 def test_python_block_runs(block, tmp_path):
     (tmp_path / "block.py").write_text(block.text)

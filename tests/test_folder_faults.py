@@ -285,6 +285,7 @@ with pytest.MonkeyPatch.context() as patched:
 """
 
 
+@pytest.mark.long
 def test_a_clock_that_jumps_changes_no_duration(whole, tmp_path):
     (tmp_path / "clock.c").write_text(CLOCK)
     build = ["cc", "-shared", "-fPIC", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"]

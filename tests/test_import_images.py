@@ -176,6 +176,7 @@ def test_impossible_imports(tmp_path, capsys, monkeypatch, arguments, code, word
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_the_printed_command_trains_on_it(tmp_path, capsys, caplog):
     src, dst = make_folder(tmp_path / "src"), tmp_path / "my photos"
     out, _ = run(src, dst, "--validation=0.2", capsys=capsys)

@@ -113,6 +113,7 @@ def test_notebook_uses_public_names():
     assert not re.search(r"(from|import) conadv_tf\.", code)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "replicas"), some_of(LAYOUTS, LAYOUTS[0]))
 def test_notebook_runs_from_end_to_end(strategy, replicas, folder, monkeypatch):
     monkeypatch.setenv("CONADV_STRATEGY", strategy)

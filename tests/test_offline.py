@@ -30,6 +30,7 @@ def cut_off() -> list[str]:
         return []
 
 
+@pytest.mark.long
 def test_a_run_without_network_ends_and_asks_for_none(tmp_path):
     if not (alone := cut_off()):
         pytest.skip("no network namespace may be made here")

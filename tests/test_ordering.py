@@ -30,6 +30,7 @@ fit(model, images, labels, 1)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("setting", some_of(SETTINGS, "disadv 1 2"))
 def test_the_optimized_program_keeps_every_reading_before_the_writing(tmp_path, setting):
     names = setting.split()

@@ -258,6 +258,7 @@ def test_tools_know_home_folders(home, capfd):
     assert list((home.parent / "work").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_run_in_a_folder_with_brackets_goes_on_and_is_analysed(tmp_path, capfd):
     run = tmp_path / "run [lr=1]"
     flags = (*SHORT, f"--model_dir={run}")

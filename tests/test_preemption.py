@@ -82,6 +82,7 @@ def test_a_run_preempted_within_an_epoch_ends_with_the_same_weights_and_metrics(
     assert lines(folder) == lines(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_an_epoch_whose_evaluation_was_cut_short_is_evaluated_when_the_run_goes_on(tmp_path, monkeypatch):
     trained(tmp_path / "whole")
     began = callbacks.EndEarly.on_test_batch_begin
@@ -103,6 +104,7 @@ def test_an_epoch_whose_evaluation_was_cut_short_is_evaluated_when_the_run_goes_
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_signal_after_the_last_update_ends_the_run_too(tmp_path, monkeypatch):
     trained(tmp_path / "whole")
     began = callbacks.EndEarly.on_test_batch_begin
@@ -122,6 +124,7 @@ def test_a_signal_after_the_last_update_ends_the_run_too(tmp_path, monkeypatch):
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_checkpoints_every_so_many_updates_change_nothing(tmp_path):
     trained(tmp_path / "whole")
     trained(tmp_path / "often", "train.checkpoint_every_steps=8")

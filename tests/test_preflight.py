@@ -106,6 +106,7 @@ def test_passes_add_up_to_what_is_compiled_whole():
         assert getattr(derived, measure) == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.long
 def test_a_batch_that_does_not_fit_gets_the_largest_micro_batch_that_does(cache):
     # Divisors of a replica's share: 1, 2, 4, 8 and those times a prime, which are all too large.
     built = build(16)

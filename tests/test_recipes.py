@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from helpers import some_of
 from sample_data import FOLDER as DATA
 
 from conadv_tf import config
@@ -55,7 +56,9 @@ def batches_for_two_updates(built: Run) -> tf.data.Dataset:
     return first_batches[key]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", some_of(RECIPES, "digits_conadv.gin", "cifar10_conadv.gin", "96k_conadv_aa.gin", otherwise="long")
+)
 def test_recipe_trains_two_steps(recipe):
     built = build(recipe)
     model, branches = built.model, built.model.method.branches

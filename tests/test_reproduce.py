@@ -157,6 +157,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["Ctrl-C", "closed terminal"])
 def test_ended_from_its_terminal_its_runs_are_saved(end, tmp_path):
     command = [sys.executable, *ARGUMENTS[: -len(SHORT)], "--jobs=1", "--table=1", "--seeds=1", f"--results={tmp_path}"]
@@ -249,6 +250,7 @@ def test_seeds_that_were_evaluated_at_other_epochs_are_drawn_where_both_were(rep
     assert (tmp_path / "digits" / "curves.png").exists()
 
 
+@pytest.mark.long
 def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp_path, capsys):
     keep(reproduced, tmp_path, 20)
     blocked = tmp_path / "digits" / "runs" / "256k" / "vanilla_lr5_s0"

@@ -21,6 +21,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", some_of(CASES, "phased"))
 def test_a_run_goes_on_with_another_number_of_replicas_and_micro_batches(case, tmp_path, capfd):
     trained(tmp_path / "whole", *LAYOUT, *CASES[case])
@@ -62,6 +63,7 @@ def test_nor_without_knowing_what_they_were_over(tmp_path):
         trained(tmp_path, *LAYOUT, "train.microbatch_size=54")
 
 
+@pytest.mark.long
 def test_where_replicas_shared_batch_statistics_it_says_that_attacks_see_other_images(tmp_path, capfd):
     shared = ["train.global_batch_size=108", "train.microbatch_size=27", "model.replicas_per_group=0"]
     with signalled(2), pytest.raises(Preempted):
@@ -84,6 +86,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
         trained(tmp_path, *LAYOUT)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_more_bad_records_allowed(tmp_path, capfd):
     """The remedy that a run which met too many of them names."""
     with signalled(2), pytest.raises(Preempted):

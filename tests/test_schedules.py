@@ -65,6 +65,7 @@ def test_lookahead_equals_shadow(replicas):
     assert_equal_runs(lookahead, shadow, 2e-5)
 
 
+@pytest.mark.long
 def test_lookahead_equals_shadow_where_xla_compiles_both():
     """Its first x̂ too: XLA draws other random starts than TensorFlow's own kernels."""
     images, labels = global_batches(5, ROWS)
@@ -104,6 +105,7 @@ def test_phased_equals_paired_on_half_the_replicas(replicas):
     assert_equal_runs(phased, paired, 2e-5)
 
 
+@pytest.mark.long
 def test_phased_takes_turns_over_micro_batches_too():
     """One replica with four micro-batches is a pod of four."""
     images, labels = global_batches(UPDATES, 2 * ROWS)
@@ -367,6 +369,7 @@ def test_what_compile_would_ignore_or_stumble_over_is_refused(arguments, named):
         make_model(methods.vanilla()).compile(lars.LARS(2.0), **arguments)
 
 
+@pytest.mark.long
 def test_imagenet_schedules_are_lowered_whole_for_a_core():
     """ResNet-50 on 64 images of 224 × 224 in bfloat16, images carried between updates: no call out of XLA."""
     method = methods.conadv(schedule="phased")

@@ -133,6 +133,7 @@ def float32_losses() -> np.ndarray:
     return curve
 
 
+@pytest.mark.long
 def test_xla_gives_the_same_loss_curve(float32_losses):
     np.testing.assert_allclose(losses(jit_compile=True), float32_losses, rtol=2e-3)
 
@@ -144,6 +145,7 @@ def test_bfloat16_gives_nearly_the_same_loss_curve(float32_losses):
     np.testing.assert_allclose(curve, float32_losses, rtol=0.05)
 
 
+@pytest.mark.long
 def test_xla_with_bfloat16_micro_batches_and_delay_trains():
     curve = losses(updates=4, dtype="mixed_bfloat16", jit_compile=True, microbatches=2)
     assert np.isfinite(curve).all()
@@ -252,6 +254,7 @@ def test_whole_update_and_evaluation_are_xla_programs(name):
     assert 0 <= float(model.metrics[2].result()) <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", some_of(methods.method_names(), "vanilla", "conadv"))
 def test_imagenet_update_is_lowered_whole_for_a_core(name):
     """ResNet-50 on 64 images of 224 × 224 in bfloat16, an update with everything that changes: no call out of XLA."""

@@ -74,6 +74,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @needs_jax
 @pytest.mark.parametrize("name", some_of(CASES, "phased"))
 def test_jax_trains_as_keras_does(name, tmp_path):
@@ -106,6 +107,7 @@ def test_jax_trains_as_keras_does(name, tmp_path):
     assert result["test_top1"] == pytest.approx(100 * model.evaluate(data, verbose=0, return_dict=True)["top1"])
 
 
+@pytest.mark.long
 @needs_jax
 def test_a_recipe_is_exported_timed_and_its_data_saved(tmp_path):
     folder = str(tmp_path / "program")

@@ -46,6 +46,7 @@ def written(encoding: str, monkeypatch, write: Callable[[], object]) -> str:
     return output.buffer.getvalue().decode(encoding)
 
 
+@pytest.mark.long
 def test_where_output_is_ascii_a_run_says_everything_in_ascii(runs):
     _, ended = runs
     assert ended["first"].stdout.isascii()
@@ -53,11 +54,13 @@ def test_where_output_is_ascii_a_run_says_everything_in_ascii(runs):
     assert "replicas          2 × 55 images" in ended["second"].stdout
 
 
+@pytest.mark.long
 def test_a_recipe_may_begin_with_the_mark_of_windows(runs):
     folder, _ = runs
     assert json.loads((folder / "second" / "result.json").read_text())["recipe"] == "notepad"
 
 
+@pytest.mark.long
 def test_a_deterministic_tensorflow_makes_the_same_weights_on_two_replicas(runs):
     folder, _ = runs
     first, second = (weights(folder / name) for name in ("first", "second"))
@@ -65,6 +68,7 @@ def test_a_deterministic_tensorflow_makes_the_same_weights_on_two_replicas(runs)
     assert [name for name in first if not np.array_equal(first[name], second[name])] == []
 
 
+@pytest.mark.long
 def test_where_output_is_ascii_an_analysis_is_printed(runs, tmp_path, monkeypatch):
     folder, _ = runs
     settings = ["--images=8", "--epsilons=8", "--surface_points=3", f"--out={tmp_path}"]

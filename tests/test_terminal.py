@@ -21,7 +21,10 @@ class Screen(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(60.0, [1, *range(3, 31, 3)]), (0.0, list(range(1, 31)))])
+@pytest.mark.parametrize(
+    ("seconds", "epochs"),
+    [(60.0, [1, *range(3, 31, 3)]), pytest.param(0.0, list(range(1, 31)), marks=pytest.mark.long)],
+)
 def test_without_a_screen_a_quick_run_prints_ten_lines_and_a_slow_one_each_epoch(
     seconds, epochs, tmp_path, monkeypatch, capsys
 ):
@@ -32,6 +35,7 @@ def test_without_a_screen_a_quick_run_prints_ten_lines_and_a_slow_one_each_epoch
     assert "\r" not in printed
 
 
+@pytest.mark.long
 def test_on_a_narrow_screen_the_bar_shows_loss_and_top1(tmp_path, monkeypatch, capsys):
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)

@@ -344,6 +344,7 @@ def damaged_copy(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")
 def test_streamed_photos_train_and_a_bad_one_is_skipped_or_named(tmp_path):
     data_dir = damaged_copy(tmp_path / "photos")
@@ -363,6 +364,7 @@ def test_streamed_photos_train_and_a_bad_one_is_skipped_or_named(tmp_path):
     assert "train-00000-of-00002, record 5: corrupt JPEG" in last
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not IMAGENET_SAMPLE.is_dir(), reason="imagenet_sample is not here; set CONADV_TEST_DATA")
 def test_a_recipe_with_autoaugment_trains_in_a_process_of_its_own(tmp_path):
     """Other tests import tf-models' vision package before a recipe is read; a user's process does so after."""
