@@ -241,6 +241,7 @@ def test_plot_is_a_picture(analysed):
 QUICK = ["--images=20", "--epsilons=4", "--surface_points=2"]
 
 
+@pytest.mark.long
 def test_without_matplotlib_one_line_says_how_to_get_it_and_the_rest_is_there(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert analyze.main([str(runs[0]), f"--out={tmp_path}", *QUICK]) == 0

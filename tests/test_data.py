@@ -68,6 +68,7 @@ def test_streamed_passes_have_every_image_once_in_new_orders(streamed):
     assert (labels[1] != labels[2]).any()
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(start=st.integers(0, 130))
 def test_any_start_is_the_tail_of_the_whole(start):

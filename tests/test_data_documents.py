@@ -112,6 +112,7 @@ def test_command_runs(command, place):
     assert re.search(expected, out.replace('"', "")), out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_runs(program, tmp_path):
     run([sys.executable, "-c", program], tmp_path)

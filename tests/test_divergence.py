@@ -76,6 +76,7 @@ def test_an_update_that_is_not_finite_changes_nothing(case):
     assert not any(np.array_equal(after[name], before[name]) for name in before if name.endswith("/main/moving_mean"))
 
 
+@pytest.mark.long
 def test_nor_on_any_replica_where_it_is_not_finite_on_one():
     model = make_model(methods.conadv(), strategy=mirrored(2), loss=labelled_loss)
     images, labels = broken_batches("images")  # the first replica's
@@ -231,6 +232,7 @@ def test_a_run_that_diverges_once_too_often_says_so_and_keeps_its_checkpoint(tmp
     assert "digits  33 % |" in bars
 
 
+@pytest.mark.long
 def test_a_peak_below_the_end_of_the_decay_takes_the_end_down_with_it(tmp_path):
     with poisoned(20):
         trained(tmp_path, VANILLA, "divergence.retries=1", "learning_rate.end_learning_rate=9.0")

@@ -273,6 +273,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_preflight_prints_what_is_shown(checkout):
     [command] = PREFLIGHT
     assert command in commands("README.md")
@@ -290,6 +291,7 @@ def test_preflight_prints_what_is_shown(checkout):
     assert all(any(schedule in row for row in table[1:]) for schedule in methods.schedules_of("conadv"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ON_A_TPU)
 def test_tpu_command_says_that_no_tpu_is_here(command, checkout):
     outcome = run(command, checkout)
@@ -298,6 +300,7 @@ def test_tpu_command_says_that_no_tpu_is_here(command, checkout):
     assert "no TPU is attached" in outcome.stderr
 
 
+@pytest.mark.long
 def test_import_of_photos_prints_the_command_that_trains(checkout):
     random = np.random.default_rng(0)
     for number in range(20):

@@ -109,6 +109,7 @@ def test_a_folder_that_vanishes_during_a_run(tmp_path, monkeypatch, capfd):
     assert not folder.exists()
 
 
+@pytest.mark.long
 def test_a_folder_that_becomes_read_only_keeps_what_it_has(whole, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
     with contextlib.ExitStack() as stack, monkeypatch.context() as patched:

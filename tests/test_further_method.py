@@ -38,6 +38,7 @@ def test_a_method_from_outside_trains_by_the_command_line(registered, tmp_path, 
     assert "6 forward passes" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_it_has_a_row_in_the_preflight(registered, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     batch = ["train.global_batch_size=8", "train.microbatch_size=8"]

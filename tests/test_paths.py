@@ -291,6 +291,7 @@ def test_the_name_of_a_folder_is_no_markup(tmp_path):
     surface_plot.plot([("run $\\lr$", surface)], f"{tmp_path}/surface.png")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_the_command_line_trains_on_a_folder_with_brackets(in_memory, tmp_path):
     folder = tmp_path / "set [1]"

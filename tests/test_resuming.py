@@ -54,6 +54,7 @@ def test_a_run_does_not_go_on_with_batch_statistics_over_other_images(tmp_path):
             trained(tmp_path, *LAYOUT, f"train.microbatch_size={rows}")
 
 
+@pytest.mark.long
 def test_nor_without_knowing_what_they_were_over(tmp_path):
     """As in a folder of a version that kept no layout."""
     with signalled(2), pytest.raises(Preempted):

@@ -78,6 +78,7 @@ def test_settings_come_back_with_it(case, tmp_path):
     assert (after.jit_compile, after.loss.get_config()) == (before.jit_compile, before.loss.get_config())
 
 
+@pytest.mark.long
 def test_another_process_loads_it_by_its_name_alone(model, tmp_path):
     path = tmp_path / "m.keras"
     model.save(str(path))
