@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 from helpers import some_of
+from PIL import Image
 from sample_data import FOLDER
 
 from conadv_tf import data
