@@ -285,7 +285,12 @@ def test_whole_pixels_are_carried_as_bytes_and_others_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "attack", [{"epsilon_pixels": 3.0, "step_size_pixels": 2.0}, {"epsilon_pixels": 2.5}, {"norm": "l2"}]
+    "attack",
+    [
+        {"epsilon_pixels": 3.0, "step_size_pixels": 2.0},
+        pytest.param({"epsilon_pixels": 2.5}, marks=pytest.mark.long),
+        pytest.param({"norm": "l2"}, marks=pytest.mark.long),
+    ],
 )
 def test_bytes_and_floats_train_alike(attack):
     """Images fed as float32 are carried as float32: the same run as from bytes."""
