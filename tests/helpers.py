@@ -85,15 +85,15 @@ def named_variables(network: resnet.ResNet) -> dict[str, tf.Variable]:
     return named
 
 
-def some_of(cases, *kept, otherwise: str = "torture") -> list:
-    """For pytest.mark.parametrize: `kept` in every run of the tests, the other cases by `make torture` or test-all.
+def some_of(cases, *kept, long=(), otherwise: str = "torture") -> list:
+    """For pytest.mark.parametrize: `kept` in every run of the tests, the cases of `long` by `make test-all`.
 
     `otherwise` is the mark of the other cases, "torture" or "long".
     """
-    assert set(kept) <= set(cases)
-    mark = getattr(pytest.mark, otherwise)
+    assert {*kept, *long} <= set(cases)
+    marks = dict.fromkeys(cases, getattr(pytest.mark, otherwise)) | dict.fromkeys(long, pytest.mark.long)
     return [
-        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks[case])
         for case in cases
     ]
 

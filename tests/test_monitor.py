@@ -238,6 +238,7 @@ def run(model_dir: Path, every_epochs: int) -> list[dict]:
     return [json.loads(line) for line in (model_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_records_the_theory_and_a_resumed_one_the_same(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", some_of(CASES, "phased, odd and even"))
+@pytest.mark.parametrize("case", some_of(CASES, "paired from epoch 1", long=["phased, odd and even"]))
 def test_a_run_preempted_within_an_epoch_ends_with_the_same_weights_and_metrics(case, tmp_path):
     bindings, updates = CASES[case]
     result = trained(tmp_path / "whole", *bindings)

@@ -79,6 +79,7 @@ def test_recipe_trains_two_steps(recipe):
     assert recipe in report.arithmetic(built)
 
 
+@pytest.mark.long
 def test_autoaugment_changes_what_it_is_to_change():
     """The release's pairs are vanilla's images beside those of the recipe with AutoAugment."""
     recipes = ("96k_vanilla.gin", "96k_aa.gin", "96k_conadv_aa.gin", "96k_conadv_aa_release.gin")

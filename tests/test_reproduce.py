@@ -227,6 +227,7 @@ def test_the_estimate_of_table_3_leaves_no_process(tmp_path):
     assert not processes_of(tmp_path)
 
 
+@pytest.mark.long
 def test_without_data_and_where_no_estimate_can_be_made_table_3_is_printed_all_the_same(tmp_path, capsys):
     taken = tmp_path / "imagenet" / "preflight" / "16k"
     taken.parent.mkdir(parents=True)

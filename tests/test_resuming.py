@@ -38,6 +38,7 @@ def test_a_run_goes_on_with_another_number_of_replicas_and_micro_batches(case, t
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_a_microbatch_size_that_changes_nothing(tmp_path, capfd):
     with signalled(2), pytest.raises(Preempted):
         trained(tmp_path, *LAYOUT, "train.microbatch_size=108")

@@ -57,7 +57,7 @@ def assert_equal_runs(one, other, tolerance: float, shadows: bool = True) -> Non
     assert_close(first, second, tolerance)
 
 
-@pytest.mark.parametrize("replicas", some_of([1, 2, 4, 8], 1, 2))
+@pytest.mark.parametrize("replicas", some_of([1, 2, 4, 8], 1, long=[2]))
 def test_lookahead_equals_shadow(replicas):
     images, labels = global_batches(UPDATES + 1, replicas * ROWS)
     shadow = trained(methods.conadv(), images[:-1], labels[:-1], replicas=replicas)
@@ -74,6 +74,7 @@ def test_lookahead_equals_shadow_where_xla_compiles_both():
     assert_equal_runs(lookahead, shadow, 2e-5)
 
 
+@pytest.mark.long
 def test_lookahead_equals_shadow_with_micro_batches_concat3_and_a_fraction():
     images, labels = global_batches(2 * (UPDATES + 1), ROWS)
     others, _ = global_batches(len(images), ROWS, seed=9)

@@ -138,6 +138,7 @@ def test_xla_gives_the_same_loss_curve(float32_losses):
     np.testing.assert_allclose(losses(jit_compile=True), float32_losses, rtol=2e-3)
 
 
+@pytest.mark.long
 def test_bfloat16_gives_nearly_the_same_loss_curve(float32_losses):
     curve = losses(dtype="mixed_bfloat16")
     assert np.isfinite(curve).all()
@@ -151,6 +152,7 @@ def test_xla_with_bfloat16_micro_batches_and_delay_trains():
     assert np.isfinite(curve).all()
 
 
+@pytest.mark.long
 def test_a_run_is_reproduced_bit_for_bit_and_another_seed_is_another_run():
     images, labels = batches(3)
     runs = []

@@ -34,7 +34,9 @@ def trained(name: str, replicas: int, microbatches: int):
 LAYOUTS = [(name, *layout) for name in METHODS for layout in ((4, 2), (8, 1))]
 
 
-@pytest.mark.parametrize(("name", "replicas", "microbatches"), some_of(LAYOUTS, ("conadv_tau2", 4, 2)))
+@pytest.mark.parametrize(
+    ("name", "replicas", "microbatches"), some_of(LAYOUTS, ("disadv", 4, 2), long=[("conadv_tau2", 4, 2)])
+)
 def test_replicas_equal_eight_microbatches_of_one(name, replicas, microbatches):
     expected_logs, expected, _ = trained(name, 1, 8)
     logs, weights, model = trained(name, replicas, microbatches)
@@ -63,6 +65,7 @@ def test_each_micro_batch_counts_the_same_and_draws_its_own_start():
     assert np.abs(started_four[name] - started_one[name]).max() > 1e-5
 
 
+@pytest.mark.long
 def test_a_large_batch_is_not_its_micro_batches_because_batch_norm_sees_fewer_rows():
     images, labels = random_batches(4, ROWS, seed=6)
     split = make_model(methods.vanilla(), microbatches=4)
@@ -109,6 +112,7 @@ def test_a_network_without_the_adversarial_branch_is_refused():
         make_model(methods.disadv(), branches=("main",))
 
 
+@pytest.mark.long
 def test_gradients_sent_in_bfloat16_are_rounded_to_it_and_statistics_are_not():
     images, labels = random_batches(2, 2 * ROWS, seed=9)
     runs = []
