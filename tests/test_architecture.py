@@ -220,7 +220,7 @@ TABLE = ["--table=1", "--figure=gain", "--jobs=0", "--runs=results/digits/runs"]
         ("cli", ["--nothing=1"], 2),
         ("cli", ["train.epochs=3"], 2),
         ("data.import_images", ["--help"], 0),
-        ("data.import_images", ["no_such_folder", "records"], 1),
+        ("data.import_images", ["no_such_folder", "no_such_place"], 1),
         ("data.service", ["--help"], 0),
         ("experiments.analyze", ["--help"], 0),
         ("experiments.analyze", ["run", "--images=none"], 2),
