@@ -7,17 +7,11 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # as conadv_tf does; here Ten
 # Test processes share the machine with each other; more threads in each would only wait.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
-import gc
-
 import gin
 import pytest
 import tensorflow as tf
 
 LOGICAL_CPUS = 8
-
-# Tracing makes millions of objects that live: Python would look through them for cycles again and again.
-gc.freeze()
-gc.set_threshold(100_000, 20, 50)
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS

@@ -1,5 +1,6 @@
 """stream.service: batches made by processes of their own, on this machine, are those made here."""
 
+import gc
 import os
 import re
 import signal
@@ -60,6 +61,7 @@ class Process:
 def services(tmp_path_factory):
     started = [Process(tmp_path_factory.mktemp("services")) for _ in range(2)]
     yield ",".join(process.address for process in started)
+    gc.collect()  # a stream that is left over would say on stderr, in another test, that its service is gone
     assert [process.end(signal.SIGTERM) for process in started] == [0, 0]
     assert all(process.log.read_text().endswith("stopped\n") for process in started)
 
