@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from conadv_tf.errors import ConfigError, RunError, one_line
 
@@ -41,24 +42,38 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def opened(path: str) -> BinaryIO:
+    """A file, local or gs://, opened to read its bytes. A local one takes no TensorFlow.
+
+    Raises:
+      OSError, tf.errors.OpError: if the file cannot be opened; of a remote one, reading it raises.
+    """
+    if not is_remote(path):
+        return open(path, "rb")  # not by GFile, which reads 512 KB at every seek
+    import tensorflow as tf
+
+    return tf.io.gfile.GFile(path, "rb")
+
+
 def read_text(path: str) -> str | None:
-    """The text of a file, local or gs://; None where there is none. A local file is read without TensorFlow.
+    """The text of a file, local or gs://; None where there is none. A local one takes no TensorFlow.
 
     Raises:
       OSError, tf.errors.OpError: if the file cannot be read.
       UnicodeDecodeError: if it is not UTF-8.
     """
+    if not _exists(path):
+        return None
+    with opened(path) as file:
+        return file.read().decode()
+
+
+def _exists(path: str) -> bool:
     if not is_remote(path):
-        if not os.path.exists(path):
-            return None
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+        return os.path.exists(path)
     import tensorflow as tf
 
-    if not tf.io.gfile.exists(path):
-        return None
-    with tf.io.gfile.GFile(path) as file:
-        return file.read()
+    return tf.io.gfile.exists(path)
 
 
 def matching(folder: str, pattern: str) -> list[str]:

@@ -9,6 +9,7 @@ without TensorFlow, is started the usual way.
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -207,8 +208,6 @@ def _execute(arguments: list[str]) -> None:
 
 
 def _load() -> None:
-    import importlib
-
     for module in MODULES:
         importlib.import_module(f"conadv_tf.{module}")
     from conadv_tf import config

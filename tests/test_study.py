@@ -174,3 +174,12 @@ def test_costs_are_the_methods_own():
     """Forward units of plain training are 3, an attack's pass is 2, a further training pass 3."""
     costs = {method: row.cost() for method, row in METHOD_ROWS.items()}
     assert costs == {"vanilla": 3, "aa": 4.5, "disadv": 8, "conadv": 8, "paired": 6, "conadv_aa": 9.5}
+
+
+def test_a_recipe_is_read_once_however_often_progress_is_shown(monkeypatch):
+    read, bindings = [], config.bindings
+    monkeypatch.setattr(config, "bindings", lambda *files: read.append(files) or bindings(*files))
+    study = Study(1, lambda cell: None, lambda cell: False)
+    for _ in range(3):
+        assert study.needed([Group("imagenet", "96k", "conadv", epsilon=4.0)])
+    assert len(read) <= 1

@@ -90,14 +90,10 @@ class Files:
 
 
 def _of_file(path: str, known: str) -> str:
-    if paths.is_remote(path):
-        import tensorflow as tf
-
-        with tf.io.gfile.GFile(path, "rb") as file:
-            block, size = file.read(BLOCK_BYTES), file.size()
-    else:
-        with open(path, "rb") as file:
-            block, size = file.read(BLOCK_BYTES), os.fstat(file.fileno()).st_size
+    with paths.opened(path) as file:
+        block = file.read(BLOCK_BYTES)
+        file.seek(0, os.SEEK_END)
+        size = file.tell()
     return checksum(block, f"{size} {known}".encode())
 
 

@@ -25,7 +25,7 @@ from absl import logging
 
 from conadv_tf.data.fingerprint import checksum
 from conadv_tf.errors import ConfigError, DataError
-from conadv_tf.paths import is_remote, matching
+from conadv_tf.paths import is_remote, matching, opened
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the checksum of the payload
@@ -133,7 +133,7 @@ class RecordFile:
           tf.errors.OpError: where the record is damaged.
         """
         begin, end = int(self.bounds[record]), int(self.bounds[record + 1])
-        with _open(self.path) if not self.compression else io.BytesIO(_inflate(self.path)[0]) as stream:
+        with opened(self.path) if not self.compression else io.BytesIO(_inflate(self.path)[0]) as stream:
             stream.seek(begin)
             framed = stream.read(end - begin)
         # A file of this one record, so that TensorFlow checks its checksum.
@@ -167,17 +167,12 @@ def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> l
     )
 
 
-def _open(path: str) -> BinaryIO:
-    # GFile reads 512 KB at every seek; skipping from header to header wants a plain file.
-    return tf.io.gfile.GFile(path, "rb") if is_remote(path) else open(path, "rb")
-
-
 @functools.lru_cache(maxsize=1)
 def _inflate(path: str) -> tuple[bytes, str | None]:
     """Uncompresses a file: (bytes as far as they can be read, the damage that ended them or None)."""
     inflated, damage = io.BytesIO(), None
     try:
-        with _open(path) as stored, gzip.GzipFile(fileobj=stored) as stream:
+        with opened(path) as stored, gzip.GzipFile(fileobj=stored) as stream:
             shutil.copyfileobj(stream, inflated)
     except (EOFError, OSError, zlib.error) as error:
         damage = f"damaged GZIP ({error})"
@@ -197,7 +192,7 @@ def _walk(stream: BinaryIO, size: int) -> tuple[list[int], bool]:
 
 
 def _index_file(path: str, bad_records: BadRecords) -> RecordFile:
-    with _open(path) as stream:
+    with opened(path) as stream:
         compression = "GZIP" if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC else ""
         size = length = tf.io.gfile.stat(path).length
         damage = None

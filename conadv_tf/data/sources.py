@@ -3,6 +3,7 @@
 docs/data.md describes them, docs/recipes.md lists their settings.
 """
 
+import abc
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -178,7 +179,7 @@ class _Found(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-class _Files:
+class _Files(abc.ABC):
     """Reading that all sources of files share: images read into memory, or streamed as training goes."""
 
     title: ClassVar[str]
@@ -195,9 +196,9 @@ class _Files:
         """Tells whether files are read as training goes, rather than once into memory."""
         return not self.in_memory
 
+    @abc.abstractmethod
     def find(self, data_dir: str | None) -> _Found:
         """Looks the files up."""
-        raise NotImplementedError
 
     def load(self, demand: Demand) -> ImageData:
         """Reads the files into memory, or prepares to stream them.

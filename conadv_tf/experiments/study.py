@@ -258,6 +258,7 @@ def _forward_units(recipe: str, params: tuple[str, ...]) -> float:
     return methods.make_method(config.setting("train.method")).forward_units
 
 
+@functools.cache  # asked for every group each time that progress is shown
 def _recipe_epsilon(*gin_files: str) -> float | None:
     """ε of a recipe; None where it has no attack."""
     return config.bindings(gin_files).get("attack.epsilon_pixels")

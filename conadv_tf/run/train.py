@@ -16,7 +16,7 @@ from conadv_tf.run.export import export
 from conadv_tf.run.folder import RunFolder, recorded
 from conadv_tf.run.strategy import is_chief
 from conadv_tf.run.tensorboard import TensorBoard
-from conadv_tf.training.learning_rate import end_of, peak_of, warmup_poly_decay
+from conadv_tf.training.learning_rate import peak_of, warmup_poly_decay
 
 PANEL_IMAGES = 6
 
@@ -106,7 +106,7 @@ def _gone_back(run: Run, diverged: divergence.Diverged, update: int) -> dict:
 def _lower_peak(run: Run, peak: float) -> None:
     """Gives a run a lower peak learning rate, and an end of the decay that is no higher."""
     optimizer, plan = run.model.optimizer, run.plan
-    end = min(end_of(optimizer.learning_rate), peak)
+    end = min(optimizer.learning_rate.end_learning_rate, peak)
     optimizer.learning_rate = warmup_poly_decay(plan.steps_per_epoch, plan.total_steps, peak, end_learning_rate=end)
     run.model.restart()
 

@@ -94,11 +94,6 @@ def peak_of(schedule: WarmupPolyDecay) -> tuple[int, float]:
     return schedule.warmup_steps, float(schedule(schedule.warmup_steps))
 
 
-def end_of(schedule: WarmupPolyDecay) -> float:
-    """The rate that the decay of a schedule ends at."""
-    return schedule.end_learning_rate
-
-
 def next_rate(optimizer):
     """The learning rate of an optimizer's next update, a number or a scalar, whether it has a schedule or not."""
     rate = optimizer.learning_rate
