@@ -36,6 +36,7 @@ class Recipe:
     step_size: float | None = None
     steps: int = 1
     norm: str = "linf"
+    predicted: bool = False  # about the network's own first prediction rather than the attack's labels
     descend: bool = False  # towards the attack's labels rather than away from them
     smoothed: bool = False
     batch_norm: str = "main"
@@ -119,11 +120,13 @@ def attack(recipe: Recipe, stale: State, rows: Rows):
     branch = "adversarial" if recipe.batch_norm == "aux" else "main"
     moving = stale.moving if recipe.batch_norm == "moving" else None
     delta, margin = epsilon * rows.start.astype(np.float64), 1.0
-    for _ in range(recipe.steps):
+    for step in range(recipe.steps):
         x = tf.constant(clean + delta)
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits, _ = forward(recipe.network, stale.weights, x * unit + mean, branch, moving)
+            if recipe.predicted and step == 0:
+                labels = np.argmax(logits, 1)
             loss = tf.reduce_sum(cross_entropy(logits, labels, recipe.smoothing if recipe.smoothed else 0.0))
         gradient = tape.gradient(loss, x).numpy() * (-1 if recipe.descend else 1)
         margin = min(margin, np.abs(gradient).min() / np.abs(gradient).max())

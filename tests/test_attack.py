@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.methods import schedules
+from conadv_tf.methods import passes
 from conadv_tf.methods.attack import Attack, random_wrong_labels
 from conadv_tf.models import xla
 
@@ -181,8 +181,8 @@ def test_an_attack_changes_no_variable(batch_norm):
     fit(model, images, labels, 2)
     before = snapshot(model)
     examples = model.adversarial_examples(images[0], labels[0]).numpy()
-    batch = schedules.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
-    schedules.attack_images(attack, model.network, model.loss.call, batch)
+    batch = methods.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
+    passes.attack_images(attack, model.network, model.loss.call, batch)
     assert not np.array_equal(examples, images[0])
     assert_identical(snapshot(model), before)
 
@@ -193,9 +193,9 @@ def test_in_bfloat16_the_examples_are_nearly_those_of_float32(batch_norm):
 
     def examples(dtype):
         attack = Attack(8.0, norm="l2", random_start_probability=0.0, batch_norm=batch_norm, compute_dtype=dtype)
-        batch = schedules.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
+        batch = methods.Batch(tf.constant(images[0], tf.float32), tf.constant(labels[0]), tf.constant([0, 0]))
         network = make_model(methods.disadv(attack), trained=True).network
-        return schedules.attack_images(attack, network, None, batch).numpy()
+        return passes.attack_images(attack, network, None, batch).numpy()
 
     exact, rounded = examples(None), examples("bfloat16")
     assert exact.dtype == rounded.dtype == np.float32

@@ -124,15 +124,35 @@ def state_of(variables: dict[str, np.ndarray]) -> State:
     return State(weights, moving, {name: np.zeros_like(value) for name, value in weights.items()})
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize(("weight", "fraction"), [(0.5, 1.0), (0.3, 0.5)])
-def test_paired_equals_the_formulas(replicas, weight, fraction):
+# Attacks that `paired` makes from its clean pass, and what the reference calls them; the first shares a gradient.
+AIMS = {
+    "untargeted": ({"label": "smoothed"}, {"smoothed": True}),
+    "hard": ({"label": "hard"}, {}),
+    "predicted": ({"label": "predicted"}, {"predicted": True}),
+    "random_target": ({"goal": "random_target"}, {"descend": True}),
+}
+
+
+@pytest.mark.parametrize(
+    ("aim", "replicas", "weight", "fraction"),
+    [
+        ("untargeted", 1, 0.5, 1.0),
+        ("untargeted", 2, 0.3, 0.5),
+        ("predicted", 2, 0.3, 0.5),
+        ("random_target", 2, 0.3, 0.5),
+        pytest.param("hard", 1, 0.5, 1.0, marks=pytest.mark.long),
+        pytest.param("untargeted", 2, 0.5, 1.0, marks=pytest.mark.long),
+        pytest.param("untargeted", 1, 0.3, 0.5, marks=pytest.mark.long),
+    ],
+)
+def test_paired_equals_the_formulas(aim, replicas, weight, fraction):
     """Independent float64: clean B_t at θ_t; x̂ of B_{t−1} by one step from its clean images at θ_{t−1}."""
-    updates, recipe = 4, Recipe(smoothed=True, weight=weight, fraction=fraction, momentum=0.9)
+    settings, form = AIMS[aim]
+    updates, recipe = 4, Recipe(**form, weight=weight, fraction=fraction, momentum=0.9)
     images, labels = global_batches(updates, replicas * ROWS, seed=7)
-    mixture = Mixture(weight=weight, fraction=fraction)
+    method = methods.conadv(Attack(**settings), Mixture(weight=weight, fraction=fraction), "paired")
     strategy = mirrored(replicas) if replicas > 1 else None
-    model = make_model(methods.conadv(mixture=mixture, schedule="paired"), lars.LARS(2.0), strategy=strategy)
+    model = make_model(method, lars.LARS(2.0), strategy=strategy, seed=RUN_SEED)
     model.create_optimizer_variables()
     states = [state_of(snapshot(model))]
     data = tf.data.Dataset.from_tensor_slices((images, labels))
@@ -170,7 +190,11 @@ def paired_update(recipe: Recipe, state: State, stale: State, images, labels, st
         if step:
             rows = slice(own.start, own.start + round(recipe.fraction * ROWS))
             whole = images[step - 1, own]
-            clean = Rows(whole, labels[step - 1, own], np.zeros(whole.shape), labels[step - 1, own])
+            aims = labels[step - 1, own]
+            if recipe.descend:
+                seed = microbatch_seed(RUN_SEED, step - 1, replica)
+                _, aims = draws(Attack(goal="random_target"), whole.shape, aims, seed)
+            clean = Rows(whole, labels[step - 1, own], np.zeros(whole.shape), aims)
             made, margin = reference.attack(recipe, stale, clean)
             assert margin > 5e-6, "choose another seed for the data: a sign is uncertain"
             other_loss, other, other_statistics, other_top1 = reference.training_pass(
@@ -304,6 +328,9 @@ def test_bytes_and_floats_train_alike(attack):
 def test_costs_are_those_of_the_specification():
     units = {schedule: methods.conadv(schedule=schedule).forward_units for schedule in methods.schedules_of("conadv")}
     assert units == {"shadow": 8, "lookahead": 8, "paired": 6, "phased": 3}
+    for settings in ({"label": "predicted"}, {"label": "hard"}, {"goal": "random_target"}):
+        apart = [methods.conadv(Attack(**settings), schedule=schedule) for schedule in ("paired", "phased")]
+        assert [method.forward_units for method in apart] == [7, 4], settings
 
 
 @pytest.mark.parametrize("schedule", ["paired", "phased"])
@@ -311,15 +338,13 @@ def test_costs_are_those_of_the_specification():
     "attack",
     [
         {"random_start_probability": 1.0},
-        {"label": "hard"},
         {"steps": 2},
-        {"goal": "random_target"},
         {"batch_norm": "moving"},
         {"compute_dtype": "bfloat16"},
     ],
     ids=lambda attack: next(iter(attack)),
 )
-def test_attacks_that_are_no_by_product_are_refused(schedule, attack):
+def test_attacks_that_need_another_pass_are_refused(schedule, attack):
     (name, value), *_ = attack.items()
     with pytest.raises(ConfigError, match=rf"attack\.{name}={value!r}.*{schedule}.*set it to"):
         methods.conadv(Attack(**attack), schedule=schedule)

@@ -8,7 +8,7 @@ from helpers import assert_close, draws, fit, make_model, microbatch_seed, named
 from reference import Recipe, Rows, State
 
 from conadv_tf import methods
-from conadv_tf.methods import schedules
+from conadv_tf.methods import passes
 from conadv_tf.methods.attack import Attack
 from conadv_tf.training import lars, losses
 
@@ -45,6 +45,10 @@ CASES = {
     ),
     "random_target": case(Recipe(tau=1, descend=True), {"goal": "random_target"}),
     "smoothed": case(Recipe(smoothed=True, smoothing=0.3), {"label": "smoothed"}, smoothing=0.3),
+    "predicted": case(Recipe(tau=1, predicted=True), {"label": "predicted"}),
+    "predicted_pgd": case(
+        Recipe(predicted=True, steps=3, step_size=1.25), {"label": "predicted", "steps": 3, "step_size_pixels": 1.25}
+    ),
     "pgd": case(Recipe(steps=3, step_size=1.25), {"steps": 3, "step_size_pixels": 1.25}),
     "fast_fgsm": case(Recipe(epsilon=8.0, step_size=10.0), {"epsilon_pixels": 8.0, "step_size_pixels": 10.0}),
     "moving": case(Recipe(tau=1, batch_norm="moving"), {"batch_norm": "moving"}, updates=3),
@@ -161,12 +165,12 @@ def test_adversarial_examples_equal_the_reference(name):
     state = state_of(model)
     attacked = rows[0][0].start.shape[0]
     first = rows[0][0]
-    batch = schedules.Batch(
+    batch = methods.Batch(
         tf.constant(first.images[:attacked], tf.float32),
         tf.constant(labels[0][:attacked]),
         microbatch_seed(RUN_SEED, 0, 0),
     )
-    actual = schedules.attack_images(model.method.attack, model.network, model.loss.call, batch).numpy()
+    actual = passes.attack_images(model.method.attack, model.network, model.loss.call, batch).numpy()
     only = Rows(first.images[:attacked], first.labels[:attacked], first.start, first.attack_labels[:attacked])
     expected, margin = reference.attack(recipe, state, only)
     assert recipe.norm == "l2" or margin > SAFE_MARGIN

@@ -44,9 +44,11 @@ def compile_passes(built: Run, images: int, compiler: Compiler, end: Work | None
         return Work.of(compiled)
 
     whole = cost("vanilla", lambda: programs.update(methods.vanilla()))
+    shadow, paired = methods.conadv(Attack()), methods.conadv(Attack(), schedule="paired")
+    both = next(iter(paired.passes))
     passes = {
-        "attack": cost("attack", lambda: programs.attack(Attack())),
-        "train and attack": cost("clean pass with attack", lambda: programs.training_pass_with_attack(Attack())),
+        "attack": cost("attack", lambda: programs.attack(shadow)),
+        both: cost("clean pass with attack", lambda: programs.training_pass_with_attack(paired)),
         "end": end or cost("end of an update", programs.end_of_update),
     }
     return {**passes, "train": whole - passes["end"]}

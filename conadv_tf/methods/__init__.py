@@ -13,7 +13,7 @@ from conadv_tf.methods.method import (
     vanilla,
 )
 from conadv_tf.methods.mixture import Mixture
-from conadv_tf.methods.schedules import Part, attack_images, parts_of, train_on, training_pass
+from conadv_tf.methods.passes import Part, attack_images, parts_of, train_on, training_pass
 
 __all__ = [
     "SCHEDULES",

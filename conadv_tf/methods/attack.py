@@ -12,7 +12,7 @@ from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
 NORMS = ("linf", "l2")
 GOALS = ("untargeted", "random_target")
-LABELS = (None, "hard", "smoothed")
+LABELS = (None, "hard", "smoothed", "predicted")
 UNITS = ("pixels", "release_units")
 BATCH_NORMS = ("main", "aux", "moving")
 COMPUTE_DTYPES = (None, "bfloat16")
@@ -35,8 +35,10 @@ class Attack:
       norm: "linf" (sign of the gradient, |δ| ≤ ε) or "l2" (gradient by its per-image RMS, RMS(δ) ≤ ε).
       goal: "untargeted" ascends the loss of the true label; "random_target" descends the loss of a uniformly random
         wrong label.
-      label: "hard" or "smoothed" (the training loss) cross-entropy; None: "smoothed" for the schedules "paired" and
-        "phased", else "hard".
+      label: the cross-entropy that the goal is about: "hard"; "smoothed", the training loss; "predicted", "hard" of the
+        class that the attacked network itself predicts where the attack begins, so that x̂ cannot tell the true one
+        (docs/method.md, label leaking). None: "smoothed" for the untargeted attack of "paired" and "phased", else
+        "hard".
       random_start_probability: the probability, drawn per batch, that δ_0 ~ U(−ε, ε) rather than 0, in [0, 1]; None: 0
         for the schedules "paired" and "phased", else 1.
       batch_norm: what the attack looks through, never updating it: "main" or "aux" (that branch with
@@ -70,6 +72,11 @@ class Attack:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"attack.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
+        if self.label == "predicted" and self.goal != "untargeted":
+            raise ConfigError(
+                f"attack.label='predicted' with attack.goal={self.goal!r}, which has labels of its own: leave out "
+                "one of the two"
+            )
         if not 0 <= self.epsilon_pixels <= 255:
             raise ConfigError(f"attack.epsilon_pixels={self.epsilon_pixels} is outside [0, 255] pixel levels")
         if self.step_size_pixels is not None and not self.step_size_pixels > 0:
@@ -103,19 +110,46 @@ class Attack:
         Returns:
           float32 [rows, H, W, C], in [0, 255] and within ε of `images` (see `units` for the exception).
         """
-        start_seed, coin_seed, target_seed = tf.unstack(tf.random.split(seed, 3))
-        if self.goal == "random_target":
-            labels = random_wrong_labels(labels, num_classes, target_seed)
+        start_seed, coin_seed, _ = _split(seed)
         epsilon, _, _ = self._bounds(images.shape[-1])
         probability = 1.0 if self.random_start_probability is None else self.random_start_probability
         coin = xla.random_uniform((), coin_seed, 0.0, 1.0)
         start = xla.random_uniform(tf.shape(images), start_seed, -1.0, 1.0)
         delta = start * tf.cast(coin < probability, tf.float32)
         adversarial = images + epsilon * delta
+        aim = self.aim(labels, num_classes, seed)
         for _ in range(self.steps):
-            adversarial = self._moved(images, delta, self.gradient(logits, loss, adversarial, labels))
+            gradient, aim = self.gradient(logits, loss, adversarial, aim)
+            adversarial = self._moved(images, delta, gradient)
             delta = tf.math.divide_no_nan(adversarial - images, epsilon)
         return tf.stop_gradient(adversarial)
+
+    def aim(self, labels: tf.Tensor, num_classes: int, seed: tf.Tensor) -> tf.Tensor | None:
+        """The labels that the attack is about, int32 [rows]: the true ones, or targets; None: those predicted.
+
+        Args: see `adversarial_examples`.
+        """
+        if self.label == "predicted":
+            return None
+        return labels if self.goal == "untargeted" else random_wrong_labels(labels, num_classes, _split(seed)[2])
+
+    def objective(self, loss, logits: tf.Tensor, aim: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+        """What the attack ascends: a float32 scalar, the sum over the rows, and the labels that it is about.
+
+        Args:
+          loss: see `adversarial_examples`.
+          logits: float32 [rows, classes].
+          aim: see `aim`.
+        """
+        if aim is None:
+            aim = tf.argmax(logits, 1, output_type=tf.int32)
+        if self.label == "smoothed":
+            losses = loss(aim, logits)
+        else:
+            # Of a label out of range this op makes NaN or an error, by device; the training loss tells of it.
+            known = tf.clip_by_value(aim, 0, logits.shape[-1] - 1)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(known, logits)
+        return tf.reduce_sum(losses if self.goal == "untargeted" else -losses), aim
 
     def one_step(self, images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """x̂ of one step from δ_0 = 0 along `gradient`, ∇_x of the loss to ascend, both float32 [rows, H, W, C].
@@ -128,6 +162,11 @@ class Attack:
     def forward_units(self) -> float:
         """The cost of making x̂, in forward passes over the images (docs/method.md)."""
         return self.steps * (1.5 if self.batch_norm == "moving" else 2.0)
+
+    @property
+    def is_training_gradient(self) -> bool:
+        """Whether what the attack ascends is the training loss itself, so that one backward pass serves both."""
+        return self.goal == "untargeted" and self.label == "smoothed"
 
     def keeps_whole_pixels(self) -> bool:
         """Tells whether the attack takes images of whole pixel levels to images of whole pixel levels."""
@@ -153,25 +192,20 @@ class Attack:
             return 1.0
         return self.step_size_pixels / self.epsilon_pixels
 
-    def gradient(self, logits: LogitsFunction, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        """The gradient with respect to the images of what the attack ascends, float32 [rows, H, W, C].
+    def gradient(
+        self, logits: LogitsFunction, loss, images: tf.Tensor, aim: tf.Tensor | None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The gradient with respect to the images of what the attack ascends, float32 [rows, H, W, C], and its labels.
 
         Args:
           logits, loss: see `adversarial_examples`.
           images: float32 [rows, H, W, C] in [0, 255], the point at which the gradient is taken.
-          labels: int32 [rows], the true ones, or for the goal "random_target" the targets.
+          aim: see `aim`.
         """
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(images)
-            if self.label == "smoothed":
-                losses = loss(labels, logits(images))
-            else:
-                values = logits(images)
-                # Of a label out of range this op makes NaN or an error, by device; the training loss tells of it.
-                known = tf.clip_by_value(labels, 0, values.shape[-1] - 1)
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(known, values)
-            objective = tf.reduce_sum(losses if self.goal == "untargeted" else -losses)
-        return tape.gradient(objective, images)
+            value, aim = self.objective(loss, logits(images), aim)
+        return tape.gradient(value, images), aim
 
     def _moved(self, images, delta, gradient):
         """x̂ after a step from `delta`, which is in units of ε: its ball is the unit ball, whatever ε's units are."""
@@ -186,6 +220,11 @@ class Attack:
         gradient = tf.math.divide_no_nan(gradient, tf.reduce_max(tf.abs(gradient), [1, 2, 3], keepdims=True))
         delta += self._relative_step() * tf.math.divide_no_nan(gradient, _rms(gradient))
         return delta / tf.maximum(1.0, _rms(delta))
+
+
+def _split(seed: tf.Tensor) -> list[tf.Tensor]:
+    """Seeds of the random start, of the coin that decides on it, and of the targets."""
+    return tf.unstack(tf.random.split(seed, 3))
 
 
 def random_wrong_labels(labels: tf.Tensor, num_classes: int, seed: tf.Tensor) -> tf.Tensor:

@@ -20,7 +20,7 @@ Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 # The number of passes by kind, a key of PASSES.
 Passes = dict[str, float]
 # The kinds of passes, and the forward passes that each costs; None: `Attack.forward_units`, by the attack's settings.
-PASSES: dict[str, float | None] = {"train": 3.0, "attack": None, "train and attack": 3.0}
+PASSES: dict[str, float | None] = {"train": 3.0, "attack": None, "train and attack": 3.0, "train, then attack": 4.0}
 
 
 class Batch(NamedTuple):
@@ -70,9 +70,10 @@ class Schedule:
     Attributes:
       name: the schedule's name in recipes and reports.
       gradients: (attack, mixture) → what one replica computes for a micro-batch.
-      passes: mixture → passes of one micro-batch on one replica.
+      passes: (attack, mixture) → passes of one micro-batch on one replica.
       method: "conadv" where `conadv.schedule` chooses it; None for a schedule that is a method of its own.
       attacks: whether there are adversarial examples, and so a branch of batch norm for them.
+      label: what attack.label is for an untargeted attack where a recipe does not say it.
       delay: updates that the attacked weights are old; None where `conadv.tau` says it.
       carries: (attack, mixture, spec of a micro-batch's images) → what one update leaves to the next; None: nothing.
       begin: (attack, mixture) → what makes the first carry, where a run begins or goes on; see `batches_ahead`.
@@ -84,9 +85,10 @@ class Schedule:
 
     name: str
     gradients: Callable[[Attack, Mixture], Gradients]
-    passes: Callable[[Mixture], Passes]
+    passes: Callable[[Attack, Mixture], Passes]
     method: str | None = None
     attacks: bool = True
+    label: str = "hard"
     delay: int | None = 0
     carries: Callable[[Attack, Mixture, tf.TensorSpec], dict[str, tf.TensorSpec]] | None = None
     begin: Callable[[Attack, Mixture], Begin] | None = None

@@ -90,7 +90,7 @@ class Method:
     @property
     def passes(self) -> Passes:
         """The passes of a micro-batch on one replica, by kind."""
-        return self.record.passes(self._given[1])
+        return self.record.passes(*self._given)
 
     @property
     def forward_units(self) -> float:
@@ -221,7 +221,7 @@ def _method(
     start = attack.random_start_probability
     attack = dataclasses.replace(
         attack,
-        label=attack.label or record.default("attack.label", "hard"),
+        label=attack.label or (record.label if attack.goal == "untargeted" else "hard"),
         random_start_probability=record.default("attack.random_start_probability", 1.0) if start is None else start,
     )
     return Method(record, (record.delay or 0) if tau is None else tau, attack, mixture)

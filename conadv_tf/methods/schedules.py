@@ -4,7 +4,8 @@
     shadow, disadv      x̂_t from θ_{t−τ} (disadv: θ_t), then g = (1 − w) ∇ mean L(θ_t; B_t; main BN)
                                                                    + w ∇ mean L(θ_t; B̂_t; adversarial BN)
     lookahead           the same g from {B_t, x̂_t} carried here; at the same θ_t x̂_{t+1} is made for B_{t+1}
-    paired              g from clean B_t and the x̂ of B_{t−1}; the clean pass also yields ∇_x, and with it x̂_t
+    paired              g from clean B_t and the x̂ of B_{t−1}; the clean pass also yields ∇_x, and with it x̂_t: the
+                        training gradient's own, or that of another label by a second backward pass to the images
     phased              paired, spread: one pass an update on each replica, clean and adversarial by turns
 
 Each is a pure function from (network at θ_t, network at θ_{t−τ}, loss, batch, carry) to (gradients, metrics, carry')
@@ -13,11 +14,9 @@ averages, the optimizer, the stale weights and the variables that hold the carry
 end of the page say the rest: costs, carries, delays, and the settings that a schedule excludes.
 """
 
-from typing import NamedTuple
-
 import tensorflow as tf
 
-from conadv_tf.methods.attack import Attack, LogitsFunction
+from conadv_tf.methods.attack import Attack
 from conadv_tf.methods.interface import (
     Batch,
     Begin,
@@ -32,72 +31,10 @@ from conadv_tf.methods.interface import (
     register,
 )
 from conadv_tf.methods.mixture import Mixture
+from conadv_tf.methods.passes import Part, ascended_by, attack_images, attacked, parts_of, train_on, training_pass
 from conadv_tf.models import xla
 from conadv_tf.models.resnet import ResNet
-from conadv_tf.models.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN, Turn
-
-
-class Part(NamedTuple):
-    """A pass of an update: `share` is its weight in the loss; `learns` whether BN's moving averages follow it."""
-
-    name: str
-    branch: str
-    share: float | tf.Tensor
-    images: tf.Tensor
-    labels: tf.Tensor
-    learns: bool | tf.Tensor = True
-
-
-def training_pass(network: ResNet, branch: str | Turn, loss: Loss, images, labels, learns: bool | tf.Tensor = True):
-    """Gradients of the mean loss of one pass through `branch`, ∇_x of it, the mean loss and top-1 in [0, 1]."""
-    variables = network.trainable_variables
-    with tf.GradientTape() as tape:
-        tape.watch(images)
-        logits = network(images, branch=branch, mode="batch", update_statistics=learns)
-        value = tf.reduce_mean(loss(labels, logits))
-    *gradients, by_image = tape.gradient(
-        value, [*variables, images], unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
-    correct = tf.equal(tf.argmax(logits, 1, output_type=labels.dtype), labels)
-    return gradients, by_image, value, tf.reduce_mean(tf.cast(correct, tf.float32))
-
-
-def train_on(network: ResNet, loss: Loss, parts: list[Part]):
-    """The mixed gradient of the passes, their metrics, and ∇_x of the first pass."""
-    mixed: list[tf.Tensor] = []
-    metrics: dict[str, tf.Tensor] = {"loss": tf.constant(0.0)}
-    by_image = None
-    for part in parts:
-        # One tape per pass, and one pass after the other: the activations of one are freed before the next begins.
-        mixed, [images] = xla.barrier(mixed, [part.images])
-        own, own_by_image, value, top1 = training_pass(network, part.branch, loss, images, part.labels, part.learns)
-        by_image = own_by_image if by_image is None else by_image
-        own = [part.share * gradient for gradient in own]
-        mixed = [m + g for m, g in zip(mixed, own, strict=True)] if mixed else own
-        metrics |= {
-            "loss": metrics["loss"] + part.share * value,
-            f"{part.name}_loss": value,
-            f"{part.name}_top1": top1,
-        }
-    return mixed, metrics, by_image
-
-
-def attacked_logits(attack: Attack, network: ResNet) -> LogitsFunction:
-    """`network` as the attack looks through it, which leaves no trace in it."""
-    branch = ADVERSARIAL if attack.batch_norm == "aux" else MAIN
-    mode = "moving" if attack.batch_norm == "moving" else "batch"
-    silent = {"update_statistics": False, "synchronize": False}
-
-    def logits(images: tf.Tensor) -> tf.Tensor:
-        return network(images, branch=branch, mode=mode, activation_dtype=attack.compute_dtype, **silent)
-
-    return logits
-
-
-def attack_images(attack: Attack, network: ResNet, loss: Loss, batch: Batch) -> tf.Tensor:
-    """x̂ of the batch at the weights of `network`."""
-    logits = attacked_logits(attack, network)
-    return attack.adversarial_examples(logits, network.num_classes, loss, batch.images, batch.labels, batch.seed)
+from conadv_tf.models.split_batchnorm import MAIN, Turn
 
 
 def vanilla(attack: Attack, mixture: Mixture) -> Gradients:
@@ -154,10 +91,11 @@ def paired(attack: Attack, mixture: Mixture) -> Gradients:
 
     def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
         begun = carry["begun"]
-        *others, adversarial = parts_of(mixture, batch, _pixels(carry["adversarial"]))
+        clean, *others, adversarial = parts_of(mixture, batch, _pixels(carry["adversarial"]))
+        clean = clean._replace(ascended=ascended_by(attack, network.num_classes, loss, batch))
         weight = mixture.weight * tf.cast(begun, tf.float32)
         adversarial = adversarial._replace(share=weight, labels=carry["adversarial_labels"], learns=begun)
-        gradients, metrics, by_image = train_on(network, loss, [*others, adversarial])
+        gradients, metrics, by_image = train_on(network, loss, [clean, *others, adversarial])
         metrics |= {name: tf.where(begun, metrics[name], 0.0) for name in ("adversarial_loss", "adversarial_top1")}
         return Update(gradients, metrics, _crafted(attack, mixture, batch, by_image))
 
@@ -168,9 +106,11 @@ def begin_paired(attack: Attack, mixture: Mixture) -> Begin:
     """The carry into the update after the one that trained on `batch` at the weights of `stale`."""
 
     def begin(stale: ResNet, loss: Loss, batch: Batch) -> Carry:
+        ascended = ascended_by(attack, stale.num_classes, loss, batch)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(batch.images)
-            value = tf.reduce_mean(loss(batch.labels, stale(batch.images, mode="batch")))
+            logits = stale(batch.images, mode="batch")
+            value = ascended(logits) if ascended else tf.reduce_mean(loss(batch.labels, logits))
         return _crafted(attack, mixture, batch, tape.gradient(value, batch.images))
 
     return begin
@@ -188,7 +128,8 @@ def phased(attack: Attack, mixture: Mixture) -> Gradients:
         images = tf.where(clean, batch.images, _pixels(carry["adversarial"]))
         labels = tf.where(clean, batch.labels, carry["adversarial_labels"])
         share = 2.0 * tf.where(clean, 1.0 - mixture.weight, mixture.weight * tf.cast(begun, tf.float32))
-        gradients, by_image, value, top1 = training_pass(network, Turn(clean), loss, images, labels, begun)
+        ascended = ascended_by(attack, network.num_classes, loss, batch)
+        gradients, by_image, value, top1 = training_pass(network, Turn(clean), loss, images, labels, begun, ascended)
         metrics = {"loss": share * value}
         for name, counts in (("clean", clean), ("adversarial", tf.logical_and(tf.logical_not(clean), begun))):
             count = 2.0 * tf.cast(counts, tf.float32)
@@ -210,24 +151,8 @@ def begin_phased(attack: Attack, mixture: Mixture) -> Begin:
     return begin
 
 
-def attacked(mixture: Mixture, batch: Batch) -> Batch:
-    """The rows of the batch that are made adversarial."""
-    rows = mixture.attacked_rows(batch.images.shape[0])
-    return Batch(batch.images[:rows], batch.labels[:rows], batch.seed)
-
-
-def parts_of(mixture: Mixture, batch: Batch, adversarial: tf.Tensor) -> list[Part]:
-    """The passes of an update, the adversarial one last; an augmented image shares the clean one's weight equally."""
-    share = (1 - mixture.weight) / 2 if mixture.augmented else 1 - mixture.weight
-    parts = [Part("clean", MAIN, share, batch.images, batch.labels)]
-    if mixture.augmented:
-        parts.append(Part("augmented", AUGMENTED, share, batch.augmented, batch.labels))
-    labels = attacked(mixture, batch).labels
-    return [*parts, Part("adversarial", ADVERSARIAL, mixture.weight, adversarial, labels)]
-
-
 def _crafted(attack: Attack, mixture: Mixture, batch: Batch, by_image: tf.Tensor) -> Carry:
-    """The carry of `paired`: x̂ from the training gradient of the clean pass."""
+    """The carry of `paired`: x̂ from the gradient of the clean pass."""
     images, labels, *_ = attacked(mixture, batch)
     adversarial = attack.one_step(images, by_image[: images.shape[0]])
     return {"adversarial": adversarial, "adversarial_labels": labels, "begun": tf.constant(True)}
@@ -237,12 +162,16 @@ def _pixels(images: tf.Tensor | None) -> tf.Tensor | None:
     return None if images is None else tf.cast(images, tf.float32)
 
 
-def _attack_apart(mixture: Mixture) -> Passes:
+def _attack_apart(attack: Attack, mixture: Mixture) -> Passes:
     return {"train": 1 + mixture.augmented + mixture.fraction, "attack": mixture.fraction}
 
 
-def _attack_shared(mixture: Mixture) -> Passes:
-    return {"train and attack": 1, "train": mixture.augmented + mixture.fraction}
+def _attack_within(attack: Attack, mixture: Mixture) -> Passes:
+    return {_clean_pass(attack): 1, "train": mixture.augmented + mixture.fraction}
+
+
+def _clean_pass(attack: Attack) -> str:
+    return "train and attack" if attack.is_training_gradient else "train, then attack"
 
 
 _NO_AUGMENTED = Requirement(
@@ -251,13 +180,11 @@ _NO_AUGMENTED = Requirement(
 _ONE_PASS = Requirement(
     {
         "attack.random_start_probability": (None, 0.0),
-        "attack.label": (None, "smoothed"),
         "attack.steps": (1,),
-        "attack.goal": ("untargeted",),
         "attack.batch_norm": ("main",),
         "attack.compute_dtype": (None,),
     },
-    "whose attack is a by-product of the clean pass",
+    "which makes x̂ from the clean pass at the clean images",
     "schedule 'shadow' or 'lookahead'",
 )
 _EQUAL_TURNS = Requirement(
@@ -271,20 +198,29 @@ _CRAFTED = carrying("adversarial", "adversarial_labels", "begun")
 _BATCH_AND_CRAFTED = carrying("images", "labels", "adversarial", "adversarial_labels", "begun")
 
 for _schedule in (
-    Schedule("vanilla", vanilla, lambda mixture: {"train": 1}, attacks=False, requires=(_NO_AUGMENTED,)),
+    Schedule("vanilla", vanilla, lambda attack, mixture: {"train": 1}, attacks=False, requires=(_NO_AUGMENTED,)),
     Schedule("disadv", shadow, _attack_apart),
     Schedule("shadow", shadow, _attack_apart, "conadv", delay=None),
     Schedule(
         "lookahead", lookahead, _attack_apart, "conadv", delay=1, carries=_NEXT, begin=begin_lookahead, batches_ahead=1
     ),
     Schedule(
-        "paired", paired, _attack_shared, "conadv", delay=1, carries=_CRAFTED, begin=begin_paired, requires=(_ONE_PASS,)
+        "paired",
+        paired,
+        _attack_within,
+        "conadv",
+        label="smoothed",
+        delay=1,
+        carries=_CRAFTED,
+        begin=begin_paired,
+        requires=(_ONE_PASS,),
     ),
     Schedule(
         "phased",
         phased,
-        lambda mixture: {"train and attack": 1},
+        lambda attack, mixture: {_clean_pass(attack): 1},
         "conadv",
+        label="smoothed",
         delay=1,
         carries=_BATCH_AND_CRAFTED,
         begin=begin_phased,

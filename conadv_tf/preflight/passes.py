@@ -7,6 +7,7 @@ in a program what they cost alone:
     train              a training pass                                                vanilla − end
     attack             the pass that makes x̂                                          own − end − others, or compiled
     train and attack   a training pass that makes x̂ too, as in `paired`               own − end − others, or compiled
+    train, then attack the same, with a backward pass of its own for x̂                own − end − others, or compiled
 
 An update of M micro-batches is M times its passes, M additions to the sums, and one end.
 """
@@ -25,6 +26,9 @@ from conadv_tf.training.sizes import count_numbers
 
 # Names of compiled programs, beside that of the run's own method.
 VANILLA, END, ATTACK, BOTH = "vanilla", "end of an update", "attack pass", "clean pass of paired"
+# Passes, the program that is compiled for each, and its cost in training passes by forward units. A run's attack is one
+# of those that the last two make, so that one program serves them.
+_FURTHER = (("attack", ATTACK, 2 / 3), ("train and attack", BOTH, 1.0), ("train, then attack", BOTH, 4 / 3))
 
 
 class Passes:
@@ -42,7 +46,7 @@ class Passes:
         self._end = Work.of(costs[END])
         train = Work.of(costs[VANILLA]) - self._end
         self._passes = {"train": train}
-        for name, key, share_of_train in (("attack", ATTACK, 2 / 3), ("train and attack", BOTH, 1.0)):
+        for name, key, share_of_train in _FURTHER:
             if key in costs:
                 # A pass that exceeds HBM has no cost: its row says that it does not fit, beside the time of its units.
                 self._passes[name] = train * share_of_train if costs[key].over_bytes else Work.of(costs[key])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.methods.attack import Attack
 from conadv_tf.preflight import tpu_compiler
 from conadv_tf.preflight.compiled import CompiledPrograms, Lowerings
 from conadv_tf.preflight.passes import (
@@ -129,17 +128,17 @@ def run_preflight(built: Run, compiler: Compiler) -> Preflight:
 def _lowerings(built: Run, rows: int, compared: list[methods.Method]) -> Lowerings:
     """The programs that the rows of the table need, the run's own update first."""
     lower, own = Programs(built, rows), compared[0]
-    attack = next((method.attack for method in compared if method.attack), None) or Attack()
     wanted: dict[str, Callable[[], bytes]] = {
         own.kind: functools.partial(lower.update, own),
         VANILLA: functools.partial(lower.update, methods.vanilla()),
         END: lower.end_of_update,
     }
-    needed = {part for method in compared for part in method.passes} - own.passes.keys()
-    if "attack" in needed:
-        wanted[ATTACK] = functools.partial(lower.attack, attack)
-    if "train and attack" in needed:
-        wanted[BOTH] = functools.partial(lower.training_pass_with_attack, attack)
+    further = {"attack": (ATTACK, lower.attack), "train and attack": (BOTH, lower.training_pass_with_attack)}
+    further["train, then attack"] = further["train and attack"]
+    for method in compared[1:]:
+        for part in method.passes.keys() & further.keys() - own.passes.keys():
+            name, program = further[part]
+            wanted[name] = functools.partial(program, method)
     return wanted
 
 

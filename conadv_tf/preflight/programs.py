@@ -9,8 +9,7 @@ import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from conadv_tf import methods
-from conadv_tf.methods import schedules
-from conadv_tf.methods.attack import Attack
+from conadv_tf.methods import passes
 from conadv_tf.models import xla
 from conadv_tf.models.split_batchnorm import MAIN, deferred_statistics
 from conadv_tf.run.build import Run
@@ -39,26 +38,29 @@ class Programs:
         sums = [tf.TensorSpec(shape) for shape in update.contribution_shapes]
         return lower(lambda *values: update.apply(list(values)), *sums)
 
-    def attack(self, attack: Attack) -> bytes:
-        """The pass that makes x̂ from a micro-batch, through the main branch."""
+    def attack(self, method: methods.Method) -> bytes:
+        """The pass that makes a method's x̂ from a micro-batch, through the main branch."""
         model = self._model(methods.vanilla())
 
         def attacked(images, labels):
             batch = methods.Batch(tf.cast(images, tf.float32), labels, tf.constant([0, 1]))
-            return schedules.attack_images(attack, model.network, model.example_losses, batch)
+            return passes.attack_images(method.attack, model.network, model.example_losses, batch)
 
         return lower(attacked, *self._data(methods.vanilla()))
 
-    def training_pass_with_attack(self, attack: Attack) -> bytes:
+    def training_pass_with_attack(self, method: methods.Method) -> bytes:
         """The clean pass of `paired`: the gradients by the weights, and x̂ from that by the images."""
         model = self._model(methods.vanilla())
+        network, loss, attack = model.network, model.example_losses, method.attack
 
         def both(images, labels):
-            images = tf.cast(images, tf.float32)
+            batch = methods.Batch(tf.cast(images, tf.float32), labels, tf.constant([0, 1]))
+            ascended = passes.ascended_by(attack, network.num_classes, loss, batch)
             with deferred_statistics() as statistics:
-                gradients, by_image, value, top1 = schedules.training_pass(
-                    model.network, MAIN, model.example_losses, images, labels
+                gradients, by_image, value, top1 = passes.training_pass(
+                    network, MAIN, loss, *batch[:2], ascended=ascended
                 )
+            images = batch.images
             return gradients, [new for _, new in statistics], value, top1, attack.one_step(images, by_image)
 
         return lower(both, *self._data(methods.vanilla()))

@@ -14,8 +14,8 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.methods import schedules
-from conadv_tf.methods.attack import Attack, random_wrong_labels
+from conadv_tf.methods import passes
+from conadv_tf.methods.attack import Attack
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import ADVERSARIAL
 from conadv_tf.run.folder import recorded
@@ -123,9 +123,8 @@ def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
 
 def _input_gradient(attack: Attack, network: ResNet, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """∇_x of what the attack ascends for each image, through the batch norm that the attack looks through."""
-    if attack.goal == "random_target":
-        labels = random_wrong_labels(labels, network.num_classes, TARGET_SEED)
-    return attack.gradient(schedules.attacked_logits(attack, network), loss, images, labels)
+    aim = attack.aim(labels, network.num_classes, tf.constant(TARGET_SEED))
+    return attack.gradient(passes.attacked_logits(attack, network), loss, images, aim)[0]
 
 
 def _adversarial_loss(network: ResNet, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:

@@ -14,7 +14,7 @@ import tf_keras
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
-from conadv_tf.methods import schedules
+from conadv_tf.methods import passes
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.training import collectives, metrics, refusals
@@ -352,7 +352,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         attack = self.method.attack
         if attack is None:
             raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
-        return self.inspection(lambda _, stale, loss, batch: schedules.attack_images(attack, stale, loss, batch))
+        return self.inspection(lambda _, stale, loss, batch: passes.attack_images(attack, stale, loss, batch))
 
     def inspection(self, function: Callable) -> Callable:
         """A program: `function`(network at θ_t, network at θ_{t−τ}, loss, *arguments), which must assign nothing.
