@@ -30,6 +30,7 @@ CONFIGURED_MODULES = (
     "data.streaming",
     "data.subset",
     "methods.attack",
+    "methods.controls",
     "methods.method",
     "methods.mixture",
     "run.build",

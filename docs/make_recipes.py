@@ -24,7 +24,7 @@ DOCUMENT = Path(__file__).with_name("recipes.md")
 CHAPTERS = {
     "Data": ("data", "digits", "tfrecords", "tfds", "synthetic", "stream", "autoaugment", "subset"),
     "Training": ("train", "model", "lars", "sgd", "learning_rate", "loss"),
-    "Method": ("attack", "conadv", "adversarial"),
+    "Method": ("attack", "conadv", "adversarial", "sam"),
     "Execution": ("mirrored", "divergence", "monitor"),
 }
 INTRODUCTION = """\

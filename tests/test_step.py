@@ -172,7 +172,7 @@ def test_random_starts_differ_between_updates_and_between_micro_batches():
         tf.py_function(lambda seed: seen.append(tuple(seed.numpy())), [batch.seed], [])
         return methods.vanilla().gradients(network, stale, loss, batch, carry)
 
-    record = dataclasses.replace(methods.SCHEDULES["vanilla"], gradients=lambda attack, mixture: spy)
+    record = dataclasses.replace(methods.SCHEDULES["vanilla"], gradients=lambda: spy)
     method = dataclasses.replace(methods.vanilla(), record=record)
     model = make_model(method, microbatches=3)
     fit(model, images, labels, 4)

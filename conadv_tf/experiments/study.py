@@ -26,11 +26,13 @@ class MethodRow:
       label: what tables call the method.
       recipe: the method's file in gin/method.
       params: gin parameters over that file's.
+      epsilon_by: the row at which the scale's ε is chosen for this one, where the scale offers several.
     """
 
     label: str
     recipe: str
     params: tuple[str, ...] = ()
+    epsilon_by: str = "paired"
 
     @property
     def is_adversarial(self) -> bool:
@@ -49,12 +51,22 @@ class MethodRow:
 # core for both: there an update of plain training takes up to half as long
 # again. An estimate, for the time that is left.
 AUTOAUGMENT_UNITS = 1.5
+_PAIRED = "conadv.schedule='paired'"
 METHOD_ROWS = {
     "vanilla": MethodRow("ResNet", "vanilla"),
     "aa": MethodRow("+ AA", "aa"),
     "disadv": MethodRow("+ DisAdv", "disadv"),
     "conadv": MethodRow("+ ConAdv", "conadv"),
-    "paired": MethodRow("+ ConAdv, paired", "conadv", ("conadv.schedule='paired'",)),
+    "paired": MethodRow("+ ConAdv, paired", "conadv", (_PAIRED,)),
+    "paired_predicted": MethodRow(
+        "+ ConAdv, paired, predicted label", "conadv", (_PAIRED, "attack.label='predicted'"), "paired_predicted"
+    ),
+    "paired_target": MethodRow(
+        "+ ConAdv, paired, random target", "conadv", (_PAIRED, "attack.goal='random_target'"), "paired_target"
+    ),
+    "conadv_predicted": MethodRow(
+        "+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",), "paired_predicted"
+    ),
     "conadv_aa": MethodRow("+ ConAdv + AA", "conadv_aa"),
 }
 
@@ -68,7 +80,7 @@ class Scale:
       batches: the paper's batch sizes that the scale has.
       methods: the methods that the scale has, keys of METHOD_ROWS.
       rates: peak learning rates to choose from for every method and batch; empty: the recipe's.
-      epsilons: ε to choose from once, by `paired` at 96k and `epsilon_rate`; empty: the recipe's.
+      epsilons: ε to choose from, at 96k and `epsilon_rate`, see `MethodRow.epsilon_by`; empty: the recipe's.
       epsilon_rate: peak learning rate, one of `rates`.
       table5: epsilons of Table 5.
       policy: AutoAugment's policy.
@@ -108,7 +120,7 @@ SCALES = {
             epsilon_rate=10.0,
         ),
         Scale("cifar10", _LARGE, **_CIFAR10),
-        Scale("cifar10_crop_flip", _LARGE, **_CIFAR10),
+        Scale("cifar10_crop_flip", _LARGE, **{**_CIFAR10, "epsilons": (1.0, 2.0, 4.0, 8.0)}),
         # The largest rate was added when plain training, on validation images, was best at the largest of those before.
         Scale(
             "cifar10_sgd",
@@ -222,7 +234,7 @@ class Study:
         choosing: list[Cell] = []
         own_epsilon = None  # the ε at which the learning rate is chosen
         if row.is_adversarial and scale.epsilons:
-            first = Cell(scale.name, "96k", "paired", 0, scale.epsilon_rate)
+            first = Cell(scale.name, "96k", row.epsilon_by, 0, scale.epsilon_rate)
             choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
             best = self._best(choosing, guess)
             if not best:

@@ -1,6 +1,7 @@
 """The training methods: attack, schedules, and the choice between them. schedules.py is the page to read."""
 
 from conadv_tf.methods.attack import Attack
+from conadv_tf.methods.controls import Ascent
 from conadv_tf.methods.interface import SCHEDULES, Batch, Requirement, Schedule, Update, carrying, register
 from conadv_tf.methods.method import (
     Method,
@@ -9,6 +10,8 @@ from conadv_tf.methods.method import (
     disadv,
     make_method,
     method_names,
+    noise,
+    sam,
     schedules_of,
     vanilla,
 )
@@ -17,6 +20,7 @@ from conadv_tf.methods.passes import Part, attack_images, parts_of, train_on, tr
 
 __all__ = [
     "SCHEDULES",
+    "Ascent",
     "Attack",
     "Batch",
     "Method",
@@ -32,8 +36,10 @@ __all__ = [
     "disadv",
     "make_method",
     "method_names",
+    "noise",
     "parts_of",
     "register",
+    "sam",
     "schedules_of",
     "train_on",
     "training_pass",

@@ -69,14 +69,15 @@ class Schedule:
 
     Attributes:
       name: the schedule's name in recipes and reports.
-      gradients: (attack, mixture) → what one replica computes for a micro-batch.
-      passes: (attack, mixture) → passes of one micro-batch on one replica.
+      gradients: (*settings) → what one replica computes for a micro-batch.
+      passes: (*settings) → passes of one micro-batch on one replica.
       method: "conadv" where `conadv.schedule` chooses it; None for a schedule that is a method of its own.
-      attacks: whether there are adversarial examples, and so a branch of batch norm for them.
+      settings: the kinds of its settings, by their name in a recipe: dataclasses that gin configures. With an Attack
+        there are adversarial examples, and a branch of batch norm for them.
       label: what attack.label is for an untargeted attack where a recipe does not say it.
       delay: updates that the attacked weights are old; None where `conadv.tau` says it.
-      carries: (attack, mixture, spec of a micro-batch's images) → what one update leaves to the next; None: nothing.
-      begin: (attack, mixture) → what makes the first carry, where a run begins or goes on; see `batches_ahead`.
+      carries: (*settings, spec of a micro-batch's images) → what one update leaves to the next; None: nothing.
+      begin: (*settings) → what makes the first carry, where a run begins or goes on; see `batches_ahead`.
       batches_ahead: update t is handed batch t + batches_ahead. `begin` takes the batch before that one; a run's first
         update goes without where there is none.
       updates_per_batch: updates that one batch of every replica lasts for. With 2 the replicas take turns.
@@ -84,14 +85,14 @@ class Schedule:
     """
 
     name: str
-    gradients: Callable[[Attack, Mixture], Gradients]
-    passes: Callable[[Attack, Mixture], Passes]
+    gradients: Callable[..., Gradients]
+    passes: Callable[..., Passes]
     method: str | None = None
-    attacks: bool = True
+    settings: Mapping[str, type] = dataclasses.field(default_factory=lambda: {"attack": Attack, "adversarial": Mixture})
     label: str = "hard"
     delay: int | None = 0
-    carries: Callable[[Attack, Mixture, tf.TensorSpec], dict[str, tf.TensorSpec]] | None = None
-    begin: Callable[[Attack, Mixture], Begin] | None = None
+    carries: Callable[..., dict[str, tf.TensorSpec]] | None = None
+    begin: Callable[..., Begin] | None = None
     batches_ahead: int = 0
     updates_per_batch: int = 1
     requires: tuple[Requirement, ...] = ()

@@ -9,7 +9,7 @@ through BN statistics of its own; it shares the clean one's weight 1 − w equal
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import gin
 import tensorflow as tf
@@ -17,6 +17,7 @@ import tensorflow as tf
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import schedules  # noqa: F401  (the page registers its schedules)
 from conadv_tf.methods.attack import Attack
+from conadv_tf.methods.controls import Ascent
 from conadv_tf.methods.interface import PASSES, SCHEDULES, Begin, Gradients, Passes, Schedule
 from conadv_tf.methods.mixture import Mixture
 from conadv_tf.models.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN
@@ -31,14 +32,22 @@ class Method:
     Attributes:
       record: the schedule.
       tau: delay of the weights that the attack sees; the trainer keeps that many shadow copies.
-      attack: how adversarial examples are made; None where there are none.
-      mixture: the part that adversarial examples have in an update; None where there are none.
+      settings: its settings, of the kinds that the record names.
     """
 
     record: Schedule
     tau: int
-    attack: Attack | None
-    mixture: Mixture | None
+    settings: tuple[Any, ...] = ()
+
+    @property
+    def attack(self) -> Attack | None:
+        """How adversarial examples are made; None where there are none."""
+        return next((settings for settings in self.settings if isinstance(settings, Attack)), None)
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The part that adversarial examples have in an update; None where there are none."""
+        return next((settings for settings in self.settings if isinstance(settings, Mixture)), None)
 
     @property
     def name(self) -> str:
@@ -58,12 +67,12 @@ class Method:
     @property
     def gradients(self) -> Gradients:
         """The function that one replica runs for a micro-batch."""
-        return self.record.gradients(*self._given)
+        return self.record.gradients(*self.settings)
 
     @property
     def begin(self) -> Begin | None:
         """The function that makes the first carry; None where nothing has to be made."""
-        return self.record.begin and self.record.begin(*self._given)
+        return self.record.begin and self.record.begin(*self.settings)
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -90,7 +99,7 @@ class Method:
     @property
     def passes(self) -> Passes:
         """The passes of a micro-batch on one replica, by kind."""
-        return self.record.passes(*self._given)
+        return self.record.passes(*self.settings)
 
     @property
     def forward_units(self) -> float:
@@ -129,7 +138,7 @@ class Method:
                 f"{self.record.setting} carries images between updates and needs batches of one size: "
                 "batch the data with drop_remainder=True"
             )
-        return self.record.carries(*self._given, images)
+        return self.record.carries(*self.settings, images)
 
     def batches_before(self, update: int) -> int:
         """Batches of every replica that the data must be past for a run to go on at `update`.
@@ -142,9 +151,12 @@ class Method:
 
     def get_config(self) -> dict[str, Any]:
         """The method in plain values, for `from_config`."""
-        parts = {"attack": self.attack, "mixture": self.mixture}
-        settings = {name: dataclasses.asdict(part) if part else None for name, part in parts.items()}
-        return {"kind": self.kind, "tau": self.tau, **settings}
+        settings = zip(self.record.settings, self.settings, strict=True)
+        return {
+            "kind": self.kind,
+            "tau": self.tau,
+            "settings": {name: dataclasses.asdict(values) for name, values in settings},
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Method":
@@ -153,20 +165,16 @@ class Method:
         Raises:
           ConfigError: if its schedule is not registered here.
         """
-        kind, attack, mixture = config["kind"], config["attack"], config["mixture"]
-        if kind not in SCHEDULES:
-            raise ConfigError(f"schedule {kind!r} is not known here: register it before the model is loaded")
-        return cls(SCHEDULES[kind], config["tau"], attack and Attack(**attack), mixture and Mixture(**mixture))
-
-    @property
-    def _given(self) -> tuple[Attack, Mixture]:
-        # A schedule without attacks is handed None twice, and looks at neither.
-        return cast(Attack, self.attack), cast(Mixture, self.mixture)
+        if config["kind"] not in SCHEDULES:
+            raise ConfigError(f"schedule {config['kind']!r} is not known here: register it before the model is loaded")
+        record = SCHEDULES[config["kind"]]
+        settings = tuple(kind(**config["settings"][name]) for name, kind in record.settings.items())
+        return cls(record, config["tau"], settings)
 
 
 def vanilla() -> Method:
     """Training without adversarial examples."""
-    return _plain(SCHEDULES["vanilla"])
+    return _method(SCHEDULES["vanilla"], ())
 
 
 def disadv(attack: Attack | None = None, mixture: Mixture | None = None) -> Method:
@@ -174,7 +182,25 @@ def disadv(attack: Attack | None = None, mixture: Mixture | None = None) -> Meth
 
     Args: see `conadv`.
     """
-    return _method(SCHEDULES["disadv"], attack, mixture)
+    return _method(SCHEDULES["disadv"], (attack or Attack(), mixture or Mixture()))
+
+
+def noise(attack: Attack | None = None, mixture: Mixture | None = None) -> Method:
+    """The control of an attack: ±ε of random sign in its place (controls.py).
+
+    Args: see `conadv`.
+    """
+    return _method(SCHEDULES["noise"], (attack or Attack(), mixture or Mixture()))
+
+
+def sam(ascent: Ascent | None = None, stale: bool = False) -> Method:
+    """Sharpness-aware minimisation (controls.py).
+
+    Args:
+      ascent: how far the weights move; None takes gin's `sam`.
+      stale: whether the direction is that at the weights one update old.
+    """
+    return _method(SCHEDULES["sam_stale" if stale else "sam"], (ascent or Ascent(),))
 
 
 @gin.configurable(denylist=["attack", "mixture"])
@@ -203,41 +229,38 @@ def conadv(
             f"conadv.tau={tau} with {record.setting}, whose delay is {record.delay}: set conadv.tau={record.delay} or "
             "use 'shadow'"
         )
-    return _method(record, attack, mixture, tau)
-
-
-def _plain(record: Schedule, augmented: bool = False) -> Method:
-    """A schedule without adversarial examples, which has no settings."""
-    record.check({"autoaugment.mode": _mode(augmented)})
-    return Method(record, record.delay or 0, None, None)
+    return _method(record, (attack or Attack(), mixture or Mixture()), tau)
 
 
 def _method(
-    record: Schedule, attack: Attack | None = None, mixture: Mixture | None = None, tau: int | None = None
+    record: Schedule, settings: tuple[Any, ...], tau: int | None = None, augmented: bool | None = None
 ) -> Method:
-    """A schedule with its settings, checked and resolved."""
-    attack, mixture = attack or Attack(), mixture or Mixture()
-    record.check(_settings(attack, mixture))
+    """A schedule with its settings, checked and resolved; `augmented`: the data's, where the settings do not say it."""
+    values = {
+        f"{name}.{field}": value
+        for name, part in zip(record.settings, settings, strict=True)
+        for field, value in dataclasses.asdict(part).items()
+    }
+    augmented = values.get("adversarial.augmented", augmented)
+    record.check({**values, "autoaugment.mode": "concat3" if augmented else "replace"})
+    resolved = tuple(_resolved(record, part) if isinstance(part, Attack) else part for part in settings)
+    return Method(record, (record.delay or 0) if tau is None else tau, resolved)
+
+
+def _resolved(record: Schedule, attack: Attack) -> Attack:
+    """The attack with a value for what a recipe leaves to the schedule."""
     start = attack.random_start_probability
-    attack = dataclasses.replace(
+    return dataclasses.replace(
         attack,
         label=attack.label or (record.label if attack.goal == "untargeted" else "hard"),
         random_start_probability=record.default("attack.random_start_probability", 1.0) if start is None else start,
     )
-    return Method(record, (record.delay or 0) if tau is None else tau, attack, mixture)
 
 
-def _settings(attack: Attack, mixture: Mixture) -> dict[str, Any]:
-    """The settings that a schedule may exclude, by their names in recipes."""
-    return {
-        **{f"attack.{name}": value for name, value in dataclasses.asdict(attack).items()},
-        **{f"adversarial.{name}": value for name, value in dataclasses.asdict(mixture).items()},
-        "autoaugment.mode": _mode(mixture.augmented),
-    }
-
-
-def _mode(augmented: bool) -> str:
-    return "concat3" if augmented else "replace"
+def _configured(record: Schedule, augmented: bool, tau: int | None = None) -> Method:
+    """A schedule with its settings as gin has them."""
+    settings = (kind(augmented=augmented) if kind is Mixture else kind() for kind in record.settings.values())
+    return _method(record, tuple(settings), tau, augmented)
 
 
 def method_names() -> tuple[str, ...]:
@@ -260,8 +283,7 @@ def make_method(name: str, augmented: bool = False) -> Method:
         raise ConfigError(f"train.method={name!r} is not known: choose one of {', '.join(method_names())}")
     if name not in SCHEDULES:
         return conadv(mixture=Mixture(augmented=augmented))
-    record = SCHEDULES[name]
-    return _method(record, mixture=Mixture(augmented=augmented)) if record.attacks else _plain(record, augmented)
+    return _configured(SCHEDULES[name], augmented)
 
 
 def alternatives(own: Method) -> tuple[list[Method], list[str]]:
@@ -278,8 +300,7 @@ def alternatives(own: Method) -> tuple[list[Method], list[str]]:
         try:
             # The paper's delay, where a schedule has any.
             tau = 1 if record.delay is None else record.delay
-            other = _method(record, mixture=Mixture(augmented=augmented), tau=tau) if record.attacks else _plain(record)
-            found.append(other)
+            found.append(_configured(record, augmented and bool(record.settings), tau))
         except ConfigError as error:
             excluded.append(f"no row for {name}: {str(error).splitlines()[0]}")
     return found, excluded

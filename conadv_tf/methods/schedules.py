@@ -37,7 +37,7 @@ from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN, Turn
 
 
-def vanilla(attack: Attack, mixture: Mixture) -> Gradients:
+def vanilla() -> Gradients:
     """Plain training on the clean batch."""
 
     def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
@@ -174,7 +174,7 @@ def _clean_pass(attack: Attack) -> str:
     return "train and attack" if attack.is_training_gradient else "train, then attack"
 
 
-_NO_AUGMENTED = Requirement(
+NO_AUGMENTED = Requirement(
     {"autoaugment.mode": ("replace",)}, "which has no pass for the augmented image", "an adversarial method"
 )
 _ONE_PASS = Requirement(
@@ -198,7 +198,7 @@ _CRAFTED = carrying("adversarial", "adversarial_labels", "begun")
 _BATCH_AND_CRAFTED = carrying("images", "labels", "adversarial", "adversarial_labels", "begun")
 
 for _schedule in (
-    Schedule("vanilla", vanilla, lambda attack, mixture: {"train": 1}, attacks=False, requires=(_NO_AUGMENTED,)),
+    Schedule("vanilla", vanilla, lambda: {"train": 1}, settings={}, requires=(NO_AUGMENTED,)),
     Schedule("disadv", shadow, _attack_apart),
     Schedule("shadow", shadow, _attack_apart, "conadv", delay=None),
     Schedule(

@@ -13,7 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.models import expansion, stem_convolution, xla
+from conadv_tf.models import expansion, moved, stem_convolution, xla
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
 # Channel means and standard deviations on the 0..1 scale.
@@ -108,7 +108,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         return tf.nn.relu(outputs) if self.relu else outputs
 
     def _normalized(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        kernel = tf.cast(self.conv.kernel, inputs.dtype)
+        kernel = tf.cast(moved.read(self.conv.kernel), inputs.dtype)
         if self._expands(inputs) and self.norm.is_local(norm_call) and xla.is_compiling():
             return self._expanded(inputs, kernel, norm_call)
         return self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
@@ -124,7 +124,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
     def _folded(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
         """Convolution and batch norm with moving statistics: a scaled kernel and a bias, one pass less."""
         scale, shift = self.norm.moving_affine(norm_call["branch"])
-        kernel = tf.cast(tf.cast(self.conv.kernel, tf.float32) * scale, inputs.dtype)
+        kernel = tf.cast(tf.cast(moved.read(self.conv.kernel), tf.float32) * scale, inputs.dtype)
         return tf.nn.bias_add(self.conv.convolution_op(inputs, kernel), tf.cast(shift, inputs.dtype))
 
 
@@ -182,8 +182,8 @@ class Classifier(tf_keras.layers.Dense):
         super().__init__(classes, kernel_initializer=initializer, autocast=False, **kwargs)
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        outputs = tf.matmul(inputs, tf.cast(self.kernel, inputs.dtype))
-        return tf.nn.bias_add(outputs, tf.cast(self.bias, inputs.dtype))
+        outputs = tf.matmul(inputs, tf.cast(moved.read(self.kernel), inputs.dtype))
+        return tf.nn.bias_add(outputs, tf.cast(moved.read(self.bias), inputs.dtype))
 
 
 class ResNet(tf_keras.Model):

@@ -16,6 +16,7 @@ import tf_keras
 
 from conadv_tf.errors import ConfigError
 from conadv_tf.models import xla
+from conadv_tf.models.moved import read
 
 MAIN = "main"
 ADVERSARIAL = "adversarial"
@@ -232,8 +233,8 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
 
 def _chosen(variables: dict[str, tf.Variable], branch: str | Turn) -> tf.Variable | tf.Tensor:
     if isinstance(branch, Turn):
-        return tf.where(branch.clean, variables[MAIN], variables[ADVERSARIAL])
-    return variables[branch]
+        return tf.where(branch.clean, read(variables[MAIN]), read(variables[ADVERSARIAL]))
+    return read(variables[branch])
 
 
 def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:
