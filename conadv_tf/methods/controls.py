@@ -118,6 +118,7 @@ _NO_ATTACK = Requirement(
         "attack.goal": ("untargeted",),
         "attack.batch_norm": ("main",),
         "attack.compute_dtype": (None,),
+        "adversarial.shuffle": (False,),
     },
     "which has no attack but for the size and the norm of its noise",
     "schedule 'shadow'",

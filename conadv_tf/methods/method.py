@@ -122,6 +122,12 @@ class Method:
         """Tells whether an update leaves anything to the next one."""
         return self.record.carries is not None
 
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """The names of the carry whose rows the micro-batches of a replica exchange."""
+        shuffles = self.mixture is not None and self.mixture.shuffle
+        return ("adversarial", "adversarial_labels") if shuffles else ()
+
     def carried(self, images: tf.TensorSpec) -> dict[str, tf.TensorSpec]:
         """Specs of what an update leaves to the next one; empty where it leaves nothing.
 

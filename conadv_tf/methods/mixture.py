@@ -16,6 +16,9 @@ class Mixture:
       weight: w of the adversarial loss, in [0, 1]. The clean loss has 1 − w; a clean and an augmented loss share it.
       fraction: share of each micro-batch made adversarial (its first rows), in (0, 1].
       start_epoch: first epoch with adversarial examples; before it an update is, and costs, that of `vanilla`.
+      shuffle: whether the micro-batches of a replica exchange x̂ before they train on them: a batch's statistics are
+        then not those that its x̂ were made with, through which a label can leak (docs/method.md). For the schedules
+        that carry x̂ from one update to the next, at no cost.
       augmented: whether the data bring an augmented image beside each clean one, see `Batch`.
 
     Raises:
@@ -25,6 +28,7 @@ class Mixture:
     weight: float = 0.5
     fraction: float = 1.0
     start_epoch: int = 0
+    shuffle: bool = False
     augmented: bool = False
 
     def __post_init__(self):

@@ -64,7 +64,9 @@ def lookahead(attack: Attack, mixture: Mixture) -> Gradients:
 
     def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
         now = Batch(_pixels(carry["images"]), carry["labels"], batch.seed, _pixels(carry.get("augmented")))
-        gradients, metrics, _ = train_on(network, loss, parts_of(mixture, now, _pixels(carry["adversarial"])))
+        *others, adversarial = parts_of(mixture, now, _pixels(carry["adversarial"]))
+        adversarial = adversarial._replace(labels=carry["adversarial_labels"])
+        gradients, metrics, _ = train_on(network, loss, [*others, adversarial])
         gradients, [images] = xla.barrier(gradients, [batch.images])
         carry = begin_lookahead(attack, mixture)(network, loss, batch._replace(images=images))
         return Update(gradients, metrics, carry)
@@ -76,8 +78,9 @@ def begin_lookahead(attack: Attack, mixture: Mixture) -> Begin:
     """The carry into an update whose batch is `batch`, made at the weights before it."""
 
     def begin(stale: ResNet, loss: Loss, batch: Batch) -> Carry:
-        adversarial = attack_images(attack, stale, loss, attacked(mixture, batch))
-        carry = {"images": batch.images, "labels": batch.labels, "adversarial": adversarial}
+        first = attacked(mixture, batch)
+        adversarial = {"adversarial": attack_images(attack, stale, loss, first), "adversarial_labels": first.labels}
+        carry = {"images": batch.images, "labels": batch.labels, **adversarial}
         return carry | ({"augmented": batch.augmented} if mixture.augmented else {})
 
     return begin
@@ -177,6 +180,11 @@ def _clean_pass(attack: Attack) -> str:
 NO_AUGMENTED = Requirement(
     {"autoaugment.mode": ("replace",)}, "which has no pass for the augmented image", "an adversarial method"
 )
+_NO_SHUFFLE = Requirement(
+    {"adversarial.shuffle": (False,)},
+    "which trains on the x̂ of a micro-batch right after it is made",
+    "schedule 'lookahead', which carries it",
+)
 _ONE_PASS = Requirement(
     {
         "attack.random_start_probability": (None, 0.0),
@@ -193,14 +201,14 @@ _EQUAL_TURNS = Requirement(
     "schedule 'paired'",
 )
 
-_NEXT = carrying("images", "labels", "augmented", "adversarial")
+_NEXT = carrying("images", "labels", "augmented", "adversarial", "adversarial_labels")
 _CRAFTED = carrying("adversarial", "adversarial_labels", "begun")
 _BATCH_AND_CRAFTED = carrying("images", "labels", "adversarial", "adversarial_labels", "begun")
 
 for _schedule in (
     Schedule("vanilla", vanilla, lambda: {"train": 1}, settings={}, requires=(NO_AUGMENTED,)),
-    Schedule("disadv", shadow, _attack_apart),
-    Schedule("shadow", shadow, _attack_apart, "conadv", delay=None),
+    Schedule("disadv", shadow, _attack_apart, requires=(_NO_SHUFFLE,)),
+    Schedule("shadow", shadow, _attack_apart, "conadv", delay=None, requires=(_NO_SHUFFLE,)),
     Schedule(
         "lookahead", lookahead, _attack_apart, "conadv", delay=1, carries=_NEXT, begin=begin_lookahead, batches_ahead=1
     ),

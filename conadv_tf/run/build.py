@@ -14,7 +14,7 @@ from conadv_tf.run.divergence import DivergenceSettings
 from conadv_tf.run.monitor import MonitorSettings
 from conadv_tf.training.lars import OPTIMIZERS
 from conadv_tf.training.learning_rate import warmup_poly_decay
-from conadv_tf.training.plan import Plan, check_batch_norm_groups, make_plan
+from conadv_tf.training.plan import Plan, check_batch_norm_groups, check_mixing, make_plan
 from conadv_tf.training.refusals import PRECISIONS
 from conadv_tf.training.trainer import ConAdvModel
 
@@ -181,6 +181,8 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
         settings.epochs,
         method.updates_per_batch,
     )
+    if method.mixed:
+        check_mixing(method.updates_per_batch, replicas, plan.microbatches)
     if method.start_epoch >= plan.epochs:
         raise ConfigError(
             f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "

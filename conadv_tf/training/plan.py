@@ -111,6 +111,21 @@ def check_turns(updates_per_batch: int, num_replicas: int, microbatches: int) ->
         )
 
 
+def mixing_stride(updates_per_batch: int, num_replicas: int) -> int:
+    """The distance of micro-batches that exchange x̂ (`adversarial.shuffle`): of those that take the same turn."""
+    return 2 if updates_per_batch == 2 and num_replicas % 2 else 1
+
+
+def check_mixing(updates_per_batch: int, num_replicas: int, microbatches: int) -> None:
+    """Raises ConfigError unless every micro-batch of a replica has another one to exchange x̂ with."""
+    least = 2 * mixing_stride(updates_per_batch, num_replicas)
+    if microbatches < least:
+        raise ConfigError(
+            f"adversarial.shuffle=True mixes at least {least} micro-batches of a replica, which has {microbatches}: "
+            "use a smaller train.microbatch_size, or set it to False"
+        )
+
+
 def check_batch_norm_groups(replicas_per_group: int, num_replicas: int, jit_compile: bool, on_tpu: bool) -> None:
     """Raises ConfigError unless replicas can be grouped for distributed batch normalisation."""
     if replicas_per_group < 1 or num_replicas % replicas_per_group:

@@ -3,6 +3,8 @@
 Neither is a Keras or checkpoint object: sums begin anew at each update, a carry is rebuilt when a run goes on.
 """
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 
@@ -36,26 +38,49 @@ class Accumulators:
 class CarryVariables:
     """A carry (schedules.py) for each of `microbatches`; `read` and `write` run in a replica.
 
+    What is mixed moves between the micro-batches M of a replica: row r of micro-batch m gets what micro-batch m + s r
+    (mod M) of the update before wrote, or m − s r, by turns. An update writes where it has read, so that no second copy
+    is needed: rows of one slot m where it is even, and of the slots m + s r where it is odd.
+
     Args:
       specs: by name; whole numbers keep floats that are whole numbers, such as pixels, exactly.
       microbatches: how many there are; their index is an int32 scalar.
+      mixed: names whose rows are mixed.
+      stride: s.
     """
 
-    def __init__(self, specs: dict[str, tf.TensorSpec], microbatches: int):
+    def __init__(self, specs: dict[str, tf.TensorSpec], microbatches: int, mixed: Sequence[str] = (), stride: int = 1):
+        self._microbatches, self._mixed, self._stride = microbatches, frozenset(mixed), stride
         self.variables = {
             name: _variable((microbatches, *spec.shape), spec.dtype) for name, spec in sorted(specs.items())
         }
 
-    def read(self, microbatch: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {
-            name: tf.raw_ops.ResourceGather(resource=variable.handle, indices=microbatch, dtype=variable.dtype)
-            for name, variable in self.variables.items()
-        }
+    def read(self, microbatch: tf.Tensor, update: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The carry into an update, int32 or int64 scalar."""
 
-    def write(self, microbatch: tf.Tensor, carry: dict[str, tf.Tensor]) -> None:
+        def value(name: str, variable: tf.Variable) -> tf.Tensor:
+            if name in self._mixed:
+                places = self._places(variable, microbatch, update)
+                return tf.raw_ops.ResourceGatherNd(resource=variable.handle, indices=places, dtype=variable.dtype)
+            return tf.raw_ops.ResourceGather(resource=variable.handle, indices=microbatch, dtype=variable.dtype)
+
+        return {name: value(name, variable) for name, variable in self.variables.items()}
+
+    def write(self, microbatch: tf.Tensor, update: tf.Tensor, carry: dict[str, tf.Tensor]) -> None:
+        """Keeps what an update leaves to the next one."""
         for name, value in carry.items():
             variable = self.variables[name]
             if variable.dtype.is_integer and value.dtype.is_floating:
                 value = tf.round(value)
             value = tf.cast(value, variable.dtype)
-            tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=microbatch, updates=value)
+            if name in self._mixed:
+                places = self._places(variable, microbatch, update)
+                tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=places, updates=value)
+            else:
+                tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=microbatch, updates=value)
+
+    def _places(self, variable: tf.Variable, microbatch: tf.Tensor, update: tf.Tensor) -> tf.Tensor:
+        """Slot and row of each row of a micro-batch, int32 [rows, 2]."""
+        rows = tf.range(variable.shape[1])
+        shift = self._stride * tf.cast(update % 2, tf.int32) * rows
+        return tf.stack([tf.math.floormod(microbatch + shift, self._microbatches), rows], 1)

@@ -22,7 +22,7 @@ from conadv_tf.training.checked_model import CheckedModel
 from conadv_tf.training.given import Checks
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.losses import SmoothedCrossEntropy
-from conadv_tf.training.plan import check_turns
+from conadv_tf.training.plan import check_mixing, check_turns, mixing_stride
 from conadv_tf.training.replica_state import Accumulators, CarryVariables
 from conadv_tf.training.savable_model import SavableModel
 from conadv_tf.training.shadows import shadow_copy
@@ -201,7 +201,10 @@ class ConAdvModel(CheckedModel, SavableModel):
     def _program(self, method: methods.Method, iterator) -> Callable:
         """The program of `steps_per_execution` updates by a method; makes the variables and the carry that it needs."""
         refusals.check_all_trained(self.network)
-        check_turns(method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync, self.microbatches)
+        places = method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync, self.microbatches
+        check_turns(*places)
+        if method.mixed:
+            check_mixing(*places)
         self.create_optimizer_variables()
         if method.carries and not self.carry.variables:
             self._begin_carry(method, iterator)
@@ -287,7 +290,8 @@ class ConAdvModel(CheckedModel, SavableModel):
     def create_carry(self, images: tf.TensorSpec) -> None:
         """Variables for what the method carries between updates; `images`: of one replica's micro-batch, as fed."""
         with self.distribute_strategy.scope():
-            self.carry = CarryVariables(self.method.carried(images), self.microbatches)
+            stride = mixing_stride(self.method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync)
+            self.carry = CarryVariables(self.method.carried(images), self.microbatches, self.method.mixed, stride)
 
     def create_optimizer_variables(self) -> None:
         """Creates the slots before the first step: a traced step must not, and a checkpoint restores into them."""

@@ -83,10 +83,11 @@ class ReplicaUpdate:
           Gradients, BN statistics and metrics, over the number of micro-batches and replicas: their sum over all is the
           mean of each.
         """
-        carry = self.carry.read(microbatch)
+        update = self.optimizer.iterations
+        carry = self.carry.read(microbatch, update)
         data = data or (carry["images"], carry["labels"])
         share, carry = self._by_xla(self._share)(data, microbatch, carry)
-        self.carry.write(microbatch, carry)
+        self.carry.write(microbatch, update, carry)
         return share
 
     def begin(self, data, microbatch: tf.Tensor) -> None:
@@ -98,12 +99,13 @@ class ReplicaUpdate:
         def carry(data, microbatch: tf.Tensor) -> Carry:
             return begin(self.stale, self.loss, self._batch(data, microbatch, self.method.batches_ahead - 1))
 
-        self.carry.write(microbatch, self._by_xla(carry)(data, microbatch))
+        self.carry.write(microbatch, self.optimizer.iterations - 1, self._by_xla(carry)(data, microbatch))
 
     def keep(self, data, microbatch: tf.Tensor) -> None:
         """Keeps a batch that lasts for several updates in the carry."""
         images, labels = data
-        self.carry.write(microbatch, {"images": images, "labels": tf.reshape(labels, [-1])})
+        batch = {"images": images, "labels": tf.reshape(labels, [-1])}
+        self.carry.write(microbatch, self.optimizer.iterations, batch)
 
     def apply(self, shares: list[tf.Tensor]) -> None:
         """Averages the shares over replicas and updates everything that changes.
