@@ -122,6 +122,20 @@ def test_cifar_networks_have_the_depth_in_their_name(name):
     ]
 
 
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_wider_network_has_so_many_times_the_channels(width):
+    """Counted by hand: 3 × 3 kernels, two to a block, 1 × 1 shortcuts, γ and β, the classifier."""
+    channels = [16 * width, 32 * width, 64 * width]
+    expected, before = 9 * 3 * channels[0] + 2 * channels[0], channels[0]
+    for own in channels:
+        expected += 9 * before * own + 9 * own * own + 4 * own + (before * own + 2 * own if before != own else 0)
+        before = own
+    expected += 10 * before + 10
+    network = ResNet("cifar_resnet8", 10, (8, 8, 3), width=width).create_variables()
+    assert sum(int(np.prod(variable.shape)) for variable in network.trainable_variables) == expected
+    assert ResNet.from_config(network.get_config()).width == width
+
+
 def test_initial_values_are_those_of_the_recipe():
     network = ResNet("resnet50", 1000, (32, 32, 3)).create_variables()
     for block in network.blocks:

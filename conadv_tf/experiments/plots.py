@@ -28,6 +28,12 @@ TABLE_STYLES = {
     METHOD_ROWS["disadv"].label: ("#b5402a", "s", "-"),
     METHOD_ROWS["conadv"].label: ("#c78a1b", "^", "--"),
     METHOD_ROWS["paired"].label: ("#2b6ca3", "D", "-"),
+    METHOD_ROWS["paired_predicted"].label: ("#1f9aa3", "d", "-"),
+    METHOD_ROWS["paired_target"].label: ("#6f9fd0", "<", "--"),
+    METHOD_ROWS["conadv_predicted"].label: ("#a0741a", ">", ":"),
+    METHOD_ROWS["noise"].label: ("#999999", "x", "--"),
+    METHOD_ROWS["sam"].label: ("#a83279", "*", "-"),
+    METHOD_ROWS["sam_stale"].label: ("#d07fb0", "p", "--"),
     METHOD_ROWS["conadv_aa"].label: ("#2f7d4f", "v", "-."),
 }
 # Two of ConAdv's schedules, by their labels in estimates.
@@ -153,6 +159,23 @@ def _draw_beside_paper(axis, table: Table, line: Line) -> None:
         style = {"color": "#444444", "marker": "*", "linestyle": ":"}
         other.plot([float(c) for c in columns], [line.paper[c] for c in columns], label="paper (right axis)", **style)
         other.grid(False)
+
+
+def by_line(table: Table, path: str, column: str, unit: str) -> None:
+    """Draws one column of a table, a place a line."""
+    found = [(line.label, curve[column]) for line in table.lines if column in (curve := _measured(line))]
+    if not found:
+        return
+    pyplot, figure, axes = _figure(2)
+    pyplot.delaxes(axes[0][1])
+    [axis] = figure.axes
+    for place, (label, (mean, spread)) in enumerate(found):
+        colour, marker, _ = TABLE_STYLES[label]
+        axis.errorbar(mean, -place, xerr=spread, color=colour, marker=marker, markersize=6, capsize=3)
+    axis.set_yticks([-place for place in range(len(found))], [label for label, _ in found])
+    axis.axvline(0.0, color="#444444", linewidth=0.8)
+    axis.set_xlabel(unit)
+    _save(pyplot, figure, path)
 
 
 def gaps(table: Table, path: str, columns: str = BATCH_AXIS) -> None:

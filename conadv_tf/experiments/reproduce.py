@@ -49,6 +49,10 @@ def _accuracy(name: str, caption: str, reported: dict, *methods: str) -> Experim
     return Experiment(table, lambda table, path, _: plots.by_batch(table, path, "test top-1, %"))
 
 
+# The paper's methods and `paired`; attacks that cannot leak, and what ConAdv is held against.
+_PAPERS = ("vanilla", "aa", "disadv", "conadv", "paired", "conadv_aa")
+_OTHERS = tuple(name for name in METHOD_ROWS if name not in _PAPERS)
+
 EXPERIMENTS = {
     "table1": _accuracy("table1", "Table 1", paper.TOP1, "vanilla", "aa", "disadv", "conadv", "paired"),
     "table2": _accuracy("table2", "Table 2", paper.TOP1, "vanilla", "aa", "conadv_aa"),
@@ -65,8 +69,12 @@ EXPERIMENTS = {
         lambda tables: tables.gains(tables.shown("aa", "disadv", "conadv", "paired", "conadv_aa")),
         lambda table, path, _: plots.by_batch(table, path, "points over ResNet"),
     ),
+    "controls": Experiment(
+        lambda tables: tables.controls(tables.shown(*_OTHERS)),
+        lambda table, path, _: plots.by_line(table, path, "gain", "points of test top-1 over ResNet"),
+    ),
     "curves": dataclasses.replace(
-        _accuracy("curves", "Training curves, at their end", {}, *METHOD_ROWS), plot=plots.training_curves
+        _accuracy("curves", "Training curves, at their end", {}, *_PAPERS), plot=plots.training_curves
     ),
 }
 
@@ -83,7 +91,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = terminal.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--table", **several, type="table{}".format, choices=TABLES, metavar="N", help="1 to 5")
-    names = "2, 4, gain, rates, staleness or curves"
+    names = "2, 4, gain, controls, rates, staleness or curves"
     parser.add_argument("--figure", **several, type=_figure_name, choices=FIGURES, metavar="NAME", help=names)
     parser.add_argument("--scale", default="digits", choices=list(SCALES))
     parser.add_argument("--batches", help="of the paper, such as 32k,96k; default: all that the scale has")

@@ -36,7 +36,7 @@ class MethodRow:
 
     @property
     def is_adversarial(self) -> bool:
-        return self.recipe not in ("vanilla", "aa")
+        return self.recipe not in ("vanilla", "aa", "sam")
 
     @property
     def is_augmented(self) -> bool:
@@ -67,6 +67,9 @@ METHOD_ROWS = {
     "conadv_predicted": MethodRow(
         "+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",), "paired_predicted"
     ),
+    "noise": MethodRow("+ noise", "noise", (), "paired_predicted"),
+    "sam": MethodRow("+ SAM", "sam"),
+    "sam_stale": MethodRow("+ SAM, stale ascent", "sam", ("train.method='sam_stale'",)),
     "conadv_aa": MethodRow("+ ConAdv + AA", "conadv_aa"),
 }
 

@@ -236,6 +236,29 @@ class Tables:
         columns = tuple(f"{epsilon:g}" for epsilon in scale.table5)
         return Table("table5", caption, "epsilon", columns, tuple(lines), self._seeds)
 
+    def controls(self, methods: Sequence[str]) -> Table:
+        """Methods beside plain training, at the largest batch size shown and the rate at which ε is chosen."""
+        batch, rate, lines = self.batches[-1], SCALES[self._scale].epsilon_rate, []
+        at = f"{batch}, peak learning rate {rate:g}" if rate else batch
+        plain = Group(self._scale, batch, "vanilla", rate=rate)
+        for method in ("vanilla", *methods):
+            group = dataclasses.replace(plain, method=method)
+            epsilons = tuple(cell.epsilon for cell in self._study.final(group)[:1] if cell.epsilon)
+            measured = {
+                "epsilon": Number(None, epsilons, 0),
+                "training": self.number(group, operator.itemgetter("train_top1")),
+                "validation": self.number(group, operator.itemgetter("validation_top1")),
+                "test": self.number(group, _test_top1),
+                "gain": Number(None, ()) if method == "vanilla" else self._gain(group, plain),
+            }
+            lines.append(Line(METHOD_ROWS[method].label, measured, {}))
+        caption = (
+            f"What is attacked, and what is done in the place of an attack, at {at}. Top-1, %; gain in test top-1 over "
+            f"{METHOD_ROWS['vanilla'].label} of the same seed in points, ± standard error. "
+            f"{self.about()}"
+        )
+        return Table("controls", caption, "method", tuple(measured), tuple(lines), self._seeds, (plain,))
+
     def by_rate(self) -> Table:
         """Accuracy by the peak learning rates that the scale chooses from, at the largest batch size shown."""
         batch, lines = self.batches[-1], []

@@ -41,6 +41,14 @@ class Architecture:
     mean: tuple[float, ...]
     stddev: tuple[float, ...]
 
+    def widened(self, factor: int) -> "Architecture":
+        """The architecture with `factor` times as many channels. Raises ConfigError unless that is a whole number."""
+        if not isinstance(factor, int) or factor < 1:
+            raise ConfigError(
+                f"model.width={factor!r} must be a whole number of at least 1: 1 is the published network"
+            )
+        return dataclasses.replace(self, widths=tuple(factor * width for width in self.widths))
+
 
 def _imagenet(blocks: tuple[int, ...], bottleneck: bool) -> Architecture:
     return Architecture(blocks, (64, 128, 256, 512), bottleneck, True, IMAGENET_MEAN, IMAGENET_STDDEV)
@@ -197,6 +205,7 @@ class ResNet(tf_keras.Model):
       batch_norm_momentum, batch_norm_epsilon: momentum and epsilon of every BN layer.
       replicas_per_group: see SplitBatchNormalization.
       seed: seed of the initial weights.
+      width: factor of the channels of every stage, a whole number of at least 1.
       dtype: Keras dtype policy; "mixed_bfloat16" computes in bfloat16 with float32 variables and logits.
     """
 
@@ -211,6 +220,7 @@ class ResNet(tf_keras.Model):
         replicas_per_group: int = 1,
         seed: int = 0,
         dtype: str = "float32",
+        width: int = 1,
         **kwargs,
     ):
         super().__init__(dtype=dtype, **kwargs)
@@ -222,8 +232,9 @@ class ResNet(tf_keras.Model):
         self.batch_norm_epsilon = batch_norm_epsilon
         self.replicas_per_group = replicas_per_group
         self.seed = seed
+        self.width = width
         self._precision = dtype
-        self._spec = find_architecture(architecture, self.image_shape)
+        self._spec = find_architecture(architecture, self.image_shape).widened(width)
         norm = {
             "branches": self.branches,
             "momentum": batch_norm_momentum,
@@ -330,6 +341,7 @@ class ResNet(tf_keras.Model):
             "batch_norm_epsilon": self.batch_norm_epsilon,
             "replicas_per_group": self.replicas_per_group,
             "seed": self.seed,
+            "width": self.width,
             "dtype": self._precision,
             "name": self.name,
         }

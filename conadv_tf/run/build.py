@@ -116,6 +116,7 @@ def make_network(
     batch_norm_momentum: float = 0.9,
     batch_norm_epsilon: float = 1e-5,
     replicas_per_group: int = 1,
+    width: int = 1,
 ) -> ResNet:
     """The network of a recipe, with the branches the method trains.
 
@@ -130,6 +131,7 @@ def make_network(
       batch_norm_momentum: the momentum of the moving averages, in [0, 1).
       batch_norm_epsilon: what is added to a variance, > 0.
       replicas_per_group: the number of replicas that share batch statistics; 0: as few as have 64 images together.
+      width: the factor of the channels of every stage, a whole number of at least 1.
     """
     if not 0 <= batch_norm_momentum < 1 or not batch_norm_epsilon > 0:
         raise ConfigError(
@@ -146,6 +148,7 @@ def make_network(
         replicas_per_group or plan.replicas_for_batch_norm(),
         seed,
         dtype,
+        width,
         name="network",
     )
 

@@ -22,8 +22,10 @@ EXECUTION_SETTINGS = (
     "train.steps_per_execution",
 )
 
-# Settings that version 0.1.0 lacked, and the values that it had in effect.
+# Settings that earlier versions lacked, and what was in effect where they had others of the same prefix.
 LATER_SETTINGS = {
+    "adversarial.shuffle": "False",
+    "model.width": "1",
     "tfrecords.image_feature": "'image/encoded'",
     "tfrecords.label_feature": "'image/class/label'",
 }
@@ -48,8 +50,8 @@ def kept_settings(text: str) -> dict[str, str]:
         configurable, _, parameter = new.rpartition(".")
         if name not in config.MOVED or (configurable in present and parameter in config.parameters(configurable)):
             kept[new] = value
-    later = {name: value for name, value in LATER_SETTINGS.items() if name.partition(".")[0] == source}
-    return later | kept
+    prefixes = {source, *(name.partition(".")[0] for name in kept)}
+    return {name: value for name, value in LATER_SETTINGS.items() if name.partition(".")[0] in prefixes} | kept
 
 
 def _source(found: Mapping[str, str]) -> str:
