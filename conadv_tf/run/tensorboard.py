@@ -36,6 +36,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
         "augmented_top1": "augmented/top1",
         "adversarial_loss": "adversarial/loss",
         "adversarial_top1": "adversarial/top1",
+        "leak": "conadv/leak",
         "learning_rate": "optimizer/learning_rate",
         "gradient_norm": "optimizer/gradient_norm",
         "squared_gradient_norm": "optimizer/squared_gradient_norm",
