@@ -110,6 +110,11 @@ def test_tensorboard_has_every_promised_tag(finished):
         "gamma/main",
         "gamma/adversarial",
         "test/top1",
+        "config",
+        "custom_scalars__config__",
+        "_hparams_/experiment",
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
     }
     assert [event.step for event in events.Tensors("clean/loss")] == [13, 26, 39, 52, 65, 78]
 

@@ -39,6 +39,26 @@ def facts(run: Run) -> dict:
     }
 
 
+def hyperparameters(run: Run) -> dict[str, str | float]:
+    """What tells a run from others in TensorBoard's table, by tensorboard_pages.HYPERPARAMETERS; the peak is the rate.
+
+    What the method lacks is left out.
+    """
+    method, (_, peak) = run.model.method, peak_of(run.model.optimizer.learning_rate)
+    attack = method.attack
+    found: dict[str, str | float | None] = {
+        "method": method.name,
+        "schedule": method.schedule,
+        "epsilon": float(attack.epsilon_pixels) if attack else None,
+        "goal": attack.goal if attack else None,
+        "label": attack.label if attack else None,
+        "rate": float(f"{peak:.6g}"),
+        "batch": float(run.plan.global_batch_size),
+        "seed": float(run.settings.seed),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def arithmetic(run: Run) -> str:
     """The arithmetic of the run, one fact a line, for the person who starts it."""
     plan, method, network = run.plan, run.model.method, run.model.network

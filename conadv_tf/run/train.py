@@ -161,7 +161,7 @@ def _callbacks(
         watchers = [
             callbacks.ProgressBar(plan, run.recipe, throughput, update),
             callbacks.LeakWatch(plan, _warmup_steps(run), folder.read_metrics()[:epoch]),
-            TensorBoard(folder, plan, panel),
+            TensorBoard(folder, plan, panel, report.hyperparameters(run)),
         ]
     return [
         *([callbacks.GoOn(within, so_far)] if so_far else []),
