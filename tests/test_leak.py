@@ -130,18 +130,25 @@ def test_a_network_that_learns_to_read_the_attack_is_reported_once(caplog):
     points = 100 * (logs[first - 1]["adversarial_top1"] - logs[first - 1]["clean_top1"])
     assert f"in epoch {first} the adversarial half's top-1 is {points:.1f} points above the clean half's" in line
     assert line.endswith(
-        "attack.label='predicted', attack.goal='random_target', an attack.epsilon_pixels below 32, "
-        "attack.random_start_probability=1.0"
+        "attack.label='predicted', attack.goal='random_target', attack.random_start_probability=1.0, "
+        "an attack.epsilon_pixels below 32"
     )
     assert "\n" not in line
 
 
-def test_the_warning_names_only_what_is_not_yet_done():
-    attack = Attack(4.0, goal="random_target", random_start_probability=1.0)
-    text = leak.warning(12.34, 7, attack)
-    assert text.endswith(": try attack.label='predicted', an attack.epsilon_pixels below 4")
-    assert "12.3 points" in text
-    assert "\n" not in leak.warning(3.0, 1, None)
+def test_the_warning_names_what_is_not_yet_done_and_the_schedule_can_have():
+    def remedies(method: methods.Method) -> str:
+        return leak.warning(12.34, 7, method).partition(" try ")[2]
+
+    mixture = methods.Mixture()
+    shadow = methods.conadv(Attack(4.0, goal="random_target"), mixture)  # with a random start
+    assert remedies(shadow) == "attack.label='predicted', an attack.epsilon_pixels below 4"
+    paired = methods.conadv(Attack(4.0), mixture, schedule="paired")
+    assert "random_start" not in remedies(paired)
+    assert remedies(paired).endswith("an attack.epsilon_pixels below 4")
+    text = leak.warning(12.34, 7, paired)
+    assert "in epoch 7 the adversarial half's top-1 is 12.3 points above" in text
+    assert "\n" not in text
 
 
 START = [

@@ -140,7 +140,7 @@ class LeakWatch(tf_keras.callbacks.Callback):
         line = {"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **logs}
         if not self._has_warned and self._leaks([line]):
             self._has_warned = True
-            logging.warning("%s", leak.warning(100.0 * float(logs["leak"]), epoch + 1, self.model.method.attack))
+            logging.warning("%s", leak.warning(100.0 * float(logs["leak"]), epoch + 1, self.model.method))
 
     def _leaks(self, epochs: Sequence[dict]) -> bool:
         return leak.leaks(leak.leak_result(epochs, self._warmup_steps, self.model.method.start_epoch))

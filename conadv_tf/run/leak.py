@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from conadv_tf.run import kept_config
 
 if TYPE_CHECKING:
-    from conadv_tf.methods.attack import Attack
+    from conadv_tf.methods.method import Method
 
 # A run leaks where an epoch after the warm-up has a leak of more points.
 LEAK_POINTS = 2.0
@@ -51,21 +51,31 @@ def kept_leak_result(epochs: Sequence[dict], config: str) -> dict[str, float]:
     return leak_result(epochs, round(warmup * steps_per_epoch), int(start))
 
 
-def warning(points: float, epoch: int, attack: "Attack | None") -> str:
+def warning(points: float, epoch: int, method: "Method") -> str:
     """The line about a leak of so many points in an epoch, from 1: what it is, why, and what can be done."""
-    remedies = "look at what tells the halves apart"
-    if attack:
-        choices = {
-            "attack.label='predicted'": attack.label != "predicted",
-            "attack.goal='random_target'": attack.goal != "random_target",
-            f"an attack.epsilon_pixels below {attack.epsilon_pixels:g}": True,
-            "attack.random_start_probability=1.0": (attack.random_start_probability or 0.0) < 1.0,
-        }
-        remedies = f"try {', '.join(choice for choice, is_left in choices.items() if is_left)}"
     return (
         f"label leaking: in epoch {epoch} the adversarial half's top-1 is {points:.1f} points above the clean half's: "
-        f"the network reads the label from the perturbation, which then teaches it nothing: {remedies}"
+        f"the network reads the label from the perturbation, which then teaches it nothing: try {_remedies(method)}"
     )
+
+
+def _remedies(method: "Method") -> str:
+    """The settings against leaking that the method has not and its schedule can have."""
+    attack, requirements = method.attack, method.record.requires
+    if attack is None:
+        return "another method"
+    wanted: dict[str, str | float] = {
+        "label": "predicted",
+        "goal": "random_target",
+        "random_start_probability": 1.0,
+    }
+    left = {name: value for name, value in wanted.items() if getattr(attack, name) != value}
+    possible = [
+        f"attack.{name}={value!r}"
+        for name, value in left.items()
+        if all(value in requirement.allowed.get(f"attack.{name}", (value,)) for requirement in requirements)
+    ]
+    return ", ".join([*possible, f"an attack.epsilon_pixels below {attack.epsilon_pixels:g}"])
 
 
 def leaks(result: Mapping) -> bool:
