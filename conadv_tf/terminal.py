@@ -21,7 +21,19 @@ from conadv_tf.errors import ConfigError, DataError, RunError, data_error, file_
 
 # What has no likeness in ASCII of its own; Greek letters are written out.
 _IN_ASCII = {
-    **{"×": "x", "·": "*", "±": "+-", "→": "->", "←": "<-", "−": "-", "–": "-", "—": "-", "≥": ">=", "≤": "<="},
+    **{
+        "×": "x",
+        "·": "*",
+        "±": "+-",
+        "→": "->",
+        "←": "<-",
+        "−": "-",
+        "–": "-",
+        "—": "-",
+        "†": "*",
+        "≥": ">=",
+        "≤": "<=",
+    },
     **{"≈": "~", "‖": "|", "∞": "inf", "∇": "grad", "⌊": "[", "⌋": "]", "‘": "'", "’": "'", "“": '"', "”": '"'},
 }
 # The error handlers of Python's own streams that raise, or write codes in the place of characters.

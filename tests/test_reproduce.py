@@ -293,8 +293,8 @@ def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path,
     assert not os.listdir(tmp_path)
 
 
-def number(*values: float, failed: bool = False) -> tables.Number:
-    return tables.Number(Group("digits", "96k", "vanilla"), values, 2, failed)
+def number(*values: float, failed: bool = False, leaking: int = 0) -> tables.Number:
+    return tables.Number(Group("digits", "96k", "vanilla"), values, 2, failed, leaking=leaking)
 
 
 def test_numbers_are_mean_and_sample_deviation():
@@ -304,6 +304,19 @@ def test_numbers_are_mean_and_sample_deviation():
     assert number(1.0).text(3) == "1.00 (1)"
     assert number().text(3) == "–"
     assert number(failed=True).text(3) == "failed"
+    assert number(1.0, 2.0, leaking=1).text(3) == "1.50 ± 0.71 (2) †1"
+    assert number(1.0, leaking=1).text(1) == "1.00 †1"
+
+
+def test_a_table_says_which_numbers_have_runs_that_leak():
+    def table(leaking: int) -> tables.Table:
+        line = tables.Line("+ ConAdv", {"96k": number(1.0, 2.0, leaking=leaking)}, {"96k": 75.3})
+        return tables.Table("table1", "Table 1.", "batch", ("96k",), (line,), 2)
+
+    assert table(2).markdown().endswith(f"| + ConAdv | 1.50 ± 0.71 †2 |\n| paper | 75.3 |\n\n{tables.LEAKING_LEGEND}\n")
+    assert tables.LEAKING not in table(0).markdown()
+    rows = {row["column"]: row for row in csv.DictReader(table(2).csv().splitlines())}
+    assert (rows["96k"]["runs"], rows["96k"]["leaking"]) == ("2", "2")
 
 
 def test_paper_tables_agree_with_each_other():

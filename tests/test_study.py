@@ -15,19 +15,24 @@ SMALL = [name for name in SCALES if name != "imagenet"]
 class Records:
     """Results by cell; what is not in `validation` has not been run."""
 
-    def __init__(self, validation: dict[Cell, float], failed: tuple[Cell, ...] = ()):
-        self.validation, self.failed = validation, failed
+    def __init__(
+        self, validation: dict[Cell, float], failed: tuple[Cell, ...] = (), leaks: dict[Cell, float] | None = None
+    ):
+        self.validation, self.failed, self.leaks = validation, failed, leaks or {}
 
     def result(self, cell: Cell) -> dict | None:
         top1 = self.validation.get(cell)
         # The test accuracy points the other way: nothing may be chosen by it.
-        return None if top1 is None else {"validation_top1": top1, "test_top1": 100 - top1, "seed": cell.seed}
+        if top1 is None:
+            return None
+        leak = {"leak_largest": self.leaks[cell]} if cell in self.leaks else {}
+        return {"validation_top1": top1, "test_top1": 100 - top1, "seed": cell.seed, **leak}
 
     def settled(self, cell: Cell) -> bool:
         return cell in self.validation or cell in self.failed
 
-    def study(self, seeds: int = 3) -> Study:
-        return Study(seeds, self.result, self.settled)
+    def study(self, seeds: int = 3, leaking: bool = False) -> Study:
+        return Study(seeds, self.result, self.settled, leaking)
 
 
 def candidates(method: str, batch: str, epsilon: float | None = None, scale: str = "cifar10") -> list[Cell]:
@@ -77,6 +82,23 @@ def test_a_failed_candidate_is_left_out_and_a_choice_of_none_is_no_choice():
     all_failed = Records({}, tuple(tried))
     assert all_failed.study().final(group) == []
     assert all_failed.study().needed([group]) == tried
+
+
+def test_a_run_that_leaks_is_chosen_only_where_all_do():
+    group, first = Group("cifar10", "64k", "paired"), epsilon_candidates()
+    known = dict(zip(first, (40.0, 41.0, 45.0), strict=True))
+    for epsilon in SCALES["cifar10"].epsilons:
+        known |= dict(zip(candidates("paired", "64k", epsilon), (50.0, 55.0, 53.0), strict=True))
+
+    def chosen(leaks: dict[Cell, float], leaking: bool = False) -> tuple[float, float]:
+        cell = Records(known, leaks=leaks).study(leaking=leaking).final(group)[0]
+        return cell.epsilon, cell.rate
+
+    assert chosen({first[2]: 2.0}) == (4.0, 16.0)  # no more than LEAK_POINTS
+    some = {first[2]: 2.1, candidates("paired", "64k", 2.0)[1]: 40.0}
+    assert chosen(some) == (2.0, 24.0)
+    assert chosen(some, leaking=True) == (4.0, 16.0)
+    assert chosen(dict.fromkeys(known, 30.0)) == (4.0, 16.0)
 
 
 def test_another_epsilon_or_delay_keeps_the_rate_that_was_chosen():

@@ -37,6 +37,8 @@ RESULT_FIELDS = {
     "test_top1",
     "test_top5",
     "generalization_gap",
+    "leak_largest",
+    "leak_last",
     "images_per_second",
     "wall_seconds",
     "versions",
@@ -98,6 +100,7 @@ def test_tensorboard_has_every_promised_tag(finished):
         "optimizer/learning_rate",
         "optimizer/gradient_norm",
         "conadv/drift",
+        "conadv/leak",
         "conadv/panel",
         "trust_ratio/min",
         "trust_ratio/median",
@@ -107,6 +110,11 @@ def test_tensorboard_has_every_promised_tag(finished):
         "gamma/main",
         "gamma/adversarial",
         "test/top1",
+        "config",
+        "custom_scalars__config__",
+        "_hparams_/experiment",
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
     }
     assert [event.step for event in events.Tensors("clean/loss")] == [13, 26, 39, 52, 65, 78]
 

@@ -19,7 +19,7 @@ import tqdm
 from conadv_tf import config
 from conadv_tf.errors import ConfigError, Preempted
 from conadv_tf.experiments.study import SCALES, Cell
-from conadv_tf.run import kept_config, lock
+from conadv_tf.run import kept_config, leak, lock
 from conadv_tf.run.folder import RunFolder
 
 _POLL_SECONDS = 0.5
@@ -62,7 +62,7 @@ class Folders:
         return os.path.join(self.local, cell.name, _LOG)
 
     def result(self, cell: Cell) -> dict | None:
-        """The result.json of a finished cell; None before.
+        """The result.json of a finished cell, with the leak of one that an earlier version made; None before.
 
         Raises:
           ConfigError: if another recipe made the result than the cell's is now.
@@ -73,7 +73,7 @@ class Folders:
             if not result:
                 return None
             self._check_recipe(cell, saved or "")
-            self._results[cell] = result
+            self._results[cell] = {**leak.kept_leak_result(self.metrics(cell), saved or ""), **result}
         return self._results[cell]
 
     def metrics(self, cell: Cell) -> list[dict]:

@@ -6,8 +6,8 @@
 
 Every run is a recipe of gin/ in a process of its own, kept below --results; a run that has finished is never run again,
 one that was interrupted goes on. --jobs=0 runs nothing and prints what is there. A table is written as Markdown, CSV
-and, with matplotlib, a plot. Learning rates and epsilon of the scale models are chosen on validation images, see
-study.py.
+and, with matplotlib, a plot. Learning rates and epsilon of the scale models are chosen on validation images, among runs
+that do not leak labels, see study.py.
 """
 
 import argparse
@@ -98,6 +98,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help=f"methods, of {','.join(METHOD_ROWS)}; default: all of the table")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each number")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: run nothing, print what is there")
+    leaking = "choose rate and epsilon among runs that leak labels too (docs/method.md), not only where all do"
+    parser.add_argument("--leaking", action="store_true", help=leaking)
     parser.add_argument("--results", type=terminal.path, default="results", help="where tables, plots and logs go")
     parser.add_argument(
         "--runs", type=terminal.path, help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs"
@@ -137,7 +139,7 @@ class Reproduction:
         self._folders = jobs.Folders(local, arguments.runs or local, arguments.gin_param)
         self._failed: dict[Cell, str] = {}
         self._not_compiled: list[str] = []
-        self._study = Study(arguments.seeds, self._folders.result, self._is_settled)
+        self._study = Study(arguments.seeds, self._folders.result, self._is_settled, arguments.leaking)
         batches = _chosen(arguments.batches, scale.batches, "--batches")
         methods = _chosen(arguments.rows, scale.methods, "--rows")
         self._tables = Tables(

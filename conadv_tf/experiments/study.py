@@ -3,7 +3,7 @@
 A scale is a model of ImageNet's runs with as many updates on less data (docs/results.md). A `Group` is one number: a
 method at a batch size, the mean over seeds. Where a scale offers several learning rates or ε, the accuracy of the first
 seed on validation images chooses one. No run trains on those images, every method chooses from the same rates, and test
-images choose nothing.
+images choose nothing. A run that leaks labels (run/leak.py) is chosen only where all do.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 from conadv_tf import config
 from conadv_tf.experiments import paper
+from conadv_tf.run import leak
 
 Results = Callable[["Cell"], dict | None]
 
@@ -202,10 +203,11 @@ class Study:
       seeds: runs of a group.
       result: (cell) → result.json of the run, None where it has not finished.
       settled: (cell) → whether the run is over: finished, or failed.
+      leaking: whether a run that leaks is chosen like others.
     """
 
-    def __init__(self, seeds: int, result: Results, settled: Callable[[Cell], bool]):
-        self._seeds, self._result, self._settled = seeds, result, settled
+    def __init__(self, seeds: int, result: Results, settled: Callable[[Cell], bool], leaking: bool = False):
+        self._seeds, self._result, self._settled, self._leaking = seeds, result, settled, leaking
 
     def runs(self, group: Group) -> list[dict]:
         """The results that there are of the group's seeds; none before the group's settings are chosen."""
@@ -257,11 +259,18 @@ class Study:
         return choosing, dataclasses.replace(cell, epsilon=epsilon, tau=group.tau)
 
     def _best(self, candidates: Sequence[Cell], guess: bool) -> Cell | None:
-        """The run that does best on the validation images, the first of equals; None before all are settled."""
+        """The run that does best on the validation images, the first of equals; None before all are settled.
+
+        One that leaks is best only where all do, unless leaking runs count like others.
+        """
         if not all(map(self._settled, candidates)):
             return candidates[len(candidates) // 2] if guess else None
         finished = [(cell, result) for cell in candidates if (result := self._result(cell))]
-        return max(finished, key=lambda pair: pair[1]["validation_top1"])[0] if finished else None
+
+        def merit(pair: tuple[Cell, dict]) -> tuple[bool, float]:
+            return self._leaking or not leak.leaks(pair[1]), pair[1]["validation_top1"]
+
+        return max(finished, key=merit)[0] if finished else None
 
 
 @functools.cache  # asked for every run each time that progress is shown

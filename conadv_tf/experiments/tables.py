@@ -11,10 +11,16 @@ from collections.abc import Callable, Sequence
 
 from conadv_tf.experiments import labels, paper, tpu_times
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Group, Study
+from conadv_tf.run import leak
 
 Value = Callable[[dict], float]
 
 MISSING = "–"
+LEAKING = "†"
+LEAKING_LEGEND = (
+    f"{LEAKING}n: n of the runs leak labels: in an epoch after the warm-up the adversarial half's training top-1 is "
+    f"more than {leak.LEAK_POINTS:g} points above the clean half's (docs/method.md)."
+)
 TAUS = (1, 2, 4, 8)
 
 
@@ -28,6 +34,7 @@ class Number:
       digits: digits after the point.
       failed: whether runs of the group failed.
       of_mean: whether ± is the standard error of the mean, not the standard deviation of the values.
+      leaking: the number of the runs measured that leak labels (run/leak.py).
     """
 
     group: Group | None
@@ -35,6 +42,7 @@ class Number:
     digits: int = 2
     failed: bool = False
     of_mean: bool = False
+    leaking: int = 0
 
     @property
     def spread(self) -> float:
@@ -44,14 +52,13 @@ class Number:
         return statistics.stdev(self.values) / (math.sqrt(len(self.values)) if self.of_mean else 1)
 
     def text(self, seeds: int) -> str:
-        """Mean ± spread, with the number of runs in brackets where some of `seeds` are missing."""
+        """Mean ± spread, in brackets the number of runs where some of `seeds` are missing, and of those that leak."""
         if not self.values:
             return "failed" if self.failed else MISSING
-        mean = f"{statistics.mean(self.values):.{self.digits}f}"
-        if len(self.values) == 1:
-            return mean if seeds == 1 or not self.group else f"{mean} (1)"
-        missing = f" ({len(self.values)})" if len(self.values) < seeds else ""
-        return f"{mean} ± {self.spread:.{self.digits}f}{missing}"
+        spread = f" ± {self.spread:.{self.digits}f}" if len(self.values) > 1 else ""
+        missing = f" ({len(self.values)})" if len(self.values) < seeds and self.group else ""
+        mark = f" {LEAKING}{self.leaking}" if self.leaking else ""
+        return f"{statistics.mean(self.values):.{self.digits}f}{spread}{missing}{mark}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +95,12 @@ class Table:
     @property
     def groups(self) -> list[Group]:
         """The groups whose runs the table is made of."""
-        numbers = (number for line in self.lines for number in line.measured.values())
-        return [*self.compared, *(number.group for number in numbers if number.group)]
+        return [*self.compared, *(number.group for number in self.numbers if number.group)]
+
+    @property
+    def numbers(self) -> list[Number]:
+        """All measured entries."""
+        return [number for line in self.lines for number in line.measured.values()]
 
     def markdown(self) -> str:
         """The table as Markdown: each line as measured, and below it what the paper reports, where it does."""
@@ -99,19 +110,22 @@ class Table:
             if line.paper:
                 reported = [f"{line.paper[column]:g}" if column in line.paper else MISSING for column in self.columns]
                 markdown_rows.append(["paper", *reported])
-        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in markdown_rows) + "\n"
+        legend = f"\n{LEAKING_LEGEND}\n" if any(number.leaking for number in self.numbers) else ""
+        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in markdown_rows) + f"\n{legend}"
 
     def csv(self) -> str:
-        """The table as CSV, a line an entry: row, column, runs, mean, standard deviation, the paper's number."""
+        """The table as CSV, a line an entry: row, column, runs, mean, deviation, the paper's number, runs that leak."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", "column", "runs", "mean", "standard_deviation", "paper"])
+        writer.writerow(["row", "column", "runs", "mean", "standard_deviation", "paper", "leaking"])
         for line in self.lines:
             for column in self.columns:
-                values = line.measured[column].values
+                number = line.measured[column]
+                values = number.values
                 mean = round(statistics.mean(values), 6) if values else ""
                 spread = round(statistics.stdev(values), 6) if len(values) > 1 else ""
-                writer.writerow([line.label, column, len(values), mean, spread, line.paper.get(column, "")])
+                reported = line.paper.get(column, "")
+                writer.writerow([line.label, column, len(values), mean, spread, reported, number.leaking])
         return text.getvalue()
 
 
@@ -148,7 +162,9 @@ class Tables:
 
     def number(self, group: Group, value: Value, digits: int = 2) -> Number:
         """The number that the runs of a group make, each read by `value`."""
-        return Number(group, tuple(map(value, self._study.runs(group))), digits, self._failed(group))
+        runs = self._study.runs(group)
+        values = tuple(map(value, runs))
+        return Number(group, values, digits, self._failed(group), leaking=sum(map(leak.leaks, runs)))
 
     def by_batch(
         self, name: str, caption: str, methods: Sequence[str], value: Value, reported: dict, digits: int = 2
@@ -180,9 +196,12 @@ class Tables:
         return Table("gain", caption, "batch", self.batches, tuple(lines), self._seeds, tuple(plain.values()))
 
     def _gain(self, group: Group, plain: Group) -> Number:
-        ours, theirs = ({run["seed"]: run["test_top1"] for run in self._study.runs(one)} for one in (group, plain))
-        gains = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
-        return Number(group, gains, failed=self._failed(group) or self._failed(plain), of_mean=True)
+        ours, theirs = ({run["seed"]: run for run in self._study.runs(one)} for one in (group, plain))
+        seeds = sorted(ours.keys() & theirs.keys())
+        gains = tuple(ours[seed]["test_top1"] - theirs[seed]["test_top1"] for seed in seeds)
+        leaking = sum(leak.leaks(ours[seed]) for seed in seeds)
+        failed = self._failed(group) or self._failed(plain)
+        return Number(group, gains, failed=failed, of_mean=True, leaking=leaking)
 
     def about(self) -> str:
         """The end of every caption."""

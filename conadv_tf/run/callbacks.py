@@ -1,14 +1,15 @@
 """Callbacks that show and keep a run while it trains: speed, evaluation, progress bar, metrics.jsonl, checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 import tf_keras
 import tqdm
+from absl import logging
 
 from conadv_tf import terminal
-from conadv_tf.run import divergence
+from conadv_tf.run import divergence, leak
 from conadv_tf.run.checkpoint import Checkpoints, EpochSoFar
 from conadv_tf.run.folder import RunFolder, recorded
 from conadv_tf.run.preemption import Request
@@ -115,6 +116,34 @@ class Evaluation(tf_keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         if self._due(epoch):
             logs.update({f"val_{name}": value for name, value in self._evaluate().items()})
+
+
+class LeakWatch(tf_keras.callbacks.Callback):
+    """Adds `leak`, see leak.py, to the logs of epochs with adversarial images; warns once where a run leaks.
+
+    Args:
+      warmup_steps: updates of the learning rate's warm-up, whose epochs are not warned of.
+      earlier: the lines of metrics.jsonl before the first epoch of this fit: where they leak, a warning has been given.
+    """
+
+    def __init__(self, plan: Plan, warmup_steps: int, earlier: Sequence[dict]):
+        super().__init__()
+        self._plan, self._warmup_steps, self._earlier = plan, warmup_steps, earlier
+        self._has_warned: bool | None = None
+
+    def on_epoch_end(self, epoch: int, logs=None) -> None:
+        if "adversarial_top1" not in logs or epoch < self.model.method.start_epoch:
+            return
+        logs["leak"] = leak.leak_of(logs)
+        if self._has_warned is None:
+            self._has_warned = self._leaks(self._earlier)
+        line = {"epoch": epoch + 1, "step": (epoch + 1) * self._plan.steps_per_epoch, **logs}
+        if not self._has_warned and self._leaks([line]):
+            self._has_warned = True
+            logging.warning("%s", leak.warning(100.0 * float(logs["leak"]), epoch + 1, self.model.method))
+
+    def _leaks(self, epochs: Sequence[dict]) -> bool:
+        return leak.leaks(leak.leak_result(epochs, self._warmup_steps, self.model.method.start_epoch))
 
 
 class EndEarly(tf_keras.callbacks.Callback):

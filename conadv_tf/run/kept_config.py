@@ -54,10 +54,19 @@ def kept_settings(text: str) -> dict[str, str]:
     return {name: value for name, value in LATER_SETTINGS.items() if name.partition(".")[0] in prefixes} | kept
 
 
+def value(text: str, name: str) -> str | None:
+    """The value of a setting in a kept config.gin as written, of a macro what it stands for; None without one."""
+    return _value(config.parse_settings(text), name)
+
+
+def _value(found: Mapping[str, str], name: str) -> str | None:
+    written = found.get(name)
+    return None if written is None else found.get(written.removeprefix("%"), written)
+
+
 def _source(found: Mapping[str, str]) -> str:
     """What data.source says."""
-    source = found.get("data.source", "")
-    return found.get(source.removeprefix("%"), source).strip("'\"")  # of a macro, its value
+    return (_value(found, "data.source") or "").strip("'\"")
 
 
 def difference(saved: str, current: str, but: Sequence[str] = ()) -> tuple[str, str, str] | None:

@@ -13,6 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf import __version__, methods
+from conadv_tf.run import leak
 from conadv_tf.run.build import Run
 from conadv_tf.training import sizes
 from conadv_tf.training.learning_rate import peak_of
@@ -36,6 +37,26 @@ def facts(run: Run) -> dict:
         "epochs": plan.epochs,
         "steps": plan.total_steps,
     }
+
+
+def hyperparameters(run: Run) -> dict[str, str | float]:
+    """What tells a run from others in TensorBoard's table, by tensorboard_pages.HYPERPARAMETERS; the peak is the rate.
+
+    What the method lacks is left out.
+    """
+    method, (_, peak) = run.model.method, peak_of(run.model.optimizer.learning_rate)
+    attack = method.attack
+    found: dict[str, str | float | None] = {
+        "method": method.name,
+        "schedule": method.schedule,
+        "epsilon": float(attack.epsilon_pixels) if attack else None,
+        "goal": attack.goal if attack else None,
+        "label": attack.label if attack else None,
+        "rate": float(f"{peak:.6g}"),
+        "batch": float(run.plan.global_batch_size),
+        "seed": float(run.settings.seed),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def arithmetic(run: Run) -> str:
@@ -132,12 +153,15 @@ def result_text(result: dict) -> str:
         setting += f" ({result['schedule']}, tau {result['tau']})"
     if result["epsilon"] is not None:
         setting += f", epsilon {result['epsilon']:g}"
+    leaking = ""
+    if leak.leaks(result):
+        leaking = f"   adversarial top-1 up to {result['leak_largest']:.1f} points above clean (label leaking)"
     return (
         f"{result['recipe']}: {setting}; batch {result['global_batch_size']:,}, {result['epochs']} epochs, "
         f"{result['steps']:,} updates\n"
         f"  test top-1 {result['test_top1']:.2f} %   top-5 {result['test_top5']:.2f} %   "
         f"train top-1 {result['train_top1']:.2f} %   gap {result['generalization_gap']:.2f} points\n"
-        f"  {result['images_per_second']:,.0f} images/s, {result['wall_seconds']:,.0f} s"
+        f"  {result['images_per_second']:,.0f} images/s, {result['wall_seconds']:,.0f} s{leaking}"
     )
 
 

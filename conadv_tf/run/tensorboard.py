@@ -1,7 +1,7 @@
-"""TensorBoard: scalars, histograms, and the panel of the attack."""
+"""TensorBoard: scalars, histograms, the panel of the attack, and the pages of tensorboard_pages.py."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -10,6 +10,7 @@ from absl import logging
 
 from conadv_tf.errors import one_line
 from conadv_tf.models.split_batchnorm import SplitBatchNormalization
+from conadv_tf.run import tensorboard_pages
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.training.plan import Plan
 
@@ -18,7 +19,7 @@ GAP = 4
 
 
 class TensorBoard(tf_keras.callbacks.Callback):
-    """Scalars, histograms of γ of each branch, and a panel clean | perturbation | adversarial, by update.
+    """Scalars, histograms of γ of each branch, and a panel clean | perturbation | adversarial, by update; pages.
 
     Training goes on without TensorBoard, after one warning, where its events cannot be written.
 
@@ -26,6 +27,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
       folder: folder of the run; events go to its `tensorboard`.
       plan: plan of the run.
       examples: (images, labels) for the panel, a few; None or a method without attack: no panel.
+      hyperparameters: the run's, see `tensorboard_pages.write`.
     """
 
     GROUPS = {  # noqa: RUF012
@@ -36,6 +38,7 @@ class TensorBoard(tf_keras.callbacks.Callback):
         "augmented_top1": "augmented/top1",
         "adversarial_loss": "adversarial/loss",
         "adversarial_top1": "adversarial/top1",
+        "leak": "conadv/leak",
         "learning_rate": "optimizer/learning_rate",
         "gradient_norm": "optimizer/gradient_norm",
         "squared_gradient_norm": "optimizer/squared_gradient_norm",
@@ -57,13 +60,22 @@ class TensorBoard(tf_keras.callbacks.Callback):
         "val_top5": "test/top5",
     }
 
-    def __init__(self, folder: RunFolder, plan: Plan, examples: tuple[np.ndarray, np.ndarray] | None):
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        examples: tuple[np.ndarray, np.ndarray] | None,
+        hyperparameters: Mapping[str, str | float],
+    ):
         super().__init__()
         self._plan, self._examples = plan, examples
         self._directory = folder.file("tensorboard")
         self._writer: tf.summary.SummaryWriter | None = None
         with self._given_up_where_it_fails():
             self._writer = tf.summary.create_file_writer(self._directory)
+            with self._writer.as_default():
+                tensorboard_pages.write(hyperparameters, folder.read_config() or "")
+            self._writer.flush()
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         if self._writer is None:
@@ -82,6 +94,12 @@ class TensorBoard(tf_keras.callbacks.Callback):
             self._writer.flush()
             if not tf.io.gfile.isdir(self._directory):  # TensorFlow's writer does not mind a missing folder
                 raise FileNotFoundError("it is gone")
+
+    def on_train_end(self, logs=None) -> None:
+        if self._writer is not None:
+            with self._given_up_where_it_fails(), self._writer.as_default():
+                tensorboard_pages.write_end()
+                self._writer.flush()
 
     @contextlib.contextmanager
     def _given_up_where_it_fails(self) -> Iterator[None]:

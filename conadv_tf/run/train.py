@@ -10,7 +10,7 @@ from absl import logging
 from conadv_tf import config, terminal
 from conadv_tf.data import service as data_service
 from conadv_tf.data.fingerprint import Fingerprint
-from conadv_tf.run import callbacks, checkpoint, divergence, lock, monitor, preemption, report, resuming
+from conadv_tf.run import callbacks, checkpoint, divergence, leak, lock, monitor, preemption, report, resuming
 from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
 from conadv_tf.run.folder import RunFolder, recorded
@@ -111,6 +111,10 @@ def _lower_peak(run: Run, peak: float) -> None:
     run.model.restart()
 
 
+def _warmup_steps(run: Run) -> int:
+    return peak_of(run.model.optimizer.learning_rate)[0]
+
+
 def _is_alone(run: Run) -> bool:
     """Tells whether this process trains alone: one of several workers cannot end, or save sums over replicas, alone."""
     return not isinstance(run.strategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -156,7 +160,8 @@ def _callbacks(
         panel = run.data.examples("train", PANEL_IMAGES)
         watchers = [
             callbacks.ProgressBar(plan, run.recipe, throughput, update),
-            TensorBoard(folder, plan, panel),
+            callbacks.LeakWatch(plan, _warmup_steps(run), folder.read_metrics()[:epoch]),
+            TensorBoard(folder, plan, panel, report.hyperparameters(run)),
         ]
     return [
         *([callbacks.GoOn(within, so_far)] if so_far else []),
@@ -244,6 +249,7 @@ def _result(run: Run, folder: RunFolder) -> dict:
         **report.facts(run),
         **report.evaluation_result({split: evaluate(run, split) for split in run.data.sizes}),
         **report.speed_result(epochs),
+        **leak.leak_result(epochs, _warmup_steps(run), run.model.method.start_epoch),
         "theory": report.theory_result(epochs),
         **({"divergences": divergences} if divergences else {}),
         "versions": report.versions(),
