@@ -36,12 +36,13 @@ def make_model(
     trained: bool = True,
     network: dict | None = None,
     all_reduce_dtype: str = "float32",
+    classes: int = 10,
     **compiled,
 ) -> trainer.ConAdvModel:
     """A compiled model; `trained` gives γ, β and moving statistics values unlike the initial ones."""
     with strategy.scope() if strategy else contextlib.nullcontext():
         settings = {"seed": 3, "branches": branches, **(network or {})}
-        net = resnet.ResNet(architecture, 10, SHAPES[architecture], **settings).create_variables()
+        net = resnet.ResNet(architecture, classes, SHAPES[architecture], **settings).create_variables()
         if trained:
             scramble(net)
         model = trainer.ConAdvModel(net, method, microbatches, seed, all_reduce_dtype)

@@ -18,6 +18,10 @@ CASES = {
     "lookahead": ["conadv.schedule='lookahead'"],
     "paired": ["conadv.schedule='paired'"],
     "phased": ["conadv.schedule='phased'"],
+    "phased, predicted": ["conadv.schedule='phased'", "attack.label='predicted'"],
+    "phased, random target": ["conadv.schedule='phased'", "attack.goal='random_target'"],
+    "noise": ["train.method='noise'"],
+    "sam_stale": ["train.method='sam_stale'"],
 }
 
 
@@ -29,7 +33,7 @@ def test_a_run_goes_on_with_another_number_of_replicas_and_micro_batches(case, t
     with signalled(20), pytest.raises(Preempted):
         trained(folder, *LAYOUT, *CASES[case])
     result = trained(folder, *LAYOUT, *CASES[case], strategy=mirrored(2))
-    places = 8 if case == "phased" else 4  # two updates are of one batch
+    places = 8 if "phased" in case else 4  # two updates are of one batch
     assert [result[name] for name in ("num_replicas", "microbatches")] == [2, places // 2]
     moved = f"2 replicas × {places // 2} micro-batches, before 1 replicas × {places}: the same run up to rounding"
     assert f"resuming {folder} after update 20, on {moved}" in capfd.readouterr().out

@@ -98,12 +98,25 @@ def by_turns(images, labels, replicas: int):
     )
 
 
-@pytest.mark.parametrize("replicas", some_of([2, 4, 8], 2))
-def test_phased_equals_paired_on_half_the_replicas(replicas):
+@pytest.mark.parametrize(
+    ("replicas", "label"), some_of([(2, None), (2, "predicted"), (4, None), (8, None)], (2, None), (2, "predicted"))
+)
+def test_phased_equals_paired_on_half_the_replicas(replicas, label):
     images, labels = global_batches(UPDATES, replicas // 2 * ROWS)
-    paired = trained(methods.conadv(schedule="paired"), images, labels, replicas=replicas // 2)
-    phased = trained(methods.conadv(schedule="phased"), *by_turns(images, labels, replicas), replicas=replicas)
-    assert_equal_runs(phased, paired, 2e-5)
+    paired, phased = (methods.conadv(Attack(label=label), schedule=schedule) for schedule in ("paired", "phased"))
+    expected = trained(paired, images, labels, replicas=replicas // 2)
+    assert_equal_runs(trained(phased, *by_turns(images, labels, replicas), replicas=replicas), expected, 2e-5)
+
+
+@pytest.mark.long
+def test_phased_equals_paired_with_targets():
+    """Of two classes one is wrong, whatever is drawn: each place of the batch draws for itself."""
+    images, labels = global_batches(UPDATES, ROWS)
+    attack = Attack(goal="random_target")
+    paired, phased = (methods.conadv(attack, schedule=schedule) for schedule in ("paired", "phased"))
+    expected = trained(paired, images, labels % 2, classes=2)
+    turns = by_turns(images, labels % 2, 2)
+    assert_equal_runs(trained(phased, *turns, replicas=2, classes=2), expected, 2e-5)
 
 
 @pytest.mark.long

@@ -44,7 +44,18 @@ CONFIGURATIONS = {
     "lookahead from epoch 1": ["conadv.schedule='lookahead'", "adversarial.start_epoch=1"],
     "paired": ["conadv.schedule='paired'"],
     "paired from epoch 1": ["conadv.schedule='paired'", "adversarial.start_epoch=1"],
+    "paired, random target": ["conadv.schedule='paired'", "attack.goal='random_target'"],
+    "paired, predicted, exchanged": [
+        "conadv.schedule='paired'",
+        "attack.label='predicted'",
+        "adversarial.shuffle=True",
+        "train.microbatch_size=55",
+    ],
+    "noise": ["train.method='noise'"],
+    "sam": ["train.method='sam'"],
+    "sam_stale": ["train.method='sam_stale'"],
     "phased": ["conadv.schedule='phased'", "train.microbatch_size=55"],
+    "phased, predicted": ["conadv.schedule='phased'", "attack.label='predicted'", "train.microbatch_size=55"],
     "phased, odd": ["conadv.schedule='phased'"],
 }
 

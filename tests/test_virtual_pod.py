@@ -18,6 +18,10 @@ METHODS = {
     "vanilla": methods.vanilla,
     "disadv": methods.disadv,
     "conadv_tau2": functools.partial(methods.conadv, Attack(), tau=2),
+    "paired_predicted": functools.partial(methods.conadv, Attack(label="predicted"), schedule="paired"),
+    "paired_target": functools.partial(methods.conadv, Attack(goal="random_target"), schedule="paired"),
+    "noise": methods.noise,
+    "sam_stale": functools.partial(methods.sam, stale=True),
 }
 
 
@@ -35,7 +39,8 @@ LAYOUTS = [(name, *layout) for name in METHODS for layout in ((4, 2), (8, 1))]
 
 
 @pytest.mark.parametrize(
-    ("name", "replicas", "microbatches"), some_of(LAYOUTS, ("disadv", 4, 2), long=[("conadv_tau2", 4, 2)])
+    ("name", "replicas", "microbatches"),
+    some_of(LAYOUTS, ("disadv", 4, 2), long=[("conadv_tau2", 4, 2), ("paired_predicted", 4, 2)]),
 )
 def test_replicas_equal_eight_microbatches_of_one(name, replicas, microbatches):
     expected_logs, expected, _ = trained(name, 1, 8)
