@@ -82,8 +82,9 @@ class Cloud:
         shutil.copytree(ROOT / "tpu_scripts", self.checkout / "tpu_scripts")
         for name in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg", "train.py"):
             shutil.copy(ROOT / name, self.checkout / name)
-        for name in ("conadv_tf/__init__.py", "gin/96k_conadv.gin"):
-            (self.checkout / name).parent.mkdir()
+        package = ("__init__", "errors", "paths", "terminal", "run/__init__", "run/tpu_runtime")
+        for name in (*(f"conadv_tf/{module}.py" for module in package), "gin/96k_conadv.gin"):
+            (self.checkout / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, self.checkout / name)
 
     def program(self, name: str, text: str) -> None:

