@@ -179,20 +179,15 @@ def test_tensorflow_imported_before_the_variables_is_said(machine):
     with pytest.raises(RunError, match=r"imported before PJRT's variables were set.*a v5e needs.*restart the session"):
         tpu_runtime.prepare_tpu()
     assert "imported before" in tpu_runtime.why_unseen()
-    # Set too late, by whoever: what TensorFlow has loaded tells.
     machine.patch.setenv("NEXT_PLUGGABLE_DEVICE_USE_C_API", "true")
-    machine.patch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", machine.library)
-    maps = touch(machine.root / "proc/self/maps", "7f00-7f01 r-xp /lib/libc.so.6\n")
-    assert "imported before" in tpu_runtime.why_unseen()
-    maps.write_text(f"7f00-7f01 r-xp {machine.library}\n")
-    assert "imported before" not in tpu_runtime.why_unseen()
     machine.patch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "/nowhere/libtpu.so")
     assert "/nowhere/libtpu.so is not there: unset it" in tpu_runtime.why_unseen()
+    machine.patch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", machine.library)
+    assert "set by hand were set before tensorflow was imported" in tpu_runtime.why_unseen()
 
 
 def test_the_process_that_has_the_tpu_is_named(machine):
     assert tpu_runtime.prepare_tpu()
-    touch(machine.root / "proc/self/maps", machine.library)
     for process, name in ((os.getpid(), "/dev/vfio/0"), (71, "/dev/null"), (72, "/dev/vfio/0")):
         link = machine.root / f"proc/{process}/fd/5"
         link.parent.mkdir(parents=True)
@@ -212,8 +207,12 @@ def test_a_second_tensorflow_is_said(machine):
     assert "--force-reinstall --no-deps 'tensorflow-tpu>=2.20,<2.21'" in line
 
 
-def test_a_strategy_says_why_tensorflow_sees_none(machine):
-    """TensorFlow itself, which has no TPU here."""
+@pytest.mark.parametrize(("chip", "initialised"), [("0x0063", 0), ("0x0027", 2)])
+def test_a_strategy_says_why_tensorflow_sees_none(machine, chip, initialised):
+    """TensorFlow itself, which has no TPU here. To initialise none through PJRT ends the process."""
+    calls, initialise = [], tf.tpu.experimental.initialize_tpu_system
+    machine.patch.setattr(tf.tpu.experimental, "initialize_tpu_system", lambda r: (calls.append(r), initialise(r)))
+    machine.chip(chip)
     machine.patch.setitem(sys.modules, IMPORTED, tf)
     machine.packages = {"tensorflow": "2.20.0", "libtpu": "0.0.51"}
     for tpu in ("local", "v5litepod-1"):
@@ -221,6 +220,7 @@ def test_a_strategy_says_why_tensorflow_sees_none(machine):
             make_strategy(tpu=tpu)
         assert str(caught.value).startswith(f"--tpu={tpu}: TensorFlow for TPUs is the package tensorflow-tpu")
         assert "\n" not in str(caught.value)
+    assert len(calls) == initialised
 
 
 # The command line on that machine, with a TensorFlow that only says what it finds in the environment.

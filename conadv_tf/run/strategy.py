@@ -143,8 +143,8 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     if accelerator_type and attached and attached != accelerator_type:
         raise RunError(f"--tpu={tpu}: the TPU attached here is a {attached}: pass --tpu={attached}, or create a {tpu}")
     try:
-        if address == "local" and not tf.config.list_physical_devices("TPU") and not _may_be_attached():
-            raise ValueError("no TPU is attached to this machine")
+        if address == "local":
+            _check_attached()
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
         if address != "local":
             _check_reachable(resolver.master())
@@ -170,8 +170,15 @@ def _check_reachable(master: str) -> None:
     socket.create_connection((host, int(port or 8470)), CONNECT_SECONDS).close()
 
 
-def _may_be_attached() -> bool:
-    return bool(os.environ.get("TPU_NAME") or tpu_runtime.devices())
+def _check_attached() -> None:
+    """Raises ValueError where TensorFlow can have no TPU of this machine."""
+    if tf.config.list_physical_devices("TPU"):
+        return
+    if not os.environ.get("TPU_NAME") and not tpu_runtime.devices():
+        raise ValueError("no TPU is attached to this machine")
+    # Through PJRT TensorFlow lists what the library has, and to initialise none ends the process (libtpu 0.0.21.1).
+    if tpu_runtime.needs_pjrt(tpu_runtime.generation()):
+        raise ValueError("TensorFlow lists no TPU")
 
 
 def _no_tpu_message(tpu: str, error: Exception) -> str:

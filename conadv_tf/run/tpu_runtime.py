@@ -170,9 +170,7 @@ def _unprepared() -> str:
         return _too_late()
     if not Path(library).exists():
         return f"TF_PLUGGABLE_DEVICE_LIBRARY_PATH={library} is not there: unset it and start again"
-    # What TensorFlow has loaded is in this process' memory.
-    maps = SYSTEM / "proc/self/maps"
-    return _too_late() if maps.exists() and Path(library).name not in maps.read_text() else ""
+    return ""
 
 
 def _too_late() -> str:
@@ -198,9 +196,11 @@ def _held() -> str:
 
 def _unknown() -> str:
     names = " ".join(devices())
+    by_hand = "that variables set by hand were set before tensorflow was imported, "
     return (
-        f"a TPU is attached at {names} and TensorFlow sees none: look with sudo lsof -w {names} whether another user's "
-        "process has it open, and start again with TF_CPP_MIN_LOG_LEVEL=0 for what libtpu says"
+        f"a TPU is attached at {names} and TensorFlow sees none: look with sudo lsof -w {names} that no other user's "
+        f"process has it open, {by_hand if needs_pjrt(generation()) else ''}and start again with "
+        "TF_CPP_MIN_LOG_LEVEL=0 for what libtpu says"
     )
 
 
