@@ -10,7 +10,7 @@ from absl import app, flags, logging
 
 from conadv_tf import config, paths, terminal
 from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker
-from conadv_tf.run import preemption
+from conadv_tf.run import preemption, tpu_runtime
 
 # What needs TensorFlow is imported where it is used: seconds that --help and a misspelt file do without.
 
@@ -103,6 +103,8 @@ def _quiet() -> None:
 
 def _train() -> None:
     """Trains the recipe of the flags, or prints its preflight."""
+    if FLAGS.tpu or FLAGS.strategy == "tpu":
+        tpu_runtime.prepare_tpu(FLAGS.tpu or "local")  # to read a recipe loads TensorFlow
     gin_files = FLAGS.gin_file or [config.DEFAULT_RECIPE]
     recipe = config.recipe_name(gin_files)
     config.configure(gin_files, FLAGS.gin_param)
@@ -128,11 +130,11 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
     from conadv_tf.preflight import preflight
     from conadv_tf.run import report
     from conadv_tf.run.build import build
-    from conadv_tf.run.strategy import make_strategy, parse_accelerator_type, replicas_of
+    from conadv_tf.run.strategy import make_strategy, replicas_of
 
     if FLAGS.data_dir is None:
         config.configure_without_files(gin_files, FLAGS.gin_param)
-    typed = parse_accelerator_type(FLAGS.tpu or "")
+    typed = tpu_runtime.parse_accelerator_type(FLAGS.tpu or "")
     strategy = tf.distribute.OneDeviceStrategy("CPU:0") if typed else make_strategy(FLAGS.strategy, FLAGS.tpu)
     built = build(recipe, strategy, FLAGS.data_dir, replicas_of(FLAGS.tpu, strategy))
     _check_effect()

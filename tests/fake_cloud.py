@@ -9,6 +9,31 @@ ROOT = Path(__file__).parents[1]
 PLACE = ("--name=pod", "--zone=europe-west4-a")
 TRAIN = ("--tpu=v3-512", "--gin_file=96k_conadv.gin", "--data_dir=gs://bucket/imagenet", "--model_dir=gs://bucket/run")
 
+# What gcloud 578.0.0 of August 2026 takes in its general release, of what the scripts might need: its own definitions,
+# in lib/surface/compute and lib/googlecloudsdk/command_lib/compute of its files.
+EVERYWHERE = {"zone", "project", "format", "quiet"}
+REQUEST = {"accelerator-type", "boot-disk", "data-disk", "internal-ips", "labels", "metadata", "network", "reserved"}
+REQUEST |= {"scopes", "service-account", "spot", "subnetwork", "tags"}
+UNTIL = {"valid-until-duration", "valid-until-time"}
+FLAGS_OF_GCLOUD = {
+    "config get-value": set(),
+    "storage ls": set(),
+    "compute tpus queued-resources create": REQUEST | UNTIL | {"node-id", "runtime-version"},
+    "compute tpus queued-resources delete": {"force"},
+    "compute tpus queued-resources describe": set(),
+    "compute tpus tpu-vm create": REQUEST | {"version", "preemptible"},
+    "compute tpus tpu-vm delete": set(),
+    "compute tpus tpu-vm describe": set(),
+    "compute tpus tpu-vm scp": {"worker"},
+    "compute tpus tpu-vm ssh": {"worker", "command"},
+    "compute instances create": {"boot-disk-size", "image-family", "image-project", "labels", "machine-type"}
+    | {"no-address", "scopes", "service-account"},
+    "compute instances delete": set(),
+    "compute instances list": {"filter", "zones"},
+    "compute scp": set(),
+    "compute ssh": {"command"},
+}
+
 KINDS = {"tpu_vm": "tpu-vm", "queued_resources": "queued-resources"}
 # The state of a resource is the first line of the file of its kind; as long as more follow, every look takes one.
 GCLOUD = r"""#!/usr/bin/env bash
@@ -48,7 +73,7 @@ class Cloud:
 
     def __init__(self, folder: Path):
         self.folder, self.checkout = folder / "cloud", folder / "my checkout"
-        (folder / "bin").mkdir()
+        (folder / "bin").mkdir(parents=True)
         self.folder.mkdir()
         self.set(
             project="lab", type="v3-512", objects="gs://bucket/imagenet/train-00000-of-01024", after_create="READY"
@@ -57,8 +82,9 @@ class Cloud:
         shutil.copytree(ROOT / "tpu_scripts", self.checkout / "tpu_scripts")
         for name in ("LICENSE", "README.md", "pyproject.toml", "setup.cfg", "train.py"):
             shutil.copy(ROOT / name, self.checkout / name)
-        for name in ("conadv_tf/__init__.py", "gin/96k_conadv.gin"):
-            (self.checkout / name).parent.mkdir()
+        package = ("__init__", "errors", "paths", "terminal", "run/__init__", "run/tpu_runtime")
+        for name in (*(f"conadv_tf/{module}.py" for module in package), "gin/96k_conadv.gin"):
+            (self.checkout / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, self.checkout / name)
 
     def program(self, name: str, text: str) -> None:
@@ -84,8 +110,10 @@ class Cloud:
         path = self.folder / "calls"
         if not path.exists():
             return []
-        records = path.read_text().split("\0\x1e\0")[:-1]
-        return [record.split("\0") for record in records]
+        calls = [record.split("\0") for record in path.read_text().split("\0\x1e\0")[:-1]]
+        for call in calls:
+            assert_known(call)
+        return calls
 
     def changes(self) -> list[list[str]]:
         """The calls that are no mere look."""
@@ -93,6 +121,14 @@ class Cloud:
 
     def verbs(self) -> list[str]:
         return [f"{call[2]} {call[3]}" for call in self.changes()]
+
+
+def assert_known(call: list[str]) -> None:
+    """The real gcloud has this command and its flags; what follows -- is ssh's."""
+    own = call[: call.index("--")] if "--" in call else call
+    (flags,) = [flags for command, flags in FLAGS_OF_GCLOUD.items() if own[: len(command.split())] == command.split()]
+    used = {word.removeprefix("--").split("=")[0] for word in own if word.startswith("--")}
+    assert used <= flags | EVERYWHERE, call
 
 
 def assert_refused(outcome: subprocess.CompletedProcess, code: int, *phrases: str) -> None:

@@ -181,6 +181,7 @@ def test_importing_the_package_loads_no_tensorflow():
         "conadv_tf.paths",
         "conadv_tf.terminal",
         "conadv_tf.preflight",
+        "conadv_tf.run.tpu_runtime",
     )
     script = f"import sys, {', '.join(light)}; print({{'tensorflow', 'tf_keras', 'keras'}} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -16,7 +16,8 @@ from helpers import fit, make_model, mirrored, random_batches
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import split_batchnorm
-from conadv_tf.run.strategy import make_strategy, parse_accelerator_type
+from conadv_tf.run.strategy import make_strategy
+from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training import collectives
 
 

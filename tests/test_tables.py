@@ -1,9 +1,11 @@
-"""Every value of the paper's Table 6, of the MLPerf logs and of the release, read out of the built run.
+"""Every value of the paper's Table 6, of MLPerf's reference points and of the release, read out of the built run.
 
-The run is built for a v3-512 without one. Its network and images are small, its arithmetic, optimizer, schedule, loss
-and method are the recipe's. Expectations are the tables' own numbers and float64 formulas.
+The run is built for the pod that its recipe names, a v3-512 for most, without one. Its network and images are small,
+its arithmetic, optimizer, schedule, loss and method are the recipe's. Expectations are the tables' own numbers and
+float64 formulas.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     power: float = 2.0
     rows: int = 64
     end: float = 1e-4
+    cores: int = V3_512
 
     @property
     def warmup_steps(self) -> int:
@@ -67,12 +70,60 @@ BATCHES = {
     128: Row(131_072, 9, 43.0, 41),
     256: Row(262_144, 4, 43.0, 41),
 }
-TUNED = {
-    "4k_vanilla_mlperf": Row(4_096, 312, 13.0, 2, 2e-4, epochs=41, rows=8),
-    "32k_vanilla_mlperf": Row(32_768, 39, 29.0, 18, 1e-4, 0.929, 60),
-    "64k_vanilla_mlperf": Row(65_536, 19, 24.699, 31, 1e-4, 0.951807, 91),
-    "96k_conadv_aa_release": Row(98_304, 13, 43.0, 41, 5e-5, 0.92, 100, power=1.6, rows=96),
+RELEASE = {"96k_conadv_aa_release": Row(98_304, 13, 43.0, 41, 5e-5, 0.92, 100, power=1.6, rows=96)}
+
+
+class Reference(NamedTuple):
+    """A reference convergence point of MLPerf, with the updates of its decay, which follow those of the warm-up."""
+
+    batch: int
+    peak: float
+    warmup_epochs: int
+    momentum: float
+    weight_decay: float
+    decay_steps: int
+    batch_norm_images: int
+    epochs_to_target: int
+
+
+# mlcommons/logging, mlperf_logging/rcp_checker/training_4.0.0/rcps_resnet.json; epochs: the mean of its runs.
+REFERENCES = {
+    "1.6k": Reference(1_632, 7.4, 2, 0.9, 5e-5, 27_476, 204, 35),
+    "3k": Reference(3_264, 10.5, 2, 0.9, 5e-5, 14_523, 204, 35),
+    "4k": Reference(4_096, 10.0, 5, 0.9, 2e-4, 13_137, 64, 40),
+    "8k": Reference(8_192, 17.0, 5, 0.9, 2e-4, 6_095, 64, 42),
+    "13k": Reference(13_056, 12.8, 9, 0.9, 2.5e-5, 4_710, 204, 45),
+    "32k": Reference(32_768, 21.2, 16, 0.94, 2.5e-5, 2_267, 128, 56),
+    "49k": Reference(49_152, 19.405, 24, 0.951807, 1e-4, 1_846, 256, 68),
+    "59k": Reference(58_880, 23.246, 29, 0.951807, 1e-4, 1_785, 230, 80),
+    "64k": Reference(65_536, 24.699, 31, 0.951807, 1e-4, 1_133, 128, 85),
+    "68k": Reference(67_840, 24.699, 31, 0.951807, 1e-4, 1_133, 424, 86),
 }
+# Of each: updates an epoch, epochs, and the cores that the recipe names, with their images.
+LAYOUTS = {
+    "1.6k": (785, 37, 8, 204),
+    "3k": (392, 39, 8, 204),
+    "4k": (312, 47, 512, 8),
+    "8k": (156, 44, 512, 16),
+    "13k": (98, 57, 64, 204),
+    "32k": (39, 74, 256, 128),
+    "49k": (26, 95, 64, 256),
+    "59k": (21, 114, 256, 230),
+    "64k": (19, 91, 512, 128),
+    "68k": (18, 94, 32, 424),
+}
+TUNED_ATTACKS = {"32k": 3, "49k": 3, "59k": 5, "64k": 5, "68k": 5}
+
+
+def tuned_row(size: str) -> Row:
+    """The run that a reference point asks for."""
+    steps_per_epoch, epochs, cores, rows = LAYOUTS[size]
+    batch, peak, warmup_epochs, momentum, weight_decay, *_ = REFERENCES[size]
+    return Row(batch, steps_per_epoch, peak, warmup_epochs, weight_decay, momentum, epochs, rows=rows, cores=cores)
+
+
+TUNED = {f"{size}_vanilla_mlperf": tuned_row(size) for size in REFERENCES}
+TUNED |= {f"{size}_conadv_mlperf": tuned_row(size) for size in TUNED_ATTACKS}
 VARIANTS = ("vanilla", "aa", "disadv", "conadv", "conadv_aa")
 PERTURBATIONS = {"disadv": (3, 5, 8), "conadv": (3, 5, 8), "conadv_aa": (5, 7, 8)}
 # Tables 1 and 2, top-1 at 32k, 64k and 96k.
@@ -87,15 +138,16 @@ ROWS = (
     {f"batch/{size}k": row for size, row in BATCHES.items()}
     | {f"{size}k_{variant}": row for size, row in TABLE_6.items() for variant in VARIANTS}
     | TUNED
+    | RELEASE
 )
 PAPER = [(size, place, variant) for place, size in enumerate(TABLE_6) for variant in VARIANTS]
 
 
 @functools.cache
 def built(recipe: str) -> Run:
-    """The recipe at its full scale for a v3-512, with a small network on noise."""
+    """The recipe at its full scale for its pod, with a small network on noise."""
     config.configure([f"{recipe}.gin"], SMALL)
-    return build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, V3_512)
+    return build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, ROWS[recipe].cores)
 
 
 def test_every_imagenet_recipe_has_its_row():
@@ -109,8 +161,8 @@ def test_arithmetic(recipe):
     assert (plan.global_batch_size, plan.epochs, plan.num_train) == (row.batch, row.epochs, NUM_TRAIN)
     assert (plan.steps_per_epoch, plan.total_steps) == (row.steps_per_epoch, row.steps)
     assert row.steps_per_epoch * row.batch <= NUM_TRAIN < (row.steps_per_epoch + 1) * row.batch
-    assert (plan.num_replicas, plan.rows) == (V3_512, row.rows)
-    assert V3_512 * plan.microbatches * row.rows == row.batch
+    assert (plan.num_replicas, plan.rows) == (row.cores, row.rows)
+    assert row.cores * plan.microbatches * row.rows == row.batch
 
 
 @pytest.mark.parametrize("recipe", ROWS)
@@ -209,5 +261,35 @@ def test_head_comment_has_the_runs_arithmetic(recipe):
     updates = re.search(r"([\d,]+) updates an epoch, ([\d,]+) in", head)
     assert not updates or updates.groups() == (f"{row.steps_per_epoch:,}", f"{row.steps:,}")
     assert bool(updates) == recipe.startswith("batch/")
-    core = re.search(r"([\d]+) on each core of a v3-512, ([\d,]+) on one device", head)
-    assert not core or core.groups() == (f"{built(recipe).plan.microbatches}", f"{row.batch // row.rows:,}")
+    core = re.search(r"([\d]+) on each core of a v3-(\d+), ([\d,]+) on one device", head)
+    assert not core or core.groups() == (
+        f"{built(recipe).plan.microbatches}",
+        f"{row.cores}",
+        f"{row.batch // row.rows:,}",
+    )
+
+
+@pytest.mark.parametrize("recipe", TUNED)
+def test_reference_points_of_mlperf(recipe):
+    """What ROWS does not hold: the decay after the warm-up, the span of batch norm, the epochs to the target."""
+    reference, run = REFERENCES[recipe.split("_")[0]], built(recipe)
+    schedule, network = run.model.optimizer.learning_rate.get_config(), run.model.network
+    # A run has whole epochs, MLPerf's decay any number of updates.
+    assert schedule["decay_steps"] == pytest.approx(reference.decay_steps, rel=0.01)
+    assert (schedule["end_learning_rate"], schedule["power"]) == (1e-4, 2.0)
+    assert run.plan.rows * network.replicas_per_group == reference.batch_norm_images
+    assert run.plan.epochs > reference.epochs_to_target
+    head = (GIN / f"{recipe}.gin").read_text().split("\n\n")[0]
+    assert f"75.9 % in {reference.epochs_to_target} epochs" in head
+    assert "rcp_checker/training_4.0.0/rcps_resnet.json" in head
+
+
+@pytest.mark.parametrize(("size", "epsilon"), TUNED_ATTACKS.items())
+def test_conadv_with_mlperfs_settings_differs_in_its_method_alone(size, epsilon):
+    plain, run = built(f"{size}_vanilla_mlperf"), built(f"{size}_conadv_mlperf")
+    assert run.settings == dataclasses.replace(plain.settings, method="conadv")
+    assert run.model.optimizer.get_config() == plain.model.optimizer.get_config()
+    assert (plain.plan, plain.data.augmentation) == (run.plan, run.data.augmentation)
+    method = run.model.method
+    assert (method.schedule, method.tau, method.attack.epsilon_pixels) == ("shadow", 1, epsilon)
+    assert run.model.network.replicas_per_group == plain.model.network.replicas_per_group

@@ -24,17 +24,22 @@ NASTY = (
     "\\",
 )
 
-HOST_PYTHON = r"""#!/usr/bin/env bash
+LIBRARY = ".venv/lib/python3.10/site-packages/libtpu/libtpu.so"
+# It prints the variables of a TPU as the package does, for a libtpu that is none.
+HOST_PYTHON = rf"""#!/usr/bin/env bash
 # Makes .venv of programs that record how they are called.
 if [[ $1$2 == -mvenv ]]; then
   mkdir -p .venv/bin .venv/lib/python3.10/site-packages/libtpu
-  touch .venv/lib/python3.10/site-packages/libtpu/libtpu.so
+  touch .venv/lib/python3.10/site-packages/libtpu/{{libtpu.so,__init__.py}}
   cp "$0" .venv/bin/python
   cp "$FAKE_CLOUD/worker" .venv/bin/start_grpc_tpu_worker
   exit
 fi
-environment=("${TPU_NAME-}" "${TPU_LOAD_LIBRARY-}" "${TF_PLUGGABLE_DEVICE_LIBRARY_PATH-}")
-{ printf '%s\0' "${environment[@]}" "$@"; printf '\x1e\0'; } >> python_calls
+if [[ $1$2 == -mconadv_tf.run.tpu_runtime ]]; then
+  PYTHONPATH="$PWD/.venv/lib/python3.10/site-packages" exec {sys.executable} "$@"
+fi
+environment=("${{TPU_NAME-}}" "${{TPU_LOAD_LIBRARY-}}" "${{TF_PLUGGABLE_DEVICE_LIBRARY_PATH-}}")
+{{ printf '%s\0' "${{environment[@]}}" "$@"; printf '\x1e\0'; }} >> python_calls
 case "$*" in
   *--editable*) cp .venv/bin/python .venv/bin/conadv-train ;;
   *"epochs=none"*) echo "error: train.epochs=none" >&2; exit 2 ;;
@@ -43,7 +48,8 @@ esac
 """
 WORKER = f"""#!{sys.executable} -S
 import os, socket, time
-open("worker_starts", "a").write(os.environ["TPU_LIBRARY_PATH"] + "\\n")
+names = "TPU_LIBRARY_PATH", "PJRT_DEVICE", "TF_PLUGGABLE_DEVICE_LIBRARY_PATH"
+open("worker_starts", "a").write(" ".join(os.environ.get(name, "-") for name in names) + "\\n")
 server = socket.create_server(("localhost", int(os.environ["TPU_TASK_PORT"])))
 for _ in range(200):
     time.sleep(0.1)
@@ -116,8 +122,8 @@ def test_run_drives_a_slice_from_one_process_with_its_flags_intact(cloud, host):
         ["pod", "0", "", "-u", "train.py", *flags],
     ]
     assert not list(cloud.folder.rglob("injected"))
-    (library,) = (host / "worker_starts").read_text().splitlines()
-    assert library == str(host / ".venv/lib/python3.10/site-packages/libtpu/libtpu.so")
+    (variables,) = (host / "worker_starts").read_text().splitlines()
+    assert variables == f"{host / LIBRARY} - -"
     workers, first = cloud.changes()[-2:]
     assert "--worker=all" in workers
     assert "--worker=0" in first
@@ -129,14 +135,31 @@ def test_run_drives_a_slice_from_one_process_with_its_flags_intact(cloud, host):
     assert resumed.stdout.startswith("training runs on pod: nothing to do"), resumed.stderr
 
 
+def test_the_workers_of_a_new_slice_drive_it_through_pjrt_and_its_driver_does_not(cloud, host):
+    """Fault seen caught: the process that drives the workers of a v5e loaded the TPU's library as well."""
+    cloud.set(type="v5litepod-16")
+    cloud.run("setup", *PLACE)
+    outcome = cloud.run("run", *PLACE, "--", "--tpu=v5litepod-16", "--model_dir=gs://bucket/run")
+    assert outcome.returncode == 0, outcome.stderr
+    assert (host / "worker_starts").read_text() == f"{host / LIBRARY} TPU {host / LIBRARY}\n"
+    assert [call[:3] for call in training_calls(host)] == [["pod", "0", ""]] * 2
+
+
 def test_run_on_one_host_needs_no_worker(cloud, host):
+    """Nor any variable: train.py sets them (test_tpu_runtime.py)."""
     cloud.set(type="v5litepod-8")
     cloud.run("setup", *PLACE)
     outcome = cloud.run("run", *PLACE, "--", "--tpu=v5litepod-8", "--model_dir=gs://bucket/run")
     assert outcome.returncode == 0, outcome.stderr
-    library = str(host / ".venv/lib/python3.10/site-packages/libtpu/libtpu.so")
-    assert [call[:3] for call in training_calls(host)] == [["local", "", library]] * 2
+    assert [call[:3] for call in training_calls(host)] == [["local", "", ""]] * 2
     assert not (host / "worker_starts").exists()
+
+
+def test_a_host_without_libtpu_is_said(cloud, host):
+    cloud.run("setup", *PLACE)
+    (host / LIBRARY).unlink()
+    outcome = cloud.shell(["bash", str(host / "tpu_scripts/host/worker.sh"), "v5litepod-16", "1"])
+    assert_refused(outcome, 1, "the TPU's library is not installed", "pip install")
 
 
 def test_run_refuses_settings_that_train_refuses_and_hosts_without_setup(cloud, host):

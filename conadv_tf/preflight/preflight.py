@@ -28,7 +28,7 @@ from conadv_tf.preflight.tpu_generations import GENERATIONS, GIB, Generation
 from conadv_tf.run.build import Run
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.run.report import versions as run_versions
-from conadv_tf.run.strategy import parse_accelerator_type
+from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training.sizes import count_numbers
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 
 import gin
@@ -10,12 +9,12 @@ import tensorflow as tf
 
 from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, RunError, one_line
-from conadv_tf.run import preemption
+from conadv_tf.run import preemption, tpu_runtime
+from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training import collectives
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
 CONNECT_SECONDS = 20
-ACCELERATOR_TYPE = re.compile(r"^(v\d+[a-z]*|v5litepod)-(\d+)$")
 
 
 def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
@@ -124,12 +123,6 @@ def split_cpu(parts: int) -> None:
             ) from error
 
 
-def parse_accelerator_type(tpu: str) -> tuple[str, int] | None:
-    """("v3", 512) for "v3-512"; None for a name, an address or "local"."""
-    match = ACCELERATOR_TYPE.match(tpu)
-    return (match.group(1), int(match.group(2))) if match else None
-
-
 def replicas_of(tpu: str | None, strategy: tf.distribute.Strategy) -> int:
     """Replicas that --tpu=TYPE would give; those of `strategy` where --tpu names no type.
 
@@ -145,14 +138,13 @@ def replicas_of(tpu: str | None, strategy: tf.distribute.Strategy) -> int:
 
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     accelerator_type = tpu if parse_accelerator_type(tpu) else None
-    # A slice of several hosts is reached by its name, which TPU VMs and managed jobs put into the environment.
-    address = os.environ.get("TPU_NAME", "local") if accelerator_type else tpu
+    address = tpu_runtime.address_of(tpu)
     attached = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
     if accelerator_type and attached and attached != accelerator_type:
         raise RunError(f"--tpu={tpu}: the TPU attached here is a {attached}: pass --tpu={attached}, or create a {tpu}")
     try:
-        if address == "local" and not tf.config.list_physical_devices("TPU") and not _has_tpu_library():
-            raise ValueError("no TPU is attached to this machine")
+        if address == "local":
+            _check_attached()
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
         if address != "local":
             _check_reachable(resolver.master())
@@ -162,7 +154,8 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             tf.tpu.experimental.initialize_tpu_system(resolver)
             strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # the resolver raises whatever its transport does
-        raise RunError(_no_tpu_message(tpu, error)) from error
+        cause = tpu_runtime.why_unseen() if address == "local" else ""
+        raise RunError(f"--tpu={tpu}: {cause}" if cause else _no_tpu_message(tpu, error)) from error
     if strategy.num_replicas_in_sync != replicas_of(tpu, strategy):
         raise RunError(
             f"--tpu={tpu} has {replicas_of(tpu, strategy)} replicas, the attached TPU {strategy.num_replicas_in_sync}: "
@@ -177,8 +170,15 @@ def _check_reachable(master: str) -> None:
     socket.create_connection((host, int(port or 8470)), CONNECT_SECONDS).close()
 
 
-def _has_tpu_library() -> bool:
-    return bool(os.environ.get("TPU_NAME") or os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
+def _check_attached() -> None:
+    """Raises ValueError where TensorFlow can have no TPU of this machine."""
+    if tf.config.list_physical_devices("TPU"):
+        return
+    if not os.environ.get("TPU_NAME") and not tpu_runtime.devices():
+        raise ValueError("no TPU is attached to this machine")
+    # Through PJRT TensorFlow lists what the library has, and to initialise none ends the process (libtpu 0.0.21.1).
+    if tpu_runtime.needs_pjrt(tpu_runtime.generation()):
+        raise ValueError("TensorFlow lists no TPU")
 
 
 def _no_tpu_message(tpu: str, error: Exception) -> str:

@@ -3,19 +3,21 @@
 # Usage: train.sh NAME TYPE TRAIN_FLAG...
 set -euo pipefail
 name=$1
-TYPE=$2
+type=$2
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-# shellcheck source=tpu_scripts/host/environment.sh
-source tpu_scripts/host/environment.sh
 
 exec 9> train.lock
-flock --nonblock 9 || fail "training runs on $name already: watch it with tpu_scripts/watch.sh, or end it first"
+if ! flock --nonblock 9; then
+  echo "error: training runs on $name already: watch it with tpu_scripts/watch.sh, or end it first" >&2
+  exit 1
+fi
 
-if ((${TYPE##*-} > 8)); then
+if ((${type##*-} > 8)); then
   # The TPU workers own the chips, those of this host too: the process that drives them must not claim any.
   export TPU_NAME=$name TPU_LOAD_LIBRARY=0
 else
+  # train.py itself sets what TensorFlow needs for the chips of its own host.
   export TPU_NAME=local
 fi
 .venv/bin/python train.py "$@" --preflight

@@ -2,12 +2,17 @@
 # On every host of a slice: starts TensorFlow's TPU worker unless it runs, and waits until it listens.
 # Usage: worker.sh TYPE [SECONDS]
 set -euo pipefail
-TYPE=$1
+type=$1
 patience=${2:-120}
 port=${TPU_TASK_PORT:-8470} # as the worker itself reads it
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-# shellcheck source=tpu_scripts/host/environment.sh
-source tpu_scripts/host/environment.sh
+variables=$(.venv/bin/python -m conadv_tf.run.tpu_runtime "$type")
+eval "$variables"
+
+fail() { # MESSAGE
+  printf 'error: %s\n' "$1" >&2
+  exit 1
+}
 
 listens() { (exec 3<> "/dev/tcp/localhost/$port") 2> /dev/null; }
 
