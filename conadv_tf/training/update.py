@@ -20,7 +20,7 @@ from conadv_tf.errors import ConfigError
 from conadv_tf.methods.interface import Batch, Carry, Loss
 from conadv_tf.methods.method import Method
 from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import deferred_statistics, moving_average
 from conadv_tf.training import collectives, metrics
 from conadv_tf.training.lars import LARS
@@ -48,8 +48,8 @@ class ReplicaUpdate:
     """
 
     method: Method
-    network: ResNet
-    shadows: Sequence[ResNet]
+    network: Network
+    shadows: Sequence[Network]
     optimizer: tf_keras.optimizers.Optimizer
     loss: Loss
     carry: CarryVariables
@@ -62,7 +62,7 @@ class ReplicaUpdate:
     compiled: bool
 
     @property
-    def stale(self) -> ResNet:
+    def stale(self) -> Network:
         """The network at θ_{t−τ}."""
         return self.shadows[0] if self.shadows else self.network
 
@@ -197,9 +197,11 @@ class ReplicaUpdate:
                 strategy.extended.update(shadow, _assign_if, args=(finite, weights), group=False)
 
     def _assign_statistics(self, strategy: tf.distribute.Strategy, finite, statistics: list) -> None:
-        learn = functools.partial(_learn_if, momentum=self.network.batch_norm_momentum)
-        for moving, value in zip(self.network.moving_statistics(self.method.branches), statistics, strict=True):
-            strategy.extended.update(moving, learn, args=(finite, value), group=False)
+        branches = self.method.branches
+        moving, momenta = self.network.moving_statistics(branches), self.network.moving_momenta(branches)
+        for variable, value, momentum in zip(moving, statistics, momenta, strict=True):
+            learn = functools.partial(_learn_if, momentum=momentum)
+            strategy.extended.update(variable, learn, args=(finite, value), group=False)
 
 
 def _assign_if(variable: tf.Variable, condition: tf.Tensor, value) -> tf.Tensor:
