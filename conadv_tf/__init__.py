@@ -30,6 +30,7 @@ _HOMES = {
     "make_plan": "training.plan",
     "make_strategy": "run.strategy",
     "methods": None,
+    "split": "models.keras_split",
     "warmup_poly_decay": "training.learning_rate",
 }
 __all__ = ["__version__", *_HOMES]

@@ -19,7 +19,7 @@ import tf_keras
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.interface import Batch, Carry, Loss
 from conadv_tf.methods.method import Method
-from conadv_tf.models import xla
+from conadv_tf.models import randomness, xla
 from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import deferred_statistics, moving_average
 from conadv_tf.training import collectives, metrics
@@ -96,7 +96,9 @@ class ReplicaUpdate:
             return
 
         def carry(data, microbatch: tf.Tensor) -> Carry:
-            return begin(self.stale, self.loss, self._batch(data, microbatch, self.method.batches_ahead - 1))
+            batch = self._batch(data, microbatch, self.method.batches_ahead - 1)
+            with randomness.of_microbatch(batch.seed):
+                return begin(self.stale, self.loss, batch)
 
         self.carry.write(microbatch, self._by_xla(carry)(data, microbatch))
 
@@ -137,13 +139,24 @@ class ReplicaUpdate:
 
     def _share(self, data, microbatch: tf.Tensor, carry: Carry) -> tuple[list[tf.Tensor], Carry]:
         batch = self._batch(data, microbatch, self.method.batches_ahead)
-        with deferred_statistics() as statistics:
+        with deferred_statistics() as statistics, randomness.of_microbatch(batch.seed):
             update = self.method.gradients(self.network, self.stale, self.loss, batch, carry)
         by_variable = {variable.ref(): value for variable, value in statistics}
         moving = [by_variable[variable.ref()] for variable in self.network.moving_statistics(self.method.branches)]
         values = [tf.stack([update.metrics[name] for name in self.method.metric_names])]
         share = 1.0 / (self.microbatches * tf.distribute.get_replica_context().num_replicas_in_sync)
-        return [share * tf.cast(value, tf.float32) for value in update.gradients + moving + values], update.carry
+        gradients = self._penalized(update.gradients)
+        return [share * tf.cast(value, tf.float32) for value in gradients + moving + values], update.carry
+
+    def _penalized(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The gradients with those of the network's own regularizers, as Keras adds them to the loss."""
+        variables = self.network.trainable_variables
+        with tf.GradientTape() as tape:
+            penalty = self.network.penalty()
+        if penalty is None:
+            return gradients
+        own = tape.gradient(penalty, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return [gradient + more for gradient, more in zip(gradients, own, strict=True)]
 
     def _batch(self, data, microbatch: tf.Tensor, ahead: int) -> Batch:
         """A replica's micro-batch of the update that is `ahead` of the present one."""
