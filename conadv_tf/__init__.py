@@ -31,6 +31,7 @@ _HOMES = {
     "make_strategy": "run.strategy",
     "methods": None,
     "prepare_tpu": "run.tpu_runtime",
+    "split": "models.keras_split",
     "warmup_poly_decay": "training.learning_rate",
 }
 __all__ = ["__version__", *_HOMES]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+import tf_keras
 from helpers import (
     assert_close,
     assert_identical,
@@ -18,7 +19,7 @@ from helpers import (
 )
 from reference import Recipe, State
 
-from conadv_tf import methods
+from conadv_tf import ConAdvModel, methods, split
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import Ascent, Attack, Mixture
 from conadv_tf.models import moved
@@ -89,7 +90,7 @@ def test_sam_on_a_quadratic(rho):
     matrix = np.float32([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 4.0]])
     start = np.float32([1.0, -2.0, 0.5])
     weights = tf.Variable(start)
-    network = Quadratic(weights=weights, matrix=matrix, trainable_variables=[weights])
+    network = Quadratic(weights=weights, can_move=True, matrix=matrix, trainable_variables=[weights])
     batch = methods.Batch(tf.zeros((1, 1, 1, 1)), tf.zeros(1, tf.int32), tf.constant([0, 0]))
     gradients = methods.sam(Ascent(rho)).gradients
     update = gradients(network, network, lambda labels, logits: logits[:, 0], batch, {})
@@ -102,16 +103,21 @@ def test_sam_on_a_quadratic(rho):
 
 def test_at_a_minimum_sam_stays():
     weights = tf.Variable(np.zeros(3, np.float32))
-    network = Quadratic(weights=weights, matrix=np.eye(3, dtype=np.float32), trainable_variables=[weights])
+    network = Quadratic(
+        weights=weights, can_move=True, matrix=np.eye(3, dtype=np.float32), trainable_variables=[weights]
+    )
     batch = methods.Batch(tf.zeros((1, 1, 1, 1)), tf.zeros(1, tf.int32), tf.constant([0, 0]))
     update = methods.sam(Ascent(0.5)).gradients(network, network, lambda labels, logits: logits[:, 0], batch, {})
     assert np.array_equal(update.gradients[0], np.zeros(3))
 
 
 def test_a_network_that_reads_its_variables_itself_is_refused():
-    weights = tf.Variable(1.0)
-    with pytest.raises(ConfigError, match="reads its variables itself"), moved.moved([weights], [tf.constant(2.0)]):
-        weights.read_value()
+    inputs = tf_keras.Input((8, 8, 1))
+    keras = tf_keras.Model(inputs, tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(inputs)))
+    model = ConAdvModel(split(keras, ("main",)), methods.sam())
+    model.compile(lars.LARS(RATE))
+    with pytest.raises(ConfigError, match=r"reads its weights itself, sam needs one that can be moved"):
+        fit(model, *random_batches(1, ROWS), 1)
 
 
 def test_sam_without_a_step_is_plain_training():

@@ -32,7 +32,7 @@ from conadv_tf.methods.passes import attacked, parts_of, train_on
 from conadv_tf.methods.schedules import NO_AUGMENTED
 from conadv_tf.models import xla
 from conadv_tf.models.moved import moved
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import MAIN
 
 
@@ -58,7 +58,7 @@ class Ascent:
 def noise(attack: Attack, mixture: Mixture) -> Gradients:
     """Training on the clean batch and on its images with ±ε of random sign, through the adversarial branch."""
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
         images, _, seed, *_ = attacked(mixture, batch)
         noisy = attack.one_step(images, xla.random_uniform(tf.shape(images), seed, -1.0, 1.0))
         gradients, metrics, _ = train_on(network, loss, parts_of(mixture, batch, noisy))
@@ -73,7 +73,12 @@ def sam(ascent: Ascent) -> Gradients:
     The logs are of the second pass. Moving averages follow the first, or, where that is at older weights, the second.
     """
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
+        if not network.can_move:
+            raise ConfigError(
+                f"network {network.architecture!r} reads its weights itself, sam needs one that can be moved: use a "
+                "ResNet of this package, or another method"
+            )
         weights, older = network.trainable_variables, _same_variables(stale, network)
         now = stale is network
         direction, _, _ = _gradients_at(network, [tf.identity(v) for v in older], loss, batch, learns=now)
@@ -86,7 +91,7 @@ def sam(ascent: Ascent) -> Gradients:
     return gradients
 
 
-def _gradients_at(network: ResNet, values: Sequence[tf.Tensor], loss: Loss, batch: Batch, learns: bool):
+def _gradients_at(network: Network, values: Sequence[tf.Tensor], loss: Loss, batch: Batch, learns: bool):
     """Gradients of the mean loss at weights of these values, the mean loss and top-1 in [0, 1]."""
     with tf.GradientTape(watch_accessed_variables=False) as tape, moved(network.trainable_variables, values):
         tape.watch(values)
@@ -97,7 +102,7 @@ def _gradients_at(network: ResNet, values: Sequence[tf.Tensor], loss: Loss, batc
     return gradients, value, tf.reduce_mean(tf.cast(correct, tf.float32))
 
 
-def _same_variables(copy: ResNet, network: ResNet) -> list[tf.Variable]:
+def _same_variables(copy: Network, network: Network) -> list[tf.Variable]:
     """The variables of a copy that are trained in the network, in the order of its `trainable_variables`."""
     if copy is network:
         return network.trainable_variables

@@ -12,7 +12,7 @@ import tensorflow as tf
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.attack import Attack
 from conadv_tf.methods.mixture import Mixture
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 
 Carry = dict[str, tf.Tensor]
 # A loss maps (labels int32 [rows], logits float32 [rows, classes]) to float32 [rows].
@@ -46,9 +46,9 @@ class Update(NamedTuple):
 
 
 # (network at θ_t, network at θ_{t−τ}, loss, batch, carry) → Update
-Gradients = Callable[[ResNet, ResNet, Loss, Batch, Carry], Update]
+Gradients = Callable[[Network, Network, Loss, Batch, Carry], Update]
 # (network at the stale weights, loss, batch) → carry
-Begin = Callable[[ResNet, Loss, Batch], Carry]
+Begin = Callable[[Network, Loss, Batch], Carry]
 
 
 class Requirement(NamedTuple):

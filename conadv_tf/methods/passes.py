@@ -9,7 +9,7 @@ from conadv_tf.methods.attack import Attack, LogitsFunction
 from conadv_tf.methods.interface import Batch, Loss
 from conadv_tf.methods.mixture import Mixture
 from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN, Turn
 
 # A scalar of logits [rows, classes].
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def training_pass(
-    network: ResNet,
+    network: Network,
     branch: str | Turn,
     loss: Loss,
     images: tf.Tensor,
@@ -61,7 +61,7 @@ def training_pass(
     return gradients, by_image, value, tf.reduce_mean(tf.cast(correct, tf.float32))
 
 
-def train_on(network: ResNet, loss: Loss, parts: list[Part]):
+def train_on(network: Network, loss: Loss, parts: list[Part]):
     """The mixed gradient of the passes, their metrics, and ∇_x of the first pass."""
     mixed: list[tf.Tensor] = []
     metrics: dict[str, tf.Tensor] = {"loss": tf.constant(0.0)}
@@ -99,7 +99,7 @@ def parts_of(mixture: Mixture, batch: Batch, adversarial: tf.Tensor) -> list[Par
     return [*parts, Part("adversarial", ADVERSARIAL, mixture.weight, adversarial, labels)]
 
 
-def attacked_logits(attack: Attack, network: ResNet) -> LogitsFunction:
+def attacked_logits(attack: Attack, network: Network) -> LogitsFunction:
     """`network` as the attack looks through it, which leaves no trace in it."""
     branch = ADVERSARIAL if attack.batch_norm == "aux" else MAIN
     mode = "moving" if attack.batch_norm == "moving" else "batch"
@@ -111,7 +111,7 @@ def attacked_logits(attack: Attack, network: ResNet) -> LogitsFunction:
     return logits
 
 
-def attack_images(attack: Attack, network: ResNet, loss: Loss, batch: Batch) -> tf.Tensor:
+def attack_images(attack: Attack, network: Network, loss: Loss, batch: Batch) -> tf.Tensor:
     """x̂ of the batch at the weights of `network`."""
     logits = attacked_logits(attack, network)
     return attack.adversarial_examples(logits, network.num_classes, loss, batch.images, batch.labels, batch.seed)

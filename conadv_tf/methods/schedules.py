@@ -33,14 +33,14 @@ from conadv_tf.methods.interface import (
 from conadv_tf.methods.mixture import Mixture
 from conadv_tf.methods.passes import Part, ascended_by, attack_images, attacked, parts_of, train_on, training_pass
 from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import MAIN, Turn
 
 
 def vanilla() -> Gradients:
     """Plain training on the clean batch."""
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
         gradients, metrics, _ = train_on(network, loss, [Part("clean", MAIN, 1.0, batch.images, batch.labels)])
         return Update(gradients, metrics, {})
 
@@ -50,7 +50,7 @@ def vanilla() -> Gradients:
 def shadow(attack: Attack, mixture: Mixture) -> Gradients:
     """Training on the clean batch and on its adversarial examples from the stale weights (Eq. 4)."""
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
         adversarial = attack_images(attack, stale, loss, attacked(mixture, batch))
         [adversarial], [images] = xla.barrier([adversarial], [batch.images])
         gradients, metrics, _ = train_on(network, loss, parts_of(mixture, batch._replace(images=images), adversarial))
@@ -62,7 +62,7 @@ def shadow(attack: Attack, mixture: Mixture) -> Gradients:
 def lookahead(attack: Attack, mixture: Mixture) -> Gradients:
     """Training on the batch carried here with its x̂; x̂ of the batch handed in, the next update's, at the same θ_t."""
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
         now = Batch(_pixels(carry["images"]), carry["labels"], batch.seed, _pixels(carry.get("augmented")))
         *others, adversarial = parts_of(mixture, now, _pixels(carry["adversarial"]))
         adversarial = adversarial._replace(labels=carry["adversarial_labels"])
@@ -77,7 +77,7 @@ def lookahead(attack: Attack, mixture: Mixture) -> Gradients:
 def begin_lookahead(attack: Attack, mixture: Mixture) -> Begin:
     """The carry into an update whose batch is `batch`, made at the weights before it."""
 
-    def begin(stale: ResNet, loss: Loss, batch: Batch) -> Carry:
+    def begin(stale: Network, loss: Loss, batch: Batch) -> Carry:
         first = attacked(mixture, batch)
         adversarial = {"adversarial": attack_images(attack, stale, loss, first), "adversarial_labels": first.labels}
         carry = {"images": batch.images, "labels": batch.labels, **adversarial}
@@ -92,7 +92,7 @@ def paired(attack: Attack, mixture: Mixture) -> Gradients:
     The first update has no x̂ yet: its adversarial term is 0, and the adversarial moving averages stay.
     """
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
         begun = carry["begun"]
         clean, *others, adversarial = parts_of(mixture, batch, _pixels(carry["adversarial"]))
         clean = clean._replace(ascended=ascended_by(attack, network.num_classes, loss, batch))
@@ -108,7 +108,7 @@ def paired(attack: Attack, mixture: Mixture) -> Gradients:
 def begin_paired(attack: Attack, mixture: Mixture) -> Begin:
     """The carry into the update after the one that trained on `batch` at the weights of `stale`."""
 
-    def begin(stale: ResNet, loss: Loss, batch: Batch) -> Carry:
+    def begin(stale: Network, loss: Loss, batch: Batch) -> Carry:
         ascended = ascended_by(attack, stale.num_classes, loss, batch)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(batch.images)
@@ -126,7 +126,7 @@ def phased(attack: Attack, mixture: Mixture) -> Gradients:
     all of them.
     """
 
-    def gradients(network: ResNet, stale: ResNet, loss: Loss, batch: Batch, carry: Carry) -> Update:
+    def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
         clean, begun = batch.clean_turn, carry["begun"]
         images = tf.where(clean, batch.images, _pixels(carry["adversarial"]))
         labels = tf.where(clean, batch.labels, carry["adversarial_labels"])
@@ -147,7 +147,7 @@ def phased(attack: Attack, mixture: Mixture) -> Gradients:
 def begin_phased(attack: Attack, mixture: Mixture) -> Begin:
     """The carry of `begin_paired` and the fresh batch, half of which the next update may still have to train on."""
 
-    def begin(stale: ResNet, loss: Loss, batch: Batch) -> Carry:
+    def begin(stale: Network, loss: Loss, batch: Batch) -> Carry:
         crafted = begin_paired(attack, mixture)(stale, loss, batch)
         return {"images": batch.images, "labels": batch.labels, **crafted}
 

@@ -6,37 +6,26 @@ the place of variables: nothing is assigned, so that a replica has weights of it
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import tensorflow as tf
 
-from conadv_tf.errors import ConfigError
-
-_values: contextvars.ContextVar[dict | None] = contextvars.ContextVar("values", default=None)
+_NONE: Mapping[Any, tf.Tensor] = MappingProxyType({})
+_values: contextvars.ContextVar[Mapping[Any, tf.Tensor]] = contextvars.ContextVar("values", default=_NONE)
 
 
 @contextlib.contextmanager
 def moved(variables: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> Iterator[None]:
-    """Within it `read` gives these values, of the shapes and dtypes of the variables, in their places.
-
-    Raises:
-      ConfigError: if none of them was read: the network's layers do not use `read`.
-    """
-    by_variable = {variable.ref(): value for variable, value in zip(variables, values, strict=True)}
-    was_read: dict = {"any": False, "values": by_variable}
-    token = _values.set(was_read)
+    """Within it `read` gives these values, of the shapes and dtypes of the variables, in their places."""
+    token = _values.set({variable.ref(): value for variable, value in zip(variables, values, strict=True)})
     try:
         yield
     finally:
         _values.reset(token)
-    if not was_read["any"]:
-        raise ConfigError("the network reads its variables itself and cannot be moved: train it by another method")
 
 
 def read(variable: tf.Variable) -> tf.Variable | tf.Tensor:
     """The variable, or its value within `moved`."""
-    now = _values.get()
-    if now is None or variable.ref() not in now["values"]:
-        return variable
-    now["any"] = True
-    return now["values"][variable.ref()]
+    return _values.get().get(variable.ref(), variable)

@@ -14,6 +14,7 @@ import tf_keras
 
 from conadv_tf.errors import ConfigError
 from conadv_tf.models import expansion, moved, stem_convolution, xla
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
 # Channel means and standard deviations on the 0..1 scale.
@@ -194,8 +195,8 @@ class Classifier(tf_keras.layers.Dense):
         return tf.nn.bias_add(outputs, tf.cast(moved.read(self.bias), inputs.dtype))
 
 
-class ResNet(tf_keras.Model):
-    """Maps images [rows, H, W, C] in [0, 255], any numeric dtype, to float32 logits [rows, num_classes].
+class ResNet(Network):
+    """A residual network of ARCHITECTURES.
 
     Args:
       architecture: a name from ARCHITECTURES.
@@ -208,6 +209,9 @@ class ResNet(tf_keras.Model):
       width: factor of the channels of every stage, a whole number of at least 1.
       dtype: Keras dtype policy; "mixed_bfloat16" computes in bfloat16 with float32 variables and logits.
     """
+
+    activation_dtypes = (None, "float32", "bfloat16")
+    can_move = True
 
     def __init__(
         self,
@@ -280,11 +284,10 @@ class ResNet(tf_keras.Model):
         synchronize: bool = True,
         activation_dtype: str | None = None,
     ) -> tf.Tensor:
-        """Logits. `training` alone means what it means in Keras; `mode` and `update_statistics` override it.
+        """Logits; see Network.call.
 
-        See SplitBatchNormalization.call for `branch`, `mode`, `update_statistics` and `synchronize`.
-        `activation_dtype`: what features are computed in; None is that of the policy. An evaluation, which is a call
-        with neither `training` nor `mode`, makes float32 logits of them with float32 kernels: bfloat16 would make ties.
+        An evaluation, which is a call with neither `training` nor `mode`, makes float32 logits of the features with
+        float32 kernels: bfloat16 would make ties.
         """
         norm_call = {
             "branch": branch,
@@ -310,26 +313,10 @@ class ResNet(tf_keras.Model):
         stddev = tf.constant(self._spec.stddev) * 255.0
         return tf.cast((tf.cast(images, tf.float32) - mean) / stddev, dtype)
 
-    def create_variables(self) -> "ResNet":
-        """Creates the variables of every branch and returns self."""
-        self(tf.zeros((1, *self.image_shape)), training=False)
-        return self
-
-    def leaf_variables(self) -> list[tf.Variable]:
-        """All variables, in an order that does not depend on which of them are trainable."""
-        leaves = [m for m in self.submodules if isinstance(m, tf_keras.layers.Layer) and not any(m.submodules)]
-        return [variable for leaf in leaves for variable in leaf.weights]
-
-    def moving_statistics(self, branches: Sequence[str]) -> list[tf.Variable]:
-        """The moving means and variances of `branches`, float32 [channels] each."""
+    def norms(self) -> list[SplitBatchNormalization]:
         # Not by way of `submodules`, which goes through all there is in the network and takes a tenth of a second.
         convs = [self.stem, *(conv for block in self.blocks for conv in block.all_convs)]
-        return [
-            variable
-            for conv in convs
-            for branch in branches
-            for variable in (conv.norm.moving_means[branch], conv.norm.moving_variances[branch])
-        ]
+        return [conv.norm for conv in convs]
 
     def get_config(self) -> dict:
         return {
@@ -345,11 +332,6 @@ class ResNet(tf_keras.Model):
             "dtype": self._precision,
             "name": self.name,
         }
-
-
-def variable_path(variable: tf.Variable) -> str:
-    """The place of a variable in its network, such as "stem/conv/kernel": its name without the network's."""
-    return variable.name.split(":")[0].split("/", 1)[-1]
 
 
 def find_architecture(name: str, image_shape: tuple[int, ...]) -> Architecture:

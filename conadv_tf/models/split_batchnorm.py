@@ -77,6 +77,10 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
       epsilon: added to the variance.
       gamma_initializer: "ones", or "zeros" for the last layer of a residual block.
       replicas_per_group: replicas that share batch statistics ("distributed BN"); 1 keeps them local.
+      scale, center: whether γ and β are trained; else they stay 1 and 0.
+
+    Attributes:
+      corrected: whether the moving variance is Bessel-corrected, as that of tf_keras' fused layer.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         epsilon: float = 1e-5,
         gamma_initializer: str = "ones",
         replicas_per_group: int = 1,
+        scale: bool = True,
+        center: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -94,6 +100,9 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         self.epsilon = epsilon
         self.gamma_initializer = gamma_initializer
         self.replicas_per_group = replicas_per_group
+        self.scale = scale
+        self.center = center
+        self.corrected = True
         self.gammas: dict[str, tf.Variable] = {}
         self.betas: dict[str, tf.Variable] = {}
         self.moving_means: dict[str, tf.Variable] = {}
@@ -102,12 +111,14 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
     def build(self, input_shape) -> None:
         channels = (input_shape[-1],)
         for branch in self.branches:
-            trained = {"dtype": tf.float32, "experimental_autocast": False}
-            averaged = {**trained, "trainable": False, "aggregation": tf.VariableAggregation.MEAN}
+            kept = {"dtype": tf.float32, "experimental_autocast": False}
+            averaged = {**kept, "trainable": False, "aggregation": tf.VariableAggregation.MEAN}
             self.gammas[branch] = self.add_weight(
-                f"{branch}/gamma", channels, initializer=self.gamma_initializer, **trained
+                f"{branch}/gamma", channels, initializer=self.gamma_initializer, trainable=self.scale, **kept
             )
-            self.betas[branch] = self.add_weight(f"{branch}/beta", channels, initializer="zeros", **trained)
+            self.betas[branch] = self.add_weight(
+                f"{branch}/beta", channels, initializer="zeros", trainable=self.center, **kept
+            )
             self.moving_means[branch] = self.add_weight(
                 f"{branch}/moving_mean", channels, initializer="zeros", **averaged
             )
@@ -143,10 +154,14 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             scale, shift = self.moving_affine(branch)
             return tf.cast(tf.cast(inputs, tf.float32) * scale + shift, inputs.dtype)
         gamma, beta = self.gamma_and_beta(branch)
-        if self.replicas_per_group > 1 and synchronize:
+        together = self.replicas_per_group if synchronize else 1
+        if together > 1:
             outputs, mean, variance = self._group_batch(inputs, gamma, beta)
         else:
             outputs, mean, variance = self._local_batch(inputs, gamma, beta, self._shift(branch))
+        if not self.corrected:
+            count = _places(inputs) * together
+            variance *= (count - 1.0) / count
         self.learn(mean, variance, branch, update_statistics)
         return outputs
 
@@ -204,7 +219,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         centered = values - mean
         variance = group_mean(tf.reduce_mean(tf.square(centered), [0, 1, 2]), self.replicas_per_group)
         outputs = centered * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
-        count = tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]) * self.replicas_per_group, tf.float32)
+        count = _places(inputs) * self.replicas_per_group
         return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
 
     def _learn(self, moving: dict[str, tf.Variable], statistic: tf.Tensor, branch: str | Turn, learns) -> None:
@@ -227,8 +242,13 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             statistics.append((moving, statistic))
 
     def get_config(self) -> dict:
-        names = ("branches", "momentum", "epsilon", "gamma_initializer", "replicas_per_group")
+        names = ("branches", "momentum", "epsilon", "gamma_initializer", "replicas_per_group", "scale", "center")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def _places(inputs: tf.Tensor) -> tf.Tensor:
+    """The number of values of a channel of [rows, height, width, channels], float32 scalar."""
+    return tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), tf.float32)
 
 
 def _chosen(variables: dict[str, tf.Variable], branch: str | Turn) -> tf.Variable | tf.Tensor:

@@ -71,10 +71,9 @@ class Programs:
         if key not in self._models:
             like = self._built.model
             # Alone, the replica has no neighbours to share batch statistics with.
-            config = {**like.network.get_config(), "branches": method.branches, "replicas_per_group": 1}
             # Taking turns needs two places; the program is that of either.
             model = ConAdvModel(
-                type(like.network).from_config(config),
+                like.network.twin(branches=method.branches, replicas_per_group=1),
                 method,
                 method.updates_per_batch,
                 all_reduce_dtype=like.all_reduce_dtype.name,

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet, variable_path
+from conadv_tf.models.network import Network, variable_path
 from conadv_tf.preflight.hlo_text import without_copies
 from conadv_tf.run import report
 from conadv_tf.run.build import Run
@@ -45,14 +45,13 @@ class Program:
 
 def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
     """The variables that an update reads or assigns, by names such as network/…, shadow0/…, optimizer/…, carry/…."""
+    networks = {"network": model.network, **{f"shadow{i}": shadow for i, shadow in enumerate(model.shadows)}}
     groups = {
-        "network": model.network.variables,
-        **{f"shadow{i}": shadow.variables for i, shadow in enumerate(model.shadows)},
         # Where the rate is a number and no schedule, it is a variable, which Keras does not list.
         "optimizer": [*model.optimizer.variables(), *_hyperparameters(model.optimizer)],
         "metric": model.metrics[0].variables,
     }
-    named = {}
+    named = {f"{part}/{path}": v for part, network in networks.items() for path, v in network.named_variables().items()}
     for group, variables in groups.items():
         for variable in variables:
             named[f"{group}/{variable_path(variable)}"] = variable
@@ -130,13 +129,13 @@ def export(model: ConAdvModel, images: tf.TensorSpec, folder: str, facts: dict) 
         raise RunError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
 
 
-def load_weights(network: ResNet, path: str) -> None:
+def load_weights(network: Network, path: str) -> None:
     """Loads the weights and moving statistics that xla_step.py wrote, or initial.npz, into a network.
 
     Raises:
       RunError: if the file lacks one of the network's variables, or has it in another shape; nothing is loaded then.
     """
-    own = {f"network/{variable_path(variable)}": variable for variable in network.variables}
+    own = {f"network/{path}": variable for path, variable in network.named_variables().items()}
     with np.load(path) as saved:
         for name, variable in own.items():
             shape = saved[name].shape if name in saved else None

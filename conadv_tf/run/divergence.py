@@ -13,7 +13,6 @@ import numpy as np
 import tf_keras
 
 from conadv_tf.errors import ConfigError, RunError
-from conadv_tf.models.resnet import variable_path
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.learning_rate import next_rate
 from conadv_tf.training.trainer import ConAdvModel
@@ -141,7 +140,8 @@ def _what(bad: list[str]) -> str:
 
 def _largest_trust_ratio(model: ConAdvModel) -> tuple[str | None, float | None]:
     """The kernel with the largest trust ratio of the last update applied, and that ratio; None where all are one."""
-    names = [variable_path(variable) for variable in model.network.trainable_variables if is_adapted(variable)]
+    paths = {variable.ref(): path for path, variable in model.network.named_variables().items()}
+    names = [paths[variable.ref()] for variable in model.network.trainable_variables if is_adapted(variable)]
     ratios = model.metrics[0].ratios.numpy()
     if np.ptp(ratios) == 0:
         return None, None

@@ -3,12 +3,12 @@
 import tensorflow as tf
 
 from conadv_tf.errors import RunError, one_line
-from conadv_tf.models.resnet import ResNet, variable_path
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.run.checkpoint import free_space
 
 
-def export(network: ResNet, directory: str) -> None:
+def export(network: Network, directory: str) -> None:
     """Writes a SavedModel of the main branch alone, which loads without conadv_tf.
 
     Its default signature maps "images", float32 [images, H, W, C] in [0, 255], to "logits" and
@@ -17,11 +17,7 @@ def export(network: ResNet, directory: str) -> None:
     Raises:
       RunError: if it cannot be written.
     """
-    config = {**network.get_config(), "branches": (MAIN,), "replicas_per_group": 1, "dtype": "float32"}
-    exported = type(network).from_config(config).create_variables()
-    values = {variable_path(variable): variable for variable in network.leaf_variables()}
-    for variable in exported.leaf_variables():
-        variable.assign(values[variable_path(variable)].numpy())
+    exported = network.twin(branches=(MAIN,), replicas_per_group=1, dtype="float32")
     module = tf.Module()
     module.network_variables = exported.leaf_variables()
 

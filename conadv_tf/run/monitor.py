@@ -16,7 +16,7 @@ import tf_keras
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import passes
 from conadv_tf.methods.attack import Attack
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import ADVERSARIAL
 from conadv_tf.run.folder import recorded
 from conadv_tf.training.metrics import distance
@@ -103,7 +103,7 @@ def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
       theory_perturbation_distance: mean over the images of ‖x̂_fresh − x̂_stale‖, in pixel levels.
     """
 
-    def staleness(network: ResNet, stale: ResNet, loss, images, labels) -> dict[str, tf.Tensor]:
+    def staleness(network: Network, stale: Network, loss, images, labels) -> dict[str, tf.Tensor]:
         images, labels = tf.cast(images, tf.float32), tf.cast(labels, tf.int32)
         gradients = [_input_gradient(attack, weights, loss, images, labels) for weights in (network, stale)]
         fresh, old = (attack.one_step(images, gradient) for gradient in gradients)
@@ -121,13 +121,13 @@ def staleness_of(attack: Attack) -> Callable[..., dict[str, tf.Tensor]]:
     return staleness
 
 
-def _input_gradient(attack: Attack, network: ResNet, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+def _input_gradient(attack: Attack, network: Network, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """∇_x of what the attack ascends for each image, through the batch norm that the attack looks through."""
     aim = attack.aim(labels, network.num_classes, tf.constant(TARGET_SEED))
     return attack.gradient(passes.attacked_logits(attack, network), loss, images, aim)[0]
 
 
-def _adversarial_loss(network: ResNet, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+def _adversarial_loss(network: Network, loss, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     # Not synchronised: every replica has the same images, whose statistics are the group's.
     logits = network(images, branch=ADVERSARIAL, mode="batch", update_statistics=False, synchronize=False)
     return tf.reduce_mean(loss(labels, logits))

@@ -6,7 +6,7 @@ from typing import Any
 from conadv_tf import config, paths
 from conadv_tf.data.fingerprint import Fingerprint
 from conadv_tf.errors import ConfigError
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.run import kept_config
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.training.plan import Plan
@@ -19,7 +19,7 @@ _BRING_BACK = (
 )
 
 
-def spread_of(plan: Plan, network: ResNet) -> Spread:
+def spread_of(plan: Plan, network: Network) -> Spread:
     """The spread of a run over replicas and micro-batches, and the numbers of images that it depends on.
 
     Another number of replicas or micro-batches computes the same run, up to rounding. Another batch_norm_images or

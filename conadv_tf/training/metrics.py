@@ -5,7 +5,7 @@ import math
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.learning_rate import next_rate
 
@@ -98,7 +98,7 @@ def monitors(
     norm = tf.linalg.global_norm(gradients)
     ordered, count = tf.sort(ratios), ratios.shape[0]
     median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2.0
-    magnitudes = tf.abs(tf.concat(statistics, 0))
+    magnitudes = tf.abs(tf.concat([*statistics, [0.0]], 0))  # of a network without batch norm there are none
     # The maximum alone would not do: compiled by XLA for a CPU it passes over NaN.
     largest = tf.where(tf.reduce_all(tf.math.is_finite(magnitudes)), tf.reduce_max(magnitudes), math.inf)
     return [tf.cast(next_rate(optimizer), tf.float32), norm, norm**2, ordered[0], median, ordered[-1], drift, largest]
@@ -112,7 +112,7 @@ def trust_ratios(optimizer, variables: list[tf.Variable], gradients: list[tf.Ten
     return tf.stack([optimizer.trust_ratio(variable, gradient) for variable, gradient in pairs])
 
 
-def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
+def drift(network: Network, stale: Network) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (Lemma 1 of the paper)."""
     if stale is network:
         return tf.constant(0.0)
@@ -120,7 +120,7 @@ def drift(network: ResNet, stale: ResNet) -> tf.Tensor:
     return distance(network, stale) / tf.linalg.global_norm(weights)
 
 
-def distance(network: ResNet, stale: ResNet) -> tf.Tensor:
+def distance(network: Network, stale: Network) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ over all variables that the network trains, float32 scalar."""
     pairs = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
     return tf.linalg.global_norm(

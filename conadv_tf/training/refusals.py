@@ -7,19 +7,24 @@ import tf_keras
 
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import Method
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.training.savable_model import check_saves
 
 PRECISIONS = ("float32", "mixed_bfloat16")
 
 
-def check_network(network: ResNet, method: Method, microbatches: int) -> None:
+def check_network(network: Network, method: Method, microbatches: int) -> None:
     """Raises ConfigError unless the network can be trained by the method."""
     missing = [branch for branch in method.branches if branch not in network.branches]
     if missing:
         raise ConfigError(
             f"method {method.name!r} trains the BN branches {missing}, which the network lacks: "
             f"build it with branches={method.branches}"
+        )
+    if method.attack is not None and method.attack.compute_dtype not in network.activation_dtypes:
+        raise ConfigError(
+            f"attack.compute_dtype={method.attack.compute_dtype!r}: the layers of {network.architecture!r} compute in "
+            "the dtype they were built with: leave it at None, or build the network under the policy 'mixed_bfloat16'"
         )
     if microbatches < 1:
         raise ConfigError(f"microbatches={microbatches} must be at least 1: 1 makes an update of one batch")
@@ -30,7 +35,7 @@ def check_network(network: ResNet, method: Method, microbatches: int) -> None:
         )
 
 
-def check_precision(network: ResNet) -> None:
+def check_precision(network: Network) -> None:
     """Raises ConfigError for a precision that training does not have, or a global policy that the network has not."""
     own, everywhere = network.dtype_policy.name, tf_keras.mixed_precision.global_policy().name
     if own not in PRECISIONS:
@@ -68,10 +73,10 @@ def check_callbacks(callbacks: Any) -> None:
             check_saves(callback.filepath)
 
 
-def check_all_trained(network: ResNet) -> None:
+def check_all_trained(network: Network) -> None:
     """Raises ConfigError for a network of which layers are frozen."""
-    still = len(network.moving_statistics(network.branches))
-    frozen = len(network.leaf_variables()) - still - len(network.trainable_variables)
+    trained = {variable.ref() for variable in network.trainable_variables}
+    frozen = sum(variable.trainable and variable.ref() not in trained for variable in network.leaf_variables())
     if frozen:
         raise ConfigError(
             f"{frozen} variables of the network are frozen (trainable=False): training moves all of them, and the "

@@ -7,13 +7,13 @@ import tf_keras
 from absl import logging
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 
 
 class SavableModel(tf_keras.Model):
     """A model that is saved with its optimizer's variables, those of Keras' legacy optimizers such as LARS too."""
 
-    network: ResNet
+    network: Network
 
     def create_optimizer_variables(self) -> None:
         """Creates the optimizer's variables."""

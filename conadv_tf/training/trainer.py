@@ -15,7 +15,7 @@ import tf_keras
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import passes
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.training import collectives, metrics, refusals
 from conadv_tf.training.checked_model import CheckedModel
@@ -46,7 +46,7 @@ class ConAdvModel(CheckedModel, SavableModel):
     (run/divergence.py). Of optimizers other than those of lars.py slots and count go on, with gradients of 0.
 
     Args:
-      network: a ResNet with the method's branches.
+      network: a Network, such as a ResNet, with the method's branches.
       method: see methods/method.py.
       microbatches: batches accumulated into one update, on each replica (docs/method.md, virtual pod).
       seed: seed of the attack's random starts.
@@ -63,7 +63,7 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     def __init__(
         self,
-        network: ResNet,
+        network: Network,
         method: methods.Method,
         microbatches: int = 1,
         seed: int = 0,

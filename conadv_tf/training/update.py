@@ -19,8 +19,8 @@ import tf_keras
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.interface import Batch, Carry, Loss
 from conadv_tf.methods.method import Method
-from conadv_tf.models import xla
-from conadv_tf.models.resnet import ResNet
+from conadv_tf.models import randomness, xla
+from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import deferred_statistics, moving_average
 from conadv_tf.training import collectives, metrics
 from conadv_tf.training.lars import LARS
@@ -48,8 +48,8 @@ class ReplicaUpdate:
     """
 
     method: Method
-    network: ResNet
-    shadows: Sequence[ResNet]
+    network: Network
+    shadows: Sequence[Network]
     optimizer: tf_keras.optimizers.Optimizer
     loss: Loss
     carry: CarryVariables
@@ -62,7 +62,7 @@ class ReplicaUpdate:
     compiled: bool
 
     @property
-    def stale(self) -> ResNet:
+    def stale(self) -> Network:
         """The network at θ_{t−τ}."""
         return self.shadows[0] if self.shadows else self.network
 
@@ -97,7 +97,9 @@ class ReplicaUpdate:
             return
 
         def carry(data, microbatch: tf.Tensor) -> Carry:
-            return begin(self.stale, self.loss, self._batch(data, microbatch, self.method.batches_ahead - 1))
+            batch = self._batch(data, microbatch, self.method.batches_ahead - 1)
+            with randomness.of_microbatch(batch.seed):
+                return begin(self.stale, self.loss, batch)
 
         self.carry.write(microbatch, self.optimizer.iterations - 1, self._by_xla(carry)(data, microbatch))
 
@@ -139,13 +141,24 @@ class ReplicaUpdate:
 
     def _share(self, data, microbatch: tf.Tensor, carry: Carry) -> tuple[list[tf.Tensor], Carry]:
         batch = self._batch(data, microbatch, self.method.batches_ahead)
-        with deferred_statistics() as statistics:
+        with deferred_statistics() as statistics, randomness.of_microbatch(batch.seed):
             update = self.method.gradients(self.network, self.stale, self.loss, batch, carry)
         by_variable = {variable.ref(): value for variable, value in statistics}
         moving = [by_variable[variable.ref()] for variable in self.network.moving_statistics(self.method.branches)]
         values = [tf.stack([update.metrics[name] for name in self.method.metric_names])]
         share = 1.0 / (self.microbatches * tf.distribute.get_replica_context().num_replicas_in_sync)
-        return [share * tf.cast(value, tf.float32) for value in update.gradients + moving + values], update.carry
+        gradients = self._penalized(update.gradients)
+        return [share * tf.cast(value, tf.float32) for value in gradients + moving + values], update.carry
+
+    def _penalized(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The gradients with those of the network's own regularizers, as Keras adds them to the loss."""
+        variables = self.network.trainable_variables
+        with tf.GradientTape() as tape:
+            penalty = self.network.penalty()
+        if penalty is None:
+            return gradients
+        own = tape.gradient(penalty, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return [gradient + more for gradient, more in zip(gradients, own, strict=True)]
 
     def _batch(self, data, microbatch: tf.Tensor, ahead: int) -> Batch:
         """A replica's micro-batch of the update that is `ahead` of the present one."""
@@ -199,9 +212,11 @@ class ReplicaUpdate:
                 strategy.extended.update(shadow, _assign_if, args=(finite, weights), group=False)
 
     def _assign_statistics(self, strategy: tf.distribute.Strategy, finite, statistics: list) -> None:
-        learn = functools.partial(_learn_if, momentum=self.network.batch_norm_momentum)
-        for moving, value in zip(self.network.moving_statistics(self.method.branches), statistics, strict=True):
-            strategy.extended.update(moving, learn, args=(finite, value), group=False)
+        branches = self.method.branches
+        moving, momenta = self.network.moving_statistics(branches), self.network.moving_momenta(branches)
+        for variable, value, momentum in zip(moving, statistics, momenta, strict=True):
+            learn = functools.partial(_learn_if, momentum=momentum)
+            strategy.extended.update(variable, learn, args=(finite, value), group=False)
 
 
 def _assign_if(variable: tf.Variable, condition: tf.Tensor, value) -> tf.Tensor:
