@@ -40,6 +40,7 @@ CONFIGURED_MODULES = (
     "training.lars",
     "training.learning_rate",
     "training.losses",
+    "training.optimizers",
 )
 # Width at which gin writes every binding on one line.
 ONE_LINE = 100_000

@@ -12,8 +12,8 @@ from conadv_tf.errors import ConfigError
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.run.divergence import DivergenceSettings
 from conadv_tf.run.monitor import MonitorSettings
-from conadv_tf.training.lars import OPTIMIZERS
 from conadv_tf.training.learning_rate import warmup_poly_decay
+from conadv_tf.training.optimizers import OPTIMIZERS
 from conadv_tf.training.plan import Plan, check_batch_norm_groups, check_mixing, make_plan
 from conadv_tf.training.refusals import PRECISIONS
 from conadv_tf.training.trainer import ConAdvModel
@@ -28,7 +28,7 @@ class TrainSettings:
 
     Attributes:
       method: "vanilla", "disadv" or "conadv".
-      optimizer: "lars" or "sgd".
+      optimizer: "lars", "sgd", "adamw" or "lamb".
       global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
       microbatch_size: images one replica holds at a time; BN statistics are over these.
       epochs: passes over the training set.

@@ -135,6 +135,3 @@ def _check(optimizer: str, momentum: float, weight_decay: float) -> None:
         raise ConfigError(f"{optimizer}.momentum={momentum} is outside [0, 1): the paper's is 0.9")
     if weight_decay < 0:
         raise ConfigError(f"{optimizer}.weight_decay={weight_decay} must not be negative: the paper's is 5e-4")
-
-
-OPTIMIZERS = {"lars": make_lars, "sgd": make_sgd}

@@ -43,7 +43,7 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     An update with a loss, gradient or batch statistic that is not finite shows in the logs and, like all after it in
     the same epoch, is not applied: weights, moving averages, shadow copies, slots and the count of updates stay
-    (run/divergence.py). Of optimizers other than those of lars.py slots and count go on, with gradients of 0.
+    (run/divergence.py).
 
     Args:
       network: a Network, such as a ResNet, with the method's branches.

@@ -22,8 +22,7 @@ from conadv_tf.methods.method import Method
 from conadv_tf.models import randomness, xla
 from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import deferred_statistics, moving_average
-from conadv_tf.training import collectives, metrics
-from conadv_tf.training.lars import LARS
+from conadv_tf.training import collectives, metrics, optimizers
 from conadv_tf.training.replica_state import CarryVariables
 
 
@@ -121,12 +120,7 @@ class ReplicaUpdate:
         finite = self.means.record(self._logs(values, gradients, statistics, ratios), ratios)
         replica.merge_call(self._push_weights, args=(finite,))
         replica.merge_call(self._assign_statistics, args=(finite, statistics))
-        if isinstance(self.optimizer, LARS):
-            self.optimizer.apply_if(finite, zip(gradients, variables, strict=True))
-        else:
-            gradients = [tf.where(finite, gradient, 0.0) for gradient in gradients]
-            pairs = zip(gradients, variables, strict=True)
-            self.optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False)
+        optimizers.apply_if(self.optimizer, finite, gradients, variables)
 
     def _by_xla(self, function: Callable) -> Callable:
         """A function like the one given, compiled by XLA where training is."""

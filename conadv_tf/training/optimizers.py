@@ -1,0 +1,155 @@
+"""The optimizers that recipes choose from, and an update of any optimizer that a condition can hold back.
+
+LARS and SGD are lars.py's. AdamW and LAMB are tf-models', for networks such as ConvNeXt. None of them decays (LAMB: nor
+adapts to) biases and the γ and β of normalisation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+import tensorflow as tf
+import tf_keras
+from official.modeling.optimization import lamb as tfm_lamb
+from official.modeling.optimization import legacy_adamw as tfm_adamw
+
+from conadv_tf.errors import ConfigError
+from conadv_tf.training.lars import LARS, make_lars, make_sgd
+
+# Patterns of the names of what is neither decayed nor adapted.
+NOT_DECAYED = ("gamma", "beta", "bias")
+
+
+class AdamW(tfm_adamw.AdamWeightDecay):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
+
+        w ← w − lr β w, kernels only;  m, v ← Adam's moments of g;  w ← w − lr √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε)
+
+    Args:
+      learning_rate: a number or a schedule of the update count.
+      beta_1, beta_2: Adam's.
+      epsilon: ε, which its paper calls ε̂ (before section 2.1).
+      weight_decay_rate: β.
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-8,
+        weight_decay_rate=0.05,
+        name="AdamW",
+        **kwargs,
+    ):
+        settings = {"exclude_from_weight_decay": NOT_DECAYED, "gradient_clip_norm": 0.0, **kwargs}
+        super().__init__(
+            learning_rate, beta_1, beta_2, epsilon, weight_decay_rate=weight_decay_rate, name=name, **settings
+        )
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "AdamW":
+        return cls(**_with_schedule(config, custom_objects))
+
+
+class LAMB(tfm_lamb.LAMB):
+    """Adam's direction with decay, scaled to the norm of each kernel (You et al. 2020, arXiv 1904.00962, Algorithm 2).
+
+        r = m̂ / (√v̂ + ε) + β w;  w ← w − lr ‖w‖ / ‖r‖ · r, kernels;  w ← w − lr m̂ / (√v̂ + ε), the rest
+
+    Args: see `AdamW`; epsilon is that of the formula.
+    """
+
+    def __init__(
+        self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-6, weight_decay_rate=0.05, name="LAMB", **kwargs
+    ):
+        settings = {"exclude_from_weight_decay": NOT_DECAYED, **kwargs}
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, weight_decay_rate, name=name, **settings)
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "LAMB":
+        return cls(**_with_schedule(config, custom_objects))
+
+
+def _with_schedule(config: dict, custom_objects: dict | None) -> dict:
+    rate = config["learning_rate"]
+    if isinstance(rate, dict):
+        rate = tf_keras.saving.deserialize_keras_object(rate, custom_objects)
+    return {**config, "learning_rate": rate}
+
+
+@gin.configurable("adamw", denylist=["learning_rate"])
+def make_adamw(
+    learning_rate, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.05
+) -> AdamW:
+    """AdamW; the defaults are those of ConvNeXt's training (Liu et al. 2022, arXiv 2201.03545, Table 5).
+
+    Args:
+      learning_rate: the rate, or the schedule of the rate.
+      beta_1: the decay of the first moment, in [0, 1).
+      beta_2: the decay of the second moment, in [0, 1).
+      epsilon: what is added to the root of the second moment, > 0.
+      weight_decay: the decay of the kernels, ≥ 0, times the rate.
+    """
+    _check("adamw", beta_1, beta_2, epsilon, weight_decay)
+    return AdamW(learning_rate, beta_1, beta_2, epsilon, weight_decay)
+
+
+@gin.configurable("lamb", denylist=["learning_rate"])
+def make_lamb(
+    learning_rate, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6, weight_decay: float = 0.01
+) -> LAMB:
+    """LAMB; the defaults are the paper's (You et al. 2020).
+
+    Args:
+      learning_rate: the rate, or the schedule of the rate.
+      beta_1: the decay of the first moment, in [0, 1).
+      beta_2: the decay of the second moment, in [0, 1).
+      epsilon: what is added to the root of the second moment, > 0.
+      weight_decay: β ≥ 0 of the kernels.
+    """
+    _check("lamb", beta_1, beta_2, epsilon, weight_decay)
+    return LAMB(learning_rate, beta_1, beta_2, epsilon, weight_decay)
+
+
+def _check(optimizer: str, beta_1: float, beta_2: float, epsilon: float, weight_decay: float) -> None:
+    for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{optimizer}.{name}={value} is outside [0, 1)")
+    if not epsilon > 0 or weight_decay < 0:
+        raise ConfigError(
+            f"{optimizer}.epsilon={epsilon} must be above 0 and {optimizer}.weight_decay={weight_decay} not negative"
+        )
+
+
+OPTIMIZERS = {"lars": make_lars, "sgd": make_sgd, "adamw": make_adamw, "lamb": make_lamb}
+
+
+def apply_if(
+    optimizer: tf_keras.optimizers.Optimizer,
+    condition: tf.Tensor,
+    gradients: Sequence[tf.Tensor],
+    variables: Sequence[tf.Variable],
+) -> None:
+    """Applies gradients that are summed over replicas; where `condition`, a bool scalar, is false, nothing changes.
+
+    Runs in a replica, under a condition that all replicas share. The optimizer's variables exist.
+    """
+    pairs = zip(gradients, variables, strict=True)
+    if isinstance(optimizer, LARS):
+        optimizer.apply_if(condition, pairs)  # within the update of each variable, so that XLA fuses it
+        return
+    own: Any = optimizer.variables
+    held = [*variables, *(own() if callable(own) else own)]
+    before = [tf.identity(variable) for variable in held]
+    optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False)
+
+    def restore(strategy: tf.distribute.Strategy, condition, before) -> None:
+        for variable, value in zip(held, before, strict=True):
+            strategy.extended.update(variable, _restore_unless, args=(condition, value), group=False)
+
+    tf.distribute.get_replica_context().merge_call(restore, args=(condition, before))
+
+
+def _restore_unless(variable: tf.Variable, condition: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    return variable.assign(tf.where(condition, variable, value))
