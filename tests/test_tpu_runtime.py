@@ -134,8 +134,6 @@ def test_what_is_set_already_stays(machine):
 @pytest.mark.parametrize(("tpu", "name"), [("pod", ""), ("grpc://10.0.0.2:8470", ""), ("v5litepod-16", "pod")])
 def test_a_tpu_that_is_reached_through_workers_is_left_to_them(machine, tpu, name):
     machine.patch.setenv("TPU_NAME", name)
-    if not name:
-        machine.patch.delenv("TPU_NAME")
     assert not tpu_runtime.prepare_tpu(tpu)
     assert machine.set() == {}
 
@@ -195,7 +193,7 @@ def test_the_process_that_has_the_tpu_is_named(machine):
     line = tpu_runtime.why_unseen()
     assert line == "process 72 has the TPU open at /dev/vfio/0: wait until it ends, or end it with kill 72"
     (machine.root / "proc/72/fd/5").unlink()
-    assert "sudo lsof -w /dev/vfio/0" in tpu_runtime.why_unseen()
+    assert "TensorFlow sees none (no chips): look with sudo lsof -w /dev/vfio/0" in tpu_runtime.why_unseen("no chips")
 
 
 def test_a_second_tensorflow_is_said(machine):
@@ -221,6 +219,12 @@ def test_a_strategy_says_why_tensorflow_sees_none(machine, chip, initialised):
         assert str(caught.value).startswith(f"--tpu={tpu}: TensorFlow for TPUs is the package tensorflow-tpu")
         assert "\n" not in str(caught.value)
     assert len(calls) == initialised
+
+
+def test_what_fails_on_a_tpu_that_tensorflow_sees_is_said_as_it_is(machine):
+    machine.patch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    with pytest.raises(RunError, match=r"--tpu=local cannot be reached \(TPUs not found in the cluster"):
+        make_strategy(tpu="local")
 
 
 # The command line on that machine, with a TensorFlow that only says what it finds in the environment.

@@ -154,7 +154,8 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             tf.tpu.experimental.initialize_tpu_system(resolver)
             strategy = tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # the resolver raises whatever its transport does
-        cause = tpu_runtime.why_unseen() if address == "local" else ""
+        unseen = address == "local" and not tf.config.list_physical_devices("TPU")
+        cause = tpu_runtime.why_unseen(one_line(error)) if unseen else ""
         raise RunError(f"--tpu={tpu}: {cause}" if cause else _no_tpu_message(tpu, error)) from error
     if strategy.num_replicas_in_sync != replicas_of(tpu, strategy):
         raise RunError(

@@ -48,7 +48,7 @@ def address_of(tpu: str) -> str:
     An accelerator type means the attached TPU. A slice of several hosts is reached by its name, which TPU VMs and
     managed jobs put into the environment.
     """
-    return os.environ.get("TPU_NAME", "local") if parse_accelerator_type(tpu) else tpu
+    return (os.environ.get("TPU_NAME") or "local") if parse_accelerator_type(tpu) else tpu
 
 
 def devices() -> list[str]:
@@ -127,11 +127,15 @@ def prepare_tpu(tpu: str = "local") -> bool:
     return True
 
 
-def why_unseen() -> str:
-    """Why TensorFlow sees no TPU although one is attached, and what mends it; "" where none is attached."""
+def why_unseen(said: str = "") -> str:
+    """Why TensorFlow sees no TPU although one is attached, and what mends it; "" where none is attached.
+
+    Args:
+      said: what TensorFlow said, for a cause that is not known.
+    """
     if not devices():
         return ""
-    return _misfit() or _overwritten() or _unprepared() or _held() or _unknown()
+    return _misfit() or _overwritten() or _unprepared() or _held() or _unknown(said)
 
 
 def _misfit() -> str:
@@ -194,13 +198,13 @@ def _held() -> str:
     return ""
 
 
-def _unknown() -> str:
+def _unknown(said: str) -> str:
     names = " ".join(devices())
-    by_hand = "that variables set by hand were set before tensorflow was imported, "
+    words = f" ({said})" if said else ""
+    by_hand = "that variables set by hand were set before tensorflow was imported, " if needs_pjrt(generation()) else ""
     return (
-        f"a TPU is attached at {names} and TensorFlow sees none: look with sudo lsof -w {names} that no other user's "
-        f"process has it open, {by_hand if needs_pjrt(generation()) else ''}and start again with "
-        "TF_CPP_MIN_LOG_LEVEL=0 for what libtpu says"
+        f"a TPU is attached at {names} and TensorFlow sees none{words}: look with sudo lsof -w {names} that no other "
+        f"user's process has it open, {by_hand}and start again with TF_CPP_MIN_LOG_LEVEL=0 for what libtpu says"
     )
 
 
