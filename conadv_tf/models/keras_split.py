@@ -7,6 +7,7 @@ The graph is cloned with every BatchNormalization replaced; what a pass asks of 
 reach the layers through the context (graph_batchnorm.py, randomness.py), since a graph hands nothing else on.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,9 +134,10 @@ class SplitNetwork(Network):
 
     def named_variables(self) -> dict[str, tf.Variable]:
         named: dict[str, tf.Variable] = {}
+        counts: collections.Counter[str] = collections.Counter()
         for place, variable in cloning.placed_variables(self.graph):
             # Layers of one name lie in different nested models, or inside a layer of one's own.
-            number = sum(other == place or other.startswith(f"{place}#") for other in named)
+            number, counts[place] = counts[place], counts[place] + 1
             named[f"{place}#{number}" if number else place] = variable
         return named
 
