@@ -16,6 +16,7 @@ from pathlib import Path
 import gin
 
 from conadv_tf import config
+from conadv_tf.models import applications
 from conadv_tf.run import kept_config
 
 GIN = Path(config.recipe_folder())
@@ -141,6 +142,9 @@ def settings() -> str:
         lines += [f"### {chapter}", ""]
         for name in names:
             lines += [*_table(name), ""]
+            if name == "model":
+                named = ", ".join(f"`{each}`" for each in applications.names())
+                lines += [f"Classifiers of `tf_keras.applications` that `model.name` may be: {named}.", ""]
     return "\n".join(lines)
 
 

@@ -341,7 +341,10 @@ def find_architecture(name: str, image_shape: tuple[int, ...]) -> Architecture:
       ConfigError: if there is none, or images of `image_shape` (H, W, C) have the wrong channels for it.
     """
     if name not in ARCHITECTURES:
-        raise ConfigError(f"model.name={name!r} is not a network here: choose one of {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"model.name={name!r} is not a network here: choose one of {', '.join(ARCHITECTURES)}, "
+            "or a classifier of tf_keras.applications, such as EfficientNetB0"
+        )
     spec = ARCHITECTURES[name]
     if image_shape[-1] != len(spec.mean):
         raise ConfigError(

@@ -9,6 +9,8 @@ from conadv_tf import config, methods
 from conadv_tf.data import pipeline
 from conadv_tf.data.datasets import load
 from conadv_tf.errors import ConfigError
+from conadv_tf.models import applications
+from conadv_tf.models.network import Network
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.run.divergence import DivergenceSettings
 from conadv_tf.run.monitor import MonitorSettings
@@ -117,7 +119,7 @@ def make_network(
     batch_norm_epsilon: float = 1e-5,
     replicas_per_group: int = 1,
     width: int = 1,
-) -> ResNet:
+) -> Network:
     """The network of a recipe, with the branches the method trains.
 
     Args:
@@ -127,7 +129,8 @@ def make_network(
       seed: the seed of the initial weights.
       dtype: the dtype policy of the layers.
       name: the architecture, "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"; "cifar_resnet" with 8,
-        14, 20, 32, 44, 56 or 110 behind it; "digits_resnet".
+        14, 20, 32, 44, 56 or 110 behind it; "digits_resnet". Or a classifier of tf_keras.applications, such as
+        "EfficientNetB0", with batch norm of its own settings, to which the next ones do not apply.
       batch_norm_momentum: the momentum of the moving averages, in [0, 1).
       batch_norm_epsilon: what is added to a variance, > 0.
       replicas_per_group: the number of replicas that share batch statistics; 0: as few as have 64 images together.
@@ -138,6 +141,18 @@ def make_network(
             f"model.batch_norm_momentum={batch_norm_momentum} must lie in [0, 1) and "
             f"model.batch_norm_epsilon={batch_norm_epsilon} above 0: the paper's are 0.9 and 1e-5"
         )
+    if name in applications.names():
+        for setting, value, own in (
+            ("batch_norm_momentum", batch_norm_momentum, 0.9),
+            ("batch_norm_epsilon", batch_norm_epsilon, 1e-5),
+            ("replicas_per_group", replicas_per_group, 1),
+            ("width", width, 1),
+        ):
+            if value != own:
+                raise ConfigError(
+                    f"model.{setting}={value} is for this package's networks, {name} has its own: leave it at {own}"
+                )
+        return applications.application(name, data.num_classes, data.image_shape, method.branches, seed, dtype)
     return ResNet(
         name,
         data.num_classes,
