@@ -146,12 +146,13 @@ def assert_identical(actual: dict, expected: dict) -> None:
 
 def microbatch_seed(run_seed: int, update: int, place: int) -> tf.Tensor:
     """The seed of a micro-batch: the run's seed, the update, its place in the global batch."""
-    return tf.random.fold_in(tf.random.fold_in([run_seed, 0], update), place)
+    of_update = tf.random.fold_in([run_seed, 0], update) & 0x7FFFFFFF
+    return tf.random.fold_in(of_update, place) & 0x7FFFFFFF
 
 
 def draws(specification: attack.Attack, shape, labels, seed):
     """The random start in units of ε and the labels the attack aims at, drawn as the product documents."""
-    start, coin, target = tf.unstack(tf.random.split(seed, 3))
+    start, coin, target = tf.unstack(tf.random.split(seed, 3) & 0x7FFFFFFF)
     delta = tf.random.stateless_uniform(shape, start, -1.0, 1.0).numpy()
     given = specification.random_start_probability
     if not tf.random.stateless_uniform((), coin) < (1.0 if given is None else given):

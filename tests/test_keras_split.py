@@ -245,7 +245,7 @@ def test_synchronized_batch_norm_is_over_the_replicas():
 
 
 def test_xla_trains_it_the_same():
-    # No signs, which rounding flips; of a seed that is not negative, as that of 8, XLA draws the same masks.
+    # No signs, which rounding flips.
     method = {"attack": Attack(norm="l2", random_start_probability=0.0)}
     compiled, plain = (values(layout(method=method, jit_compile=jit).network) for jit in (True, False))
     assert_close(compiled, plain, 1e-4)

@@ -224,7 +224,7 @@ class Attack:
 
 def _split(seed: tf.Tensor) -> list[tf.Tensor]:
     """Seeds of the random start, of the coin that decides on it, and of the targets."""
-    return tf.unstack(tf.random.split(seed, 3))
+    return xla.split_seed(seed, 3)
 
 
 def random_wrong_labels(labels: tf.Tensor, num_classes: int, seed: tf.Tensor) -> tf.Tensor:

@@ -56,7 +56,7 @@ def one_pass(attacks: bool) -> Iterator[None]:
     microbatch = _microbatch.get() or _Microbatch([0, 0])
     number = microbatch.passes[attacks]
     microbatch.passes[attacks] += 1
-    token = _pass.set(_Pass(_folded(_folded(microbatch.seed, _SALT + attacks), number)))
+    token = _pass.set(_Pass(xla.fold_in(xla.fold_in(microbatch.seed, _SALT + attacks), number)))
     try:
         yield
     finally:
@@ -67,12 +67,7 @@ def next_seed() -> tf.Tensor:
     """The seed of the next draw of this pass, int32 [2]."""
     current = _pass.get() or _Pass(tf.constant([0, 0]))
     current.draws += 1
-    return _folded(current.seed, current.draws)
-
-
-def _folded(seed: tf.Tensor | list[int], number: int) -> tf.Tensor:
-    """A seed of two, int32 [2], not negative: of negative ones XLA makes other numbers than TensorFlow does."""
-    return tf.random.fold_in(seed, number) & 0x7FFFFFFF
+    return xla.fold_in(current.seed, current.draws)
 
 
 class PassGenerator(backend.RandomGenerator):

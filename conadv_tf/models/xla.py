@@ -48,8 +48,24 @@ def barrier(earlier: list[tf.Tensor], values: list[tf.Tensor]) -> tuple[list[tf.
     return both[: len(earlier)], both[len(earlier) :]
 
 
+_NOT_NEGATIVE = 0x7FFFFFFF
+
+
+def fold_in(seed: tf.Tensor | list[int], number: tf.Tensor | int) -> tf.Tensor:
+    """The seed of a part of what `seed`, int32 [2], is for, int32 [2], the same in a program with XLA and without.
+
+    Not negative: of a negative seed XLA makes other numbers than TensorFlow does.
+    """
+    return tf.random.fold_in(tf.convert_to_tensor(seed) & _NOT_NEGATIVE, number) & _NOT_NEGATIVE
+
+
+def split_seed(seed: tf.Tensor | list[int], count: int) -> list[tf.Tensor]:
+    """So many seeds, int32 [2] each, for the parts of what `seed`, int32 [2], is for; see `fold_in`."""
+    return tf.unstack(tf.random.split(tf.convert_to_tensor(seed) & _NOT_NEGATIVE, count) & _NOT_NEGATIVE)
+
+
 def random_uniform(shape, seed: tf.Tensor, low: float, high: float) -> tf.Tensor:
-    """float32 [shape] in [low, high) from `seed` int32 [2]: the numbers of tf.random.stateless_uniform.
+    """float32 [shape] in [low, high) from `seed` int32 [2], not negative: the numbers of tf.random.stateless_uniform.
 
     XLA makes other floats of the same bits than TensorFlow does. Here they are made of the low bits, as by TensorFlow:
     a program draws the same with XLA and without.

@@ -162,7 +162,7 @@ class ReplicaUpdate:
         # Does not depend on how the global batch is split into replicas and micro-batches.
         place = microbatch * replica.num_replicas_in_sync + tf.cast(replica.replica_id_in_sync_group, tf.int32)
         update = tf.cast(self.optimizer.iterations, tf.int32)
-        seed = tf.random.fold_in(tf.random.fold_in([self.seed, 0], update + ahead), place)
+        seed = xla.fold_in(xla.fold_in([self.seed, 0], update + ahead), place)
         return Batch(clean, labels, seed, augmented, tf.equal((update + place) % 2, 0))
 
     def _checked(self, data) -> tuple[tf.Tensor, tf.Tensor]:
