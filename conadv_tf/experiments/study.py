@@ -27,13 +27,11 @@ class MethodRow:
       label: what tables call the method.
       recipe: the method's file in gin/method.
       params: gin parameters over that file's.
-      epsilon_by: the row at which the scale's ε is chosen for this one, where the scale offers several.
     """
 
     label: str
     recipe: str
     params: tuple[str, ...] = ()
-    epsilon_by: str = "paired"
 
     @property
     def is_adversarial(self) -> bool:
@@ -59,16 +57,10 @@ METHOD_ROWS = {
     "disadv": MethodRow("+ DisAdv", "disadv"),
     "conadv": MethodRow("+ ConAdv", "conadv"),
     "paired": MethodRow("+ ConAdv, paired", "conadv", (_PAIRED,)),
-    "paired_predicted": MethodRow(
-        "+ ConAdv, paired, predicted label", "conadv", (_PAIRED, "attack.label='predicted'"), "paired_predicted"
-    ),
-    "paired_target": MethodRow(
-        "+ ConAdv, paired, random target", "conadv", (_PAIRED, "attack.goal='random_target'"), "paired_target"
-    ),
-    "conadv_predicted": MethodRow(
-        "+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",), "paired_predicted"
-    ),
-    "noise": MethodRow("+ noise", "noise", (), "paired_predicted"),
+    "paired_predicted": MethodRow("+ ConAdv, paired, predicted label", "conadv", (_PAIRED, "attack.label='predicted'")),
+    "paired_target": MethodRow("+ ConAdv, paired, random target", "conadv", (_PAIRED, "attack.goal='random_target'")),
+    "conadv_predicted": MethodRow("+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",)),
+    "noise": MethodRow("+ noise", "noise"),
     "sam": MethodRow("+ SAM", "sam"),
     "sam_stale": MethodRow("+ SAM, stale ascent", "sam", ("train.method='sam_stale'",)),
     "conadv_aa": MethodRow("+ ConAdv + AA", "conadv_aa"),
@@ -84,9 +76,10 @@ class Scale:
       batches: the paper's batch sizes that the scale has.
       methods: the methods that the scale has, keys of METHOD_ROWS.
       rates: peak learning rates to choose from for every method and batch; empty: the recipe's.
-      epsilons: ε to choose from, at 96k and `epsilon_rate`, see `MethodRow.epsilon_by`; empty: the recipe's.
+      epsilons: ε to choose from once, by `paired` at 96k and `epsilon_rate`; empty: the recipe's.
       epsilon_rate: peak learning rate, one of `rates`.
       table5: epsilons of Table 5.
+      control: peak learning rate and ε of all that is held against each other in `Tables.controls`; None: the recipe's.
       policy: AutoAugment's policy.
       cores: CPU cores of a run; None: all there are. One makes a run's numbers independent of how many run at once.
     """
@@ -98,6 +91,7 @@ class Scale:
     epsilons: tuple[float, ...] = ()
     epsilon_rate: float | None = None
     table5: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0)
+    control: tuple[float, float] | None = None
     policy: str = "cifar10"
     cores: int | None = 1
 
@@ -111,7 +105,12 @@ class Scale:
 
 
 _LARGE = ("16k", "32k", "64k", "96k", "128k", "256k")
-_CIFAR10: dict[str, Any] = {"rates": (10.0, 16.0, 24.0), "epsilons": (1.0, 2.0, 4.0), "epsilon_rate": 16.0}
+_CIFAR10: dict[str, Any] = {
+    "rates": (10.0, 16.0, 24.0),
+    "epsilons": (1.0, 2.0, 4.0),
+    "epsilon_rate": 16.0,
+    "control": (16.0, 4.0),
+}
 SCALES = {
     scale.name: scale
     for scale in (
@@ -124,7 +123,7 @@ SCALES = {
             epsilon_rate=10.0,
         ),
         Scale("cifar10", _LARGE, **_CIFAR10),
-        Scale("cifar10_crop_flip", _LARGE, **{**_CIFAR10, "epsilons": (1.0, 2.0, 4.0, 8.0)}),
+        Scale("cifar10_crop_flip", _LARGE, **_CIFAR10),
         # The largest rate was added when plain training, on validation images, was best at the largest of those before.
         Scale(
             "cifar10_sgd",
@@ -236,10 +235,12 @@ class Study:
     def _chosen(self, group: Group, guess: bool) -> tuple[list[Cell], Cell | None]:
         """Runs that choose the group's settings, and its first seed's run once they are chosen."""
         scale, row = SCALES[group.scale], METHOD_ROWS[group.method]
+        if group.rate is not None and (group.epsilon is not None or not row.is_adversarial):
+            return [], Cell(scale.name, group.batch, group.method, 0, group.rate, group.epsilon, group.tau)
         choosing: list[Cell] = []
         own_epsilon = None  # the ε at which the learning rate is chosen
         if row.is_adversarial and scale.epsilons:
-            first = Cell(scale.name, "96k", row.epsilon_by, 0, scale.epsilon_rate)
+            first = Cell(scale.name, "96k", "paired", 0, scale.epsilon_rate)
             choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
             best = self._best(choosing, guess)
             if not best:

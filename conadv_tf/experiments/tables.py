@@ -256,15 +256,15 @@ class Tables:
         return Table("table5", caption, "epsilon", columns, tuple(lines), self._seeds)
 
     def controls(self, methods: Sequence[str]) -> Table:
-        """Methods beside plain training, at the largest batch size shown and the rate at which ε is chosen."""
-        batch, rate, lines = self.batches[-1], SCALES[self._scale].epsilon_rate, []
-        at = f"{batch}, peak learning rate {rate:g}" if rate else batch
+        """Methods beside plain training, at the largest batch size shown, one learning rate and one ε."""
+        batch, lines = self.batches[-1], []
+        rate, epsilon = SCALES[self._scale].control or (None, None)
+        at = f"{batch}, peak learning rate {rate:g} and epsilon {epsilon:g}" if rate else batch
         plain = Group(self._scale, batch, "vanilla", rate=rate)
         for method in ("vanilla", *methods):
-            group = dataclasses.replace(plain, method=method)
-            epsilons = tuple(cell.epsilon for cell in self._study.final(group)[:1] if cell.epsilon)
+            adversarial = METHOD_ROWS[method].is_adversarial
+            group = dataclasses.replace(plain, method=method, epsilon=epsilon if adversarial else None)
             measured = {
-                "epsilon": Number(None, epsilons, 0),
                 "training": self.number(group, operator.itemgetter("train_top1")),
                 "validation": self.number(group, operator.itemgetter("validation_top1")),
                 "test": self.number(group, _test_top1),
@@ -273,8 +273,7 @@ class Tables:
             lines.append(Line(METHOD_ROWS[method].label, measured, {}))
         caption = (
             f"What is attacked, and what is done in the place of an attack, at {at}. Top-1, %; gain in test top-1 over "
-            f"{METHOD_ROWS['vanilla'].label} of the same seed in points, ± standard error. "
-            f"{self.about()}"
+            f"{METHOD_ROWS['vanilla'].label} of the same seed in points, ± standard error. {self.about()}"
         )
         return Table("controls", caption, "method", tuple(measured), tuple(lines), self._seeds, (plain,))
 
