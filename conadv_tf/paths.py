@@ -62,13 +62,14 @@ def read_text(path: str) -> str | None:
       OSError, tf.errors.OpError: if the file cannot be read.
       UnicodeDecodeError: if it is not UTF-8.
     """
-    if not _exists(path):
+    if not exists(path):
         return None
     with opened(path) as file:
         return file.read().decode()
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
+    """Tells whether a file or folder is there, local or gs://. A local one takes no TensorFlow."""
     if not is_remote(path):
         return os.path.exists(path)
     import tensorflow as tf

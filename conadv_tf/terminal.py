@@ -110,6 +110,11 @@ class Progress:
         with may_be_gone():
             self._bar.close()
 
+    def say(self, text: str, stream: TextIO | None = None) -> None:
+        """Prints a line at once, above the bar where there is one."""
+        with may_be_gone(), tqdm.tqdm.external_write_mode(file=stream):
+            say(text, stream)
+
     def update(self) -> None:
         """Counts one thing done."""
         self._done += 1

@@ -64,8 +64,11 @@ def test_progress_without_a_screen_is_lines_at_intervals(monkeypatch, capsys):
 def test_progress_on_a_screen_is_a_bar(monkeypatch):
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
     with terminal.Progress(20, "image") as progress:
         for _ in range(20):
             progress.update()
+            progress.say("a line")
+    assert len(re.findall(r"(\n|\r)a line\n", screen.getvalue())) == 20  # the bar is taken away before it
     assert "20/20" in screen.getvalue()
     assert "of 20 images" not in screen.getvalue()

@@ -95,6 +95,7 @@ def test_memory_holds_what_tfds_reads(prepared):
     loaded = load("square", prepared)
     assert (loaded.name, loaded.num_classes, loaded.image_shape) == ("tiny_photos", 3, (16, 16, 3))
     assert (loaded.num_train, loaded.num_test, loaded.bad_records.count) == (18, 5, 0)
+    assert loaded.class_names == ("ant", "bee", "cat")
     for split, tfds_split in (("train", "train"), ("test", "validation")):
         found = in_any_order(zip(*loaded.examples(split, 99), strict=True))
         assert found == in_any_order(by_tfds("square", prepared, tfds_split))
@@ -104,6 +105,7 @@ def test_memory_holds_what_tfds_reads(prepared):
 def test_streamed_files_hold_what_tfds_reads(prepared):
     loaded = stream("sizes", prepared)
     assert (loaded.num_classes, loaded.image_shape, loaded.num_train, loaded.num_test) == (3, (8, 8, 3), 18, 5)
+    assert loaded.class_names == ("ant", "bee", "cat")
     for split, tfds_split in (("train", "train"), ("test", "validation")):
         # Every picture has one grey level of its own, which no crop or change of size alters.
         expected = [

@@ -19,6 +19,7 @@ from sample_data import FOLDER
 from conadv_tf.preflight import tpu_compiler
 
 RESULT_FIELDS = {
+    "classes",
     "recipe",
     "method",
     "schedule",

@@ -36,6 +36,24 @@ MODES = ("replace", "concat3")
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """The way in which evaluation, and prediction after it, sees an image file.
+
+    Attributes:
+      central_fraction: the sides of the central part, over those of the largest part of its shape.
+      antialias: whether pixels are averaged where the part is shrunk.
+    """
+
+    central_fraction: float
+    antialias: bool
+
+
+STREAMED_VIEW = View(CENTRAL_FRACTION, antialias=False)
+# Images in memory have the network's size, and no evaluation resizes them: this shows such an image as it is.
+WHOLE_VIEW = View(1.0, antialias=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Augmentation:
     """The augmentation of training images.
 
@@ -172,18 +190,21 @@ def epoch_seed(seed: int, host: int, epoch: tf.Tensor) -> tf.Tensor:
     return fold(fold(tf.constant([seed, host], tf.int64), epoch), tf.constant(0, tf.int64))[0]
 
 
-def _resize(image: tf.Tensor, image_size: int) -> tf.Tensor:
-    resized = tf.image.resize(image, [image_size, image_size], method="bicubic", antialias=False)
-    return tf.saturate_cast(tf.round(tf.ensure_shape(resized, [image_size, image_size, 3])), tf.uint8)
+def _resize(image: tf.Tensor, size: tuple[int, int], antialias: bool) -> tf.Tensor:
+    resized = tf.image.resize(image, size, method="bicubic", antialias=antialias)
+    return tf.saturate_cast(tf.round(tf.ensure_shape(resized, [*size, 3])), tf.uint8)
 
 
-def _cropped(encoded: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor], image_size: int) -> tf.Tensor:
+def _cropped(
+    encoded: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor], size: tuple[int, int], antialias: bool = False
+) -> tf.Tensor:
     """Decodes a window of an image, once, and resizes it.
 
     Args:
       encoded: string scalar, an image.
       window: a function from the image's shape, int32 [3], to int32 [4]: top, left, height, width.
-      image_size: height and width of the result.
+      size: height and width of the result.
+      antialias: whether pixels are averaged where the window is shrunk.
     """
 
     def of_jpeg() -> tf.Tensor:  # decodes the window alone
@@ -196,7 +217,7 @@ def _cropped(encoded: tf.Tensor, window: Callable[[tf.Tensor], tf.Tensor], image
         return image[top : top + height, left : left + width]
 
     # By the bytes: a decoder of another format would complain on the screen.
-    return _resize(tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others), image_size)
+    return _resize(tf.cond(tf.io.is_jpeg(encoded), of_jpeg, of_others), size, antialias)
 
 
 def _random_window(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -214,10 +235,29 @@ def _random_window(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     return tf.concat([begin[:2], size[:2]], axis=0)
 
 
-def _central_window(shape: tf.Tensor) -> tf.Tensor:
-    sides = shape[:2]
-    square = tf.cast(tf.round(CENTRAL_FRACTION * tf.cast(tf.reduce_min(sides), tf.float32)), tf.int32)
-    return tf.concat([(sides - square + 1) // 2, [square, square]], axis=0)
+def _central_window(shape: tf.Tensor, fraction: float, size: tuple[int, int]) -> tf.Tensor:
+    height, width = size
+    sides = tf.cast(shape[:2], tf.float32)
+    largest = tf.minimum(sides, sides[::-1] * [height / width, width / height])
+    part = tf.maximum(tf.cast(tf.round(fraction * largest), tf.int32), 1)
+    return tf.concat([(shape[:2] - part + 1) // 2, part], axis=0)
+
+
+def seen(encoded: tf.Tensor, view: View, image_shape: tuple[int, int, int]) -> tf.Tensor:
+    """Decodes the central part of an image and resizes it, as a view says.
+
+    Args:
+      encoded: string scalar, of a format that `decode_image` takes.
+      view: the part.
+      image_shape: (H, W, C) of the result; C is 3, grey pictures then have three equal channels, or 1, which is grey.
+
+    Returns:
+      uint8 [H, W, C]; an InvalidArgumentError at run time where the image is damaged.
+    """
+    height, width, channels = image_shape
+    size = (height, width)
+    image = _cropped(encoded, lambda shape: _central_window(shape, view.central_fraction, size), size, view.antialias)
+    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
 
 
 def central_crop(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
@@ -230,7 +270,7 @@ def central_crop(encoded: tf.Tensor, image_size: int) -> tf.Tensor:
     Returns:
       uint8 [image_size, image_size, 3]; an InvalidArgumentError at run time where the image is damaged.
     """
-    return _cropped(encoded, _central_window, image_size)
+    return seen(encoded, STREAMED_VIEW, (image_size, image_size, 3))
 
 
 def decoded(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, seed: tf.Tensor) -> tf.Tensor:
@@ -249,7 +289,7 @@ def decoded(encoded: tf.Tensor, augmentation: Augmentation, image_size: int, see
     # The seeds are kept apart by hand: splitting a seed costs a tenth of a decode.
     crop_seed, flip_seed, distortion_seed = (seed * [1, 4] + [0, place] for place in range(3))
     if augmentation.crop == "resized_crop_flip":
-        image = _cropped(encoded, lambda shape: _random_window(shape, crop_seed), image_size)
+        image = _cropped(encoded, lambda shape: _random_window(shape, crop_seed), (image_size, image_size))
     else:
         image = central_crop(encoded, image_size)
     if augmentation.crop != "none":

@@ -16,7 +16,23 @@ OUTSIDE = "files outside the folders of classes"
 READ_ALREADY = "linked folders that lead to one read already"
 
 LeftOut = dict[str, list[str]]
-"""Paths that are not imported, by the reason: one of the four above."""
+"""Paths that are not taken, by the reason: one of the four above."""
+
+_NAMED = 3  # of the files left out for one reason
+
+
+def shown(path: str) -> str:
+    """A path on one line, whatever its name."""
+    return path if path.isprintable() else ascii(path)
+
+
+def left_out_lines(left_out: LeftOut) -> list[str]:
+    """A line for each reason, with the first paths."""
+    lines = []
+    for reason, paths in left_out.items():
+        some = ", ".join([shown(path) for path in paths[:_NAMED]] + ["…"] * (len(paths) > _NAMED))
+        lines.append(f"left out: {len(paths):,} {reason}: {some}")
+    return lines
 
 
 def entries(folder: str, left_out: LeftOut) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from conadv_tf.data.image_folder import Source
 from conadv_tf.errors import DataError
 
 _COLORSPACES = {"RGB": b"RGB", "L": b"Grayscale"}
-_JPEG_QUALITY = 95
+_SAVED = {"JPEG": {"quality": 95}, "PNG": {"compress_level": 1}}
 _IMAGES_PER_SHARD = 1000  # unless --shards says otherwise; ImageNet's 1,024 shards hold about as many
 _IMAGES_AT_A_TIME = 256
 _TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
@@ -58,15 +58,17 @@ def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
     return upright
 
 
-def encode(content: bytes, image_size: int | None) -> tuple[bytes, tuple[int, int], str]:
-    """Makes a JPEG that training can decode. Transparent parts become white.
+def encode(content: bytes, image_size: int | None, form: str = "JPEG") -> tuple[bytes, tuple[int, int], str]:
+    """Makes an image that training can decode. Transparent parts become white.
 
     Args:
       content: an image file.
       image_size: the longest shorter side allowed, pixels; None leaves the size.
+      form: what an image becomes that is not a JPEG in RGB or grey, upright and small enough: "JPEG", or "PNG",
+        which loses nothing.
 
     Returns:
-      (JPEG, its (width, height) in pixels, "RGB" or "L"): the content itself where it is such a JPEG already.
+      (image, its (width, height) in pixels, "RGB" or "L"): the content itself where it is such a JPEG already.
 
     Raises:
       Exception: many kinds, where the image is broken.
@@ -80,7 +82,7 @@ def encode(content: bytes, image_size: int | None) -> tuple[bytes, tuple[int, in
             raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
         converted = _reencoded(image, image_size)
     file = io.BytesIO()
-    converted.save(file, "JPEG", quality=_JPEG_QUALITY)
+    converted.save(file, form, **_SAVED[form])
     return file.getvalue(), converted.size, converted.mode
 
 
@@ -97,18 +99,29 @@ def _fault(error: Exception) -> str:
     return first
 
 
+def read(
+    path: str, image_size: int | None = None, form: str = "JPEG"
+) -> tuple[bytes, tuple[bytes, tuple[int, int], str]]:
+    """Reads an image file: (its content, what `encode` makes of it).
+
+    Raises:
+      DataError: with the fault of a broken image.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        return content, encode(content, image_size, form)
+    except Exception as error:  # decoders raise whatever they stumble over
+        raise DataError(_fault(error)) from error
+
+
 def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int, bytes]:
     """Makes (serialized tf.train.Example, shorter side in pixels, hash of the file) of an image.
 
     Raises:
       DataError: with the fault of a broken image.
     """
-    try:
-        with open(source.path, "rb") as file:
-            content = file.read()
-        encoded, (width, height), mode = encode(content, image_size)
-    except Exception as error:  # decoders raise whatever they stumble over
-        raise DataError(_fault(error)) from error
+    content, (encoded, (width, height), mode) = read(source.path, image_size)
     features: dict[str, bytes | int] = {
         "image/encoded": encoded,
         "image/format": b"JPEG",

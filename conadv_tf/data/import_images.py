@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from conadv_tf import terminal
+from conadv_tf.data.image_files import left_out_lines, shown
 from conadv_tf.data.image_folder import find
 from conadv_tf.errors import ConfigError
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # takes TensorFlow with it, which --help and a misspelt folde
     from conadv_tf.data.image_records import Report
 
 _LARGEST_IMAGE_SIZE = 224  # in the training command: the size that ImageNet networks take
-_NAMED = 3  # of the files left out for one reason
 _RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
 
 
@@ -124,26 +124,20 @@ def _quoted_flag(flag: str, value: str) -> str:
     return f'{flag}="{value}"' if plain else shlex.quote(f"{flag}={value}")
 
 
-def _shown(path: str) -> str:
-    """A path on one line, whatever its name."""
-    return path if path.isprintable() else ascii(path)
-
-
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
     for path, fault in report.bad.items():
-        print(f"left out: {_shown(path)}: {fault}", file=sys.stderr)
-    for reason, paths in report.left_out.items():
-        some = ", ".join([_shown(path) for path in paths[:_NAMED]] + ["…"] * (len(paths) > _NAMED))
-        print(f"left out: {len(paths):,} {reason}: {some}", file=sys.stderr)
+        print(f"left out: {shown(path)}: {fault}", file=sys.stderr)
+    for line in left_out_lines(report.left_out):
+        print(line, file=sys.stderr)
     if report.duplicates:
-        validation_path, train_path = map(_shown, report.duplicates[0])
+        validation_path, train_path = map(shown, report.duplicates[0])
         print(
             f"{len(report.duplicates):,} validation images are training images too, byte for byte, such as "
             f"{validation_path} = {train_path}",
             file=sys.stderr,
         )
     if report.layout:
-        print(_shown(report.layout))
+        print(shown(report.layout))
     train, validation = (len(report.sides[split]) for split in ("train", "validation"))
     others = sum(map(len, report.left_out.values()))
     left_out = f"{len(report.bad):,} broken images" + (f" and {others:,} other files or folders" if others else "")

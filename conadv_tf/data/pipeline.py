@@ -9,10 +9,11 @@ once in each pass, and any update can be rebuilt from (seed, t) alone.
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from conadv_tf.data import augment, record_files
 from conadv_tf.data.fingerprint import Fingerprint
@@ -91,9 +92,11 @@ class ImageData(abc.ABC):
       bad_records: `record_files.BadRecords`, count and per-file report; streaming adds to it while it reads.
       augmentation: the augmentation of training images.
       services: addresses "HOST:PORT" of processes that make the training batches; see service.py.
+      view: the way in which an image file is seen by evaluation.
     """
 
     services: Sequence[str] = ()
+    view: augment.View = augment.WHOLE_VIEW
 
     def __init__(
         self,
@@ -107,6 +110,20 @@ class ImageData(abc.ABC):
         self.name, self.num_classes, self.image_shape = name, num_classes, image_shape
         self.augmentation = augmentation
         self.sizes, self.bad_records = sizes, bad_records
+        self._find_names: Callable[[], Sequence[str] | None] = lambda: None
+
+    def name_classes(self, find: Callable[[], Sequence[str] | None]) -> None:
+        """Takes a function that finds the names of the classes by label; it is called when they are first wanted."""
+        self._find_names = find
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes by label, each on one line; None where the data name none."""
+        names = self._find_names()
+        if names is not None and len(names) != self.num_classes:
+            logging.warning("%s: %d names for %d classes are not used", self.name, len(names), self.num_classes)
+            return None
+        return None if names is None else tuple(" ".join(name.split()) for name in names)
 
     @property
     def num_train(self) -> int:

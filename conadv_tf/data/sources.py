@@ -13,7 +13,7 @@ import gin
 import numpy as np
 from absl import logging
 
-from conadv_tf.data import record_files, records, service
+from conadv_tf.data import class_names, record_files, records, service
 from conadv_tf.data.augment import Augmentation
 from conadv_tf.data.fingerprint import Files
 from conadv_tf.data.memory import MemoryData, read_into_memory
@@ -111,7 +111,9 @@ class Digits(_WithoutFiles):
         train, test = model_selection.train_test_split(numbers, test_size=360, stratify=labels, random_state=0)
         splits = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
         taken = demand.subset.of(splits)
-        return MemoryData(self.title, 10, taken, demand.augmentation, record_files.BadRecords(0))
+        loaded = MemoryData(self.title, 10, taken, demand.augmentation, record_files.BadRecords(0))
+        loaded.name_classes(lambda: [str(digit) for digit in range(10)])
+        return loaded
 
 
 @gin.configurable("synthetic")
@@ -174,6 +176,8 @@ class _Found(Protocol):
 
     def split_files(self, split: str) -> list[str]: ...
 
+    def class_names(self, num_classes: int) -> Sequence[str] | None: ...
+
     def read_into_memory(
         self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, int, int] | None
     ) -> tuple[np.ndarray, np.ndarray]: ...
@@ -228,7 +232,7 @@ class _Files(abc.ABC):
         bad_records = record_files.BadRecords(demand.max_bad_records)
         found = self.find(demand.data_dir)
         files = {split: record_files.index_files(found.split_files(split), bad_records) for split in SPLITS}
-        return StreamData(
+        loaded = StreamData(
             self.name or found.name,
             found.folder,
             files,
@@ -240,6 +244,8 @@ class _Files(abc.ABC):
             stream.cache == "memory",
             services,
         )
+        loaded.name_classes(lambda: found.class_names(loaded.num_classes))
+        return loaded
 
     def _in_memory(self, demand: Demand) -> MemoryData:
         for name, value in demand.stream.items():
@@ -256,7 +262,9 @@ class _Files(abc.ABC):
         num_classes = found.schema.num_classes or 1 + max(int(labels.max()) for _, labels in splits.values())
         taken = demand.subset.of(splits)
         files = Files(found.folder, {split: dict.fromkeys(found.paths(split), "") for split in SPLITS})
-        return MemoryData(self.name or found.name, num_classes, taken, demand.augmentation, bad_records, files=files)
+        loaded = MemoryData(self.name or found.name, num_classes, taken, demand.augmentation, bad_records, files=files)
+        loaded.name_classes(lambda: found.class_names(num_classes))
+        return loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +280,9 @@ class _FoundRecords:
 
     def split_files(self, split: str) -> list[str]:
         return self.files[split]
+
+    def class_names(self, num_classes: int) -> Sequence[str] | None:
+        return class_names.beside(self.folder) or class_names.within(self.files["test"], self.schema, num_classes)
 
     def read_into_memory(
         self, split: str, bad_records: record_files.BadRecords, image_shape: tuple[int, int, int] | None

@@ -71,6 +71,8 @@ class StreamData(ImageData):
       services: addresses of processes that decode the training split, see service.py; empty: the hosts do.
     """
 
+    view = augment.STREAMED_VIEW
+
     def __init__(
         self,
         name: str,
@@ -198,7 +200,7 @@ class StreamData(ImageData):
         decoder = decode.Decoder(
             self._files[split],
             self._schema,
-            lambda encoded, _: augment.central_crop(encoded, self.image_shape[0]),
+            lambda encoded, _: augment.seen(encoded, self.view, self.image_shape),
             self.image_shape,
             replaces=False,
         )

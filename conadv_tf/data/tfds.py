@@ -138,6 +138,10 @@ class TfdsData:
             "TFRecords are read: prepare it with file_format='tfrecord' in another --data_dir"
         )
 
+    def class_names(self, num_classes: int) -> list[str]:
+        """The names of the classes by label, which are numbers where the data set names none."""
+        return self._builder.info.features[_LABEL].names
+
     def paths(self, split: str) -> list[str]:
         """Lists the files that "train" or "test" is read from, whole or in part; none of what TFDS makes up."""
         splits = self._builder.info.splits

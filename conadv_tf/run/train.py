@@ -58,7 +58,9 @@ def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Finger
     _fit_to_the_end(run, folder, checkpoints, update)
     result = _result(run, folder)
     if folder.writes:
-        export(run.model.network, folder.file("export"))
+        names = run.data.class_names
+        result |= {"classes": list(names)} if names else {}
+        export(run.model.network, folder.file("export"), names, run.data.view)
     folder.write_result(result)
     if run.data.bad_records.count:
         terminal.say(run.data.bad_records.report())
