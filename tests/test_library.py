@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras
 from helpers import assert_close, make_model, mirrored, named_variables, random_batches, snapshot
 
-from conadv_tf import methods
+from conadv_tf import methods, warmup_poly_decay
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods.attack import Attack
 from conadv_tf.training import lars, metrics
@@ -164,11 +164,58 @@ def test_labels_may_be_columns_and_images_float():
     assert_close(*weights, 0)
 
 
-def test_training_weights_are_refused_rather_than_ignored():
+@pytest.mark.parametrize("weights", [{"sample_weight": np.arange(8.0)}, {"class_weight": {0: 2.0}}])
+def test_training_weights_are_refused_rather_than_ignored(weights):
     images, labels = arrays(8)
     made = make_model(methods.vanilla())
-    with pytest.raises(ConfigError, match="weight"):
-        made.fit(images, labels, sample_weight=np.arange(8.0), verbose=0)
+    [name] = weights
+    with pytest.raises(ConfigError, match=f"{name}.*every image counts the same"):
+        made.fit(images, labels, verbose=0, **weights)
+
+
+def test_keras_callbacks_stop_lower_and_restore(tmp_path):
+    """On validation data split off an array; no loss improves by 100, so that the first epoch is the best one."""
+    images, labels = arrays(32)
+    made, weights = make_model(methods.conadv(), lars.LARS(2.0)), []
+    never = {"monitor": "val_loss", "min_delta": 100.0}
+    callbacks = [
+        tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: weights.append(made.get_weights())),
+        tf_keras.callbacks.ReduceLROnPlateau(factor=0.1, patience=1, **never),
+        tf_keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True, **never),
+        tf_keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"), "val_loss", save_best_only=True),
+        tf_keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+    ]
+    history = made.fit(
+        images, labels, batch_size=8, epochs=9, validation_split=0.25, callbacks=callbacks, verbose=0
+    ).history
+    np.testing.assert_allclose(history["learning_rate"], [2.0, 2.0, 0.2])
+    assert made.optimizer.iterations == 3 * 3
+    assert not all(map(np.array_equal, weights[0], weights[2]))
+    for restored, first in zip(made.get_weights(), weights[0], strict=True):
+        np.testing.assert_array_equal(restored, first)
+    [best] = [epoch for epoch, loss in enumerate(history["val_loss"], 1) if loss == min(history["val_loss"])]
+    loaded = tf_keras.models.load_model(str(tmp_path / f"{best}.keras"))
+    evaluated = loaded.evaluate(images[24:], labels[24:], verbose=0, return_dict=True)
+    assert evaluated["loss"] == pytest.approx(min(history["val_loss"]), rel=1e-5)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + 3
+
+
+SCHEDULED = {
+    "lars": lambda: lars.LARS(warmup_poly_decay(2, 20, 3.0, 1)),
+    "adam": lambda: tf_keras.optimizers.Adam(tf_keras.optimizers.schedules.ExponentialDecay(0.01, 1, 0.9)),
+}
+
+
+@pytest.mark.parametrize("optimizer", SCHEDULED)
+@pytest.mark.parametrize("callback", ["ReduceLROnPlateau", "LearningRateScheduler"])
+def test_a_callback_that_sets_the_rate_is_refused_beside_a_schedule(callback, optimizer):
+    """Seen to fail: LARS ended with a TypeError, Adam trained on as if there were no callback."""
+    setter = getattr(tf_keras.callbacks, callback)(*([lambda epoch, rate: rate] if callback[0] == "L" else ["loss"]))
+    made = make_model(methods.vanilla(), SCHEDULED[optimizer]())
+    for given in ([setter], tf_keras.callbacks.CallbackList([setter], model=made)):
+        with pytest.raises(ConfigError, match=f"^callbacks: {callback} sets the learning rate, .* pass a number"):
+            made.fit(*arrays(8), callbacks=given, verbose=0)
+    assert made.updates_made() == 0
 
 
 def test_a_fraction_needs_batches_of_a_known_size():

@@ -94,6 +94,12 @@ def peak_of(schedule: WarmupPolyDecay) -> tuple[int, float]:
     return schedule.warmup_steps, float(schedule(schedule.warmup_steps))
 
 
+def has_schedule(optimizer) -> bool:
+    """Tells whether the learning rate of an optimizer is a function of the updates made, not a number."""
+    # Of a schedule Keras' newer optimizers show the present rate alone; the configuration has the schedule.
+    return callable(optimizer.learning_rate) or isinstance(optimizer.get_config().get("learning_rate"), dict)
+
+
 def next_rate(optimizer):
     """The learning rate of an optimizer's next update, a number or a scalar, whether it has a schedule or not."""
     rate = optimizer.learning_rate

@@ -8,6 +8,7 @@ import tf_keras
 from conadv_tf.errors import ConfigError
 from conadv_tf.methods import Method
 from conadv_tf.models.network import Network
+from conadv_tf.training.learning_rate import has_schedule
 from conadv_tf.training.savable_model import check_saves
 
 PRECISIONS = ("float32", "mixed_bfloat16")
@@ -71,6 +72,19 @@ def check_callbacks(callbacks: Any) -> None:
             raise ConfigError(_other_keras("callbacks", callback))
         if isinstance(callback, tf_keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
             check_saves(callback.filepath)
+
+
+def check_rate(optimizer: Any, callbacks: Any) -> None:
+    """Raises ConfigError for callbacks that set the learning rate, where a schedule does so after them."""
+    if optimizer is None or not has_schedule(optimizer):  # Keras itself says that a model is not compiled
+        return
+    for given in tf.nest.flatten(callbacks or []):
+        for callback in getattr(given, "callbacks", [given]):
+            if isinstance(callback, (tf_keras.callbacks.ReduceLROnPlateau, tf_keras.callbacks.LearningRateScheduler)):
+                raise ConfigError(
+                    f"callbacks: {type(callback).__name__} sets the learning rate, and the optimizer has a schedule, "
+                    "which sets it at every update: pass a number as its learning_rate, or leave the callback out"
+                )
 
 
 def check_all_trained(network: Network) -> None:

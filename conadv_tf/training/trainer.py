@@ -130,6 +130,7 @@ class ConAdvModel(CheckedModel, SavableModel):
                 "an update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
             )
         refusals.check_all_trained(self.network)
+        refusals.check_rate(getattr(self, "optimizer", None), callbacks)
         given = tf.nest.flatten(callbacks or [])
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
         return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)

@@ -169,7 +169,10 @@ class ReplicaUpdate:
         """Images float32 and labels int32 [rows]. Raises ConfigError for data that the method cannot train on."""
         images, labels, weights = tf_keras.utils.unpack_x_y_sample_weight(data)
         if weights is not None:
-            raise ConfigError("sample_weight in training: every image counts the same here: leave the weights out")
+            raise ConfigError(
+                "sample_weight or class_weight in training: every image counts the same here: leave the weights out, "
+                "and repeat the images that are to count more"
+            )
         images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
         if images.shape[0] is None and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
             # Keras would deal a last, smaller batch out unevenly, and a replica without rows has no mean.
