@@ -166,9 +166,8 @@ def by_line(table: Table, path: str, column: str, unit: str) -> None:
     found = [(line.label, curve[column]) for line in table.lines if column in (curve := _measured(line))]
     if not found:
         return
-    pyplot, figure, axes = _figure(2)
-    pyplot.delaxes(axes[0][1])
-    [axis] = figure.axes
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(2 * PANEL_INCHES[0], 0.45 * len(found) + 1.0), layout="constrained")
     for place, (label, (mean, spread)) in enumerate(found):
         colour, marker, _ = TABLE_STYLES[label]
         axis.errorbar(mean, -place, xerr=spread, color=colour, marker=marker, markersize=6, capsize=3)
