@@ -133,7 +133,8 @@ def test_a_notebook_trains_on_one_group_of_devices_after_another():
 
 
 def test_methods_are_known_by_name():
-    assert [methods.make_method(name).name for name in methods.method_names()] == ["vanilla", "disadv", "conadv"]
+    names = ["vanilla", "disadv", "conadv", "noise", "sam", "sam_stale"]
+    assert [methods.make_method(name).name for name in methods.method_names()] == names
     assert methods.make_method("conadv").tau == 1
     assert methods.make_method("conadv").schedule == "shadow"
     with pytest.raises(ConfigError, match=r"train\.method='sharpness'"):

@@ -100,7 +100,7 @@ def statistics_of(values: dict[str, np.ndarray], branch: str) -> dict[str, np.nd
     return {path: value for path, value in values.items() if f"/{branch}/moving" in path}
 
 
-@pytest.mark.parametrize("name", some_of(tuple(MODELS), "small", "MobileNetV2", otherwise="long"))
+@pytest.mark.parametrize("name", some_of(tuple(MODELS), "small", long=["MobileNetV2", "ConvNeXtTiny"]))
 def test_the_main_branch_is_the_model_and_trains_as_keras_trains_it(name, tmp_path):
     model = MODELS[name]()
     preprocess = PREPROCESS.get(name) and PREPROCESS[name].preprocess_input
@@ -244,6 +244,7 @@ def test_synchronized_batch_norm_is_over_the_replicas():
     assert_close(after(2), after(1), 1e-5)
 
 
+@pytest.mark.long
 def test_xla_trains_it_the_same():
     # No signs, which rounding flips.
     method = {"attack": Attack(norm="l2", random_start_probability=0.0)}

@@ -129,8 +129,11 @@ def test_vanilla_and_methods_that_the_settings_exclude():
         "disadv",
         "conadv, shadow, τ 1",
         "conadv, lookahead",
+        "sam",
+        "sam_stale",
     }
-    assert [line.split(":")[0] for line in result.unavailable] == ["  no row for paired", "  no row for phased"]
+    refused = [f"  no row for {name}" for name in ("paired", "phased", "noise")]
+    assert [line.split(":")[0] for line in result.unavailable] == refused
     assert result.methods[0].name == "vanilla"
     # Twice two units of the attack and two training passes of three, to one.
     assert row_of(result, "disadv").flop / result.methods[0].flop == pytest.approx(10 / 3, rel=0.06)

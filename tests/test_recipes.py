@@ -117,7 +117,7 @@ def test_a_part_replaces_the_whole_of_another(kind):
         config.configure([file], [])
         assert settings(PARTS[kind]).keys() == set(PARTS[kind])
         source = config.setting("data.source") or ""
-        own = {name for name in settings(("",)) if name.split(".")[0] not in ("conadv", "attack")}
+        own = {name for name in settings(("",)) if name.split(".")[0] not in ("conadv", "attack", "sam")}
         assert {name.split(".")[0] for name in own - set(PARTS[kind])} <= {source}, file
         sets.setdefault(source, set()).add(frozenset(own))
     assert [len(names) for names in sets.values()] == [1] * (4 if kind == "data" else 1), sets

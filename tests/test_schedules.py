@@ -230,7 +230,7 @@ def paired_update(recipe: Recipe, state: State, stale: State, images, labels, st
 
 def test_lookahead_equals_the_formulas():
     updates, recipe = 3, Recipe(tau=1)
-    images, labels = global_batches(updates + 1, 6, seed=1)
+    images, labels = global_batches(updates + 1, 6, seed=3)
     model = make_model(methods.conadv(schedule="lookahead"), lars.LARS(2.0), seed=RUN_SEED)
     model.create_optimizer_variables()
     states, logs = [state_of(snapshot(model))], []

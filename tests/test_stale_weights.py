@@ -27,7 +27,7 @@ from conadv_tf.run.export import export
 from conadv_tf.training import lars, trainer
 
 UPDATES, RATE = 5, 6.0
-SEED = 2  # of the data: no pixel's gradient is near 0 (asserted)
+SEED = 4  # of the data: no pixel's gradient is near 0 (asserted)
 
 
 def recorded_run(tau: int, attack: Attack):
