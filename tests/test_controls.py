@@ -17,6 +17,7 @@ from helpers import (
     snapshot,
 )
 from reference import Recipe, State
+from test_update import state_of
 
 from conadv_tf import ConAdvModel, methods, split
 from conadv_tf.errors import ConfigError
@@ -25,15 +26,6 @@ from conadv_tf.models import moved
 from conadv_tf.training import lars
 
 ROWS, RATE, RUN_SEED, RHO = 6, 2.0, 5, 0.4
-
-
-def state_of(model) -> State:
-    variables = snapshot(model)
-    own = {n.removeprefix("network/"): np.float64(v) for n, v in variables.items() if n.startswith("network/")}
-    moving = {n.replace("moving_", ""): v for n, v in own.items() if "/moving_" in n}
-    return State(
-        {n: v for n, v in own.items() if "/moving_" not in n}, moving, {n: np.zeros_like(v) for n, v in own.items()}
-    )
 
 
 def learned(moving: dict, statistics: dict) -> dict:

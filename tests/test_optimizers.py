@@ -8,9 +8,10 @@ import reference
 import tensorflow as tf
 import tf_keras
 from commands import weights
-from helpers import assert_close, assert_identical, fit, make_model, mirrored, random_batches, snapshot
+from helpers import assert_close, assert_identical, fit, make_model, mirrored, named_variables, random_batches, snapshot
 from reference import Recipe
 from test_preemption import signalled, trained
+from test_update import reference_names
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError, Preempted
@@ -35,8 +36,7 @@ def adam_step(kind: str, w, g, m, v, step: int, epsilon: float):
 
 
 def weights_of(model) -> dict:
-    own = {n.removeprefix("network/"): np.float64(v) for n, v in snapshot(model).items() if n.startswith("network/")}
-    return {name: value for name, value in own.items() if "/moving_" not in name}
+    return reference_names(named_variables(model.network), moving=False)
 
 
 @pytest.mark.parametrize(("kind", "replicas"), [("adamw", 1), ("lamb", 2)])

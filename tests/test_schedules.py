@@ -20,6 +20,7 @@ from helpers import (
     some_of,
 )
 from reference import Recipe, Rows, State
+from test_update import state_of
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
@@ -129,14 +130,6 @@ def test_phased_takes_turns_over_micro_batches_too():
     assert_equal_runs(trained(methods.conadv(schedule="phased"), *one, microbatches=4), expected, 2e-5)
 
 
-def state_of(variables: dict[str, np.ndarray]) -> State:
-    """The network of a snapshot as the reference has it; no momentum."""
-    own = {n.removeprefix("network/"): np.float64(v) for n, v in variables.items() if n.startswith("network/")}
-    weights = {name: value for name, value in own.items() if "/moving_" not in name}
-    moving = {name.replace("moving_", ""): value for name, value in own.items() if "/moving_" in name}
-    return State(weights, moving, {name: np.zeros_like(value) for name, value in weights.items()})
-
-
 # Attacks that `paired` makes from its clean pass, and what the reference calls them; the first shares a gradient.
 AIMS = {
     "untargeted": ({"label": "smoothed"}, {"smoothed": True}),
@@ -167,12 +160,12 @@ def test_paired_equals_the_formulas(aim, replicas, weight, fraction):
     strategy = mirrored(replicas) if replicas > 1 else None
     model = make_model(method, lars.LARS(2.0), strategy=strategy, seed=RUN_SEED)
     model.create_optimizer_variables()
-    states = [state_of(snapshot(model))]
+    states = [state_of(model)]
     data = tf.data.Dataset.from_tensor_slices((images, labels))
     logs = []
 
     def keep(epoch, values):
-        states.append(state_of(snapshot(model)))
+        states.append(state_of(model))
         logs.append(values)
 
     keeper = tf_keras.callbacks.LambdaCallback(on_epoch_end=keep)
@@ -233,10 +226,10 @@ def test_lookahead_equals_the_formulas():
     images, labels = global_batches(updates + 1, 6, seed=3)
     model = make_model(methods.conadv(schedule="lookahead"), lars.LARS(2.0), seed=RUN_SEED)
     model.create_optimizer_variables()
-    states, logs = [state_of(snapshot(model))], []
+    states, logs = [state_of(model)], []
 
     def keep(epoch, values):
-        states.append(state_of(snapshot(model)))
+        states.append(state_of(model))
         logs.append(values)
 
     keeper = tf_keras.callbacks.LambdaCallback(on_epoch_end=keep)

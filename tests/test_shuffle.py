@@ -6,6 +6,7 @@ import reference
 import tensorflow as tf
 from helpers import assert_close, assert_identical, fit, make_model, mirrored, random_batches, snapshot, some_of
 from reference import Recipe, Rows, State
+from test_update import state_of
 
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError
@@ -15,13 +16,6 @@ from conadv_tf.training.replica_state import CarryVariables
 
 ROWS, COUNT, RATE, UPDATES = 4, 3, 2.0, 5
 SHUFFLED = Mixture(shuffle=True)
-
-
-def state_of(model) -> State:
-    own = {n.removeprefix("network/"): np.float64(v) for n, v in snapshot(model).items() if n.startswith("network/")}
-    weights = {n: v for n, v in own.items() if "/moving_" not in n}
-    moving = {n.replace("moving_", ""): v for n, v in own.items() if "/moving_" in n}
-    return State(weights, moving, {n: np.zeros_like(v) for n, v in weights.items()})
 
 
 def test_paired_equals_the_formulas():

@@ -9,7 +9,6 @@ trained and the rows of a micro-batch ("m-sharpness", their section 3.2). Both p
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import gin
 import tensorflow as tf
@@ -28,7 +27,7 @@ from conadv_tf.methods.interface import (
     register,
 )
 from conadv_tf.methods.mixture import Mixture
-from conadv_tf.methods.passes import attacked, parts_of, train_on
+from conadv_tf.methods.passes import attacked, parts_of, train_on, training_pass
 from conadv_tf.methods.schedules import NO_AUGMENTED
 from conadv_tf.models import xla
 from conadv_tf.models.moved import moved
@@ -81,25 +80,15 @@ def sam(ascent: Ascent) -> Gradients:
             )
         weights, older = network.trainable_variables, _same_variables(stale, network)
         now = stale is network
-        direction, _, _ = _gradients_at(network, [tf.identity(v) for v in older], loss, batch, learns=now)
+        with moved(weights, [tf.identity(variable) for variable in older]):
+            direction, *_ = training_pass(network, MAIN, loss, batch.images, batch.labels, learns=now)
         length = tf.math.divide_no_nan(ascent.rho, tf.linalg.global_norm(direction))
         direction, [images] = xla.barrier(direction, [batch.images])
-        ahead = [weight + length * way for weight, way in zip(weights, direction, strict=True)]
-        own, value, top1 = _gradients_at(network, ahead, loss, batch._replace(images=images), learns=not now)
+        with moved(weights, [weight + length * way for weight, way in zip(weights, direction, strict=True)]):
+            own, _, value, top1 = training_pass(network, MAIN, loss, images, batch.labels, learns=not now)
         return Update(own, {"loss": value, "clean_loss": value, "clean_top1": top1}, {})
 
     return gradients
-
-
-def _gradients_at(network: Network, values: Sequence[tf.Tensor], loss: Loss, batch: Batch, learns: bool):
-    """Gradients of the mean loss at weights of these values, the mean loss and top-1 in [0, 1]."""
-    with tf.GradientTape(watch_accessed_variables=False) as tape, moved(network.trainable_variables, values):
-        tape.watch(values)
-        logits = network(batch.images, branch=MAIN, mode="batch", update_statistics=learns)
-        value = tf.reduce_mean(loss(batch.labels, logits))
-    gradients = tape.gradient(value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    correct = tf.equal(tf.argmax(logits, 1, output_type=batch.labels.dtype), batch.labels)
-    return gradients, value, tf.reduce_mean(tf.cast(correct, tf.float32))
 
 
 def _same_variables(copy: Network, network: Network) -> list[tf.Variable]:

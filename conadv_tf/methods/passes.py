@@ -9,6 +9,7 @@ from conadv_tf.methods.attack import Attack, LogitsFunction
 from conadv_tf.methods.interface import Batch, Loss
 from conadv_tf.methods.mixture import Mixture
 from conadv_tf.models import xla
+from conadv_tf.models.moved import read
 from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import ADVERSARIAL, AUGMENTED, MAIN, Turn
 
@@ -44,11 +45,12 @@ def training_pass(
     """Gradients of the mean loss of one pass through `branch`, ∇_x, the mean loss and top-1 in [0, 1].
 
     ∇_x is that of the loss, out of the same backward pass, or of what is `ascended`, by a second one to the images.
+    Within `moved` the pass and its gradients are at the weights that are given there.
     """
-    variables = network.trainable_variables
+    variables = [read(variable) for variable in network.trainable_variables]
     zero = tf.UnconnectedGradients.ZERO
     with tf.GradientTape(persistent=ascended is not None) as tape:
-        tape.watch(images)
+        tape.watch([images, *variables])
         logits = network(images, branch=branch, mode="batch", update_statistics=learns)
         value = tf.reduce_mean(loss(labels, logits))
         objective = value if ascended is None else ascended(logits)

@@ -26,9 +26,9 @@ from conadv_tf.training.sizes import count_numbers
 
 # Names of compiled programs, beside that of the run's own method.
 VANILLA, END, ATTACK, BOTH = "vanilla", "end of an update", "attack pass", "clean pass of paired"
-# Passes, the program that is compiled for each, and its cost in training passes by forward units. A run's attack is one
-# of those that the last two make, so that one program serves them.
-_FURTHER = (("attack", ATTACK, 2 / 3), ("train and attack", BOTH, 1.0), ("train, then attack", BOTH, 4 / 3))
+# The program that is compiled for a pass, and the pass's cost in training passes by forward units. A run's attack is of
+# one of the last two kinds, so that one program serves both.
+PROGRAMS = {"attack": (ATTACK, 2 / 3), "train and attack": (BOTH, 1.0), "train, then attack": (BOTH, 4 / 3)}
 
 
 class Passes:
@@ -46,7 +46,7 @@ class Passes:
         self._end = Work.of(costs[END])
         train = Work.of(costs[VANILLA]) - self._end
         self._passes = {"train": train}
-        for name, key, share_of_train in _FURTHER:
+        for name, (key, share_of_train) in PROGRAMS.items():
             if key in costs:
                 # A pass that exceeds HBM has no cost: its row says that it does not fit, beside the time of its units.
                 self._passes[name] = train * share_of_train if costs[key].over_bytes else Work.of(costs[key])

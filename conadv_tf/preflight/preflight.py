@@ -15,6 +15,7 @@ from conadv_tf.preflight.passes import (
     ATTACK,
     BOTH,
     END,
+    PROGRAMS,
     VANILLA,
     Passes,
     contributed_bytes,
@@ -133,12 +134,11 @@ def _lowerings(built: Run, rows: int, compared: list[methods.Method]) -> Lowerin
         VANILLA: functools.partial(lower.update, methods.vanilla()),
         END: lower.end_of_update,
     }
-    further = {"attack": (ATTACK, lower.attack), "train and attack": (BOTH, lower.training_pass_with_attack)}
-    further["train, then attack"] = further["train and attack"]
+    further = {ATTACK: lower.attack, BOTH: lower.training_pass_with_attack}
     for method in compared[1:]:
-        for part in method.passes.keys() & further.keys() - own.passes.keys():
-            name, program = further[part]
-            wanted[name] = functools.partial(program, method)
+        for part in method.passes.keys() & PROGRAMS.keys() - own.passes.keys():
+            name, _ = PROGRAMS[part]
+            wanted[name] = functools.partial(further[name], method)
     return wanted
 
 

@@ -2,16 +2,16 @@
 
 import gin
 import tensorflow as tf
-import tf_keras
 from official.modeling.optimization import lars as tfm_lars
 
 from conadv_tf.errors import ConfigError
+from conadv_tf.training.learning_rate import RebuiltWithSchedule
 
 # λ = η‖w‖ / (‖g‖ + β‖w‖ + ε_L): keeps the ratio finite where the gradient and the decay vanish.
 EPSILON = 1e-9
 
 
-class LARS(tfm_lars.LARS):
+class LARS(RebuiltWithSchedule, tfm_lars.LARS):
     """Layer-wise adaptive rate scaling (You et al. 2017), as in the paper and MLPerf (docs/method.md).
 
         λ = η‖w‖ / (‖g‖ + β‖w‖ + ε_L), 1 if either norm is 0
@@ -85,13 +85,6 @@ class LARS(tfm_lars.LARS):
         for name in ("weight_decay_rate", "eeta", "nesterov", "classic_momentum"):
             del config[name]
         return {**config, "weight_decay": self.weight_decay_rate, "trust_coefficient": self.eeta}
-
-    @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "LARS":
-        rate = config["learning_rate"]
-        if isinstance(rate, dict):
-            rate = tf_keras.saving.deserialize_keras_object(rate, custom_objects)
-        return cls(**{**config, "learning_rate": rate})
 
 
 def is_adapted(variable) -> bool:

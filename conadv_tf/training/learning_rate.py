@@ -104,3 +104,15 @@ def next_rate(optimizer):
     """The learning rate of an optimizer's next update, a number or a scalar, whether it has a schedule or not."""
     rate = optimizer.learning_rate
     return rate(optimizer.iterations) if callable(rate) else rate
+
+
+class RebuiltWithSchedule:
+    """What makes an optimizer anew from its configuration, with the schedule of its learning rate."""
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None):
+        rate = config["learning_rate"]
+        # Keras' legacy optimizers do this themselves, and do not find a schedule by its module.
+        if isinstance(rate, dict):
+            rate = tf_keras.saving.deserialize_keras_object(rate, custom_objects)
+        return cls(**{**config, "learning_rate": rate})

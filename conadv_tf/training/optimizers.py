@@ -15,12 +15,13 @@ from official.modeling.optimization import legacy_adamw as tfm_adamw
 
 from conadv_tf.errors import ConfigError
 from conadv_tf.training.lars import LARS, make_lars, make_sgd
+from conadv_tf.training.learning_rate import RebuiltWithSchedule
 
 # Patterns of the names of what is neither decayed nor adapted.
 NOT_DECAYED = ("gamma", "beta", "bias")
 
 
-class AdamW(tfm_adamw.AdamWeightDecay):
+class AdamW(RebuiltWithSchedule, tfm_adamw.AdamWeightDecay):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
         w ← w − lr β w, kernels only;  m, v ← Adam's moments of g;  w ← w − lr √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + ε)
@@ -47,12 +48,8 @@ class AdamW(tfm_adamw.AdamWeightDecay):
             learning_rate, beta_1, beta_2, epsilon, weight_decay_rate=weight_decay_rate, name=name, **settings
         )
 
-    @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "AdamW":
-        return cls(**_with_schedule(config, custom_objects))
 
-
-class LAMB(tfm_lamb.LAMB):
+class LAMB(RebuiltWithSchedule, tfm_lamb.LAMB):
     """Adam's direction with decay, scaled to the norm of each kernel (You et al. 2020, arXiv 1904.00962, Algorithm 2).
 
         r = m̂ / (√v̂ + ε) + β w;  w ← w − lr ‖w‖ / ‖r‖ · r, kernels;  w ← w − lr m̂ / (√v̂ + ε), the rest
@@ -65,17 +62,6 @@ class LAMB(tfm_lamb.LAMB):
     ):
         settings = {"exclude_from_weight_decay": NOT_DECAYED, **kwargs}
         super().__init__(learning_rate, beta_1, beta_2, epsilon, weight_decay_rate, name=name, **settings)
-
-    @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "LAMB":
-        return cls(**_with_schedule(config, custom_objects))
-
-
-def _with_schedule(config: dict, custom_objects: dict | None) -> dict:
-    rate = config["learning_rate"]
-    if isinstance(rate, dict):
-        rate = tf_keras.saving.deserialize_keras_object(rate, custom_objects)
-    return {**config, "learning_rate": rate}
 
 
 @gin.configurable("adamw", denylist=["learning_rate"])
