@@ -241,6 +241,20 @@ def shown_text(start: str) -> Block:
     return block
 
 
+@pytest.mark.parametrize("name", ["gain_by_batch", "timeline", pytest.param("attack_panel", marks=pytest.mark.long)])
+def test_a_picture_is_drawn_and_the_readme_says_what_it_shows(name, tmp_path):
+    picture = tmp_path / f"{name}.png"
+    line = [sys.executable, str(ROOT / "docs" / "pictures" / f"{name}.py"), f"--out={picture}"]
+    outcome = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stderr
+    assert Image.open(picture).size == Image.open(ROOT / "docs" / "pictures" / f"{name}.png").size
+    if name == "attack_panel":
+        sure = re.search(r"clean ([\d.]+), adversarial ([\d.]+)", outcome.stdout).groups()
+        said = re.search(r"upright\s+with (\d+) %, the adversarial one with (\d+) %", text_of("README.md")).groups()
+        # Another processor sums in another order, over 600 updates.
+        assert [100 * float(number) for number in sure] == pytest.approx([float(number) for number in said], abs=15)
+
+
 @pytest.mark.long
 def test_make_demo_reaches_what_the_readme_promises(checkout):
     need_make()

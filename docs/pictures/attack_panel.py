@@ -61,11 +61,12 @@ def attacked(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float], fl
     images, labels = crops(image, BATCH * UPDATES, left=True, seed=0)
     plain.fit(images, labels, batch_size=BATCH, verbose=0)
     top1 = plain.evaluate(*crops(image, 500, left=False, seed=1), verbose=0, return_dict=True)["top1"]
-    attacker = ConAdvModel(network, conadv)
+    whole = network.twin(image_shape=image.shape)
+    attacker = ConAdvModel(whole, conadv)
     attacker.compile()
     clean = image[None].astype(np.float32)
     adversarial = attacker.adversarial_examples(clean, np.zeros(1, np.int32)).numpy()
-    sure = [float(tf.nn.softmax(network(images))[0, 0]) for images in (clean, adversarial)]
+    sure = [float(tf.nn.softmax(whole(images))[0, 0]) for images in (clean, adversarial)]
     return clean[0], adversarial[0], sure, top1
 
 
