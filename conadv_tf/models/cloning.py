@@ -87,6 +87,13 @@ def all_layers(model: tf_keras.Model) -> Iterator[tf_keras.layers.Layer]:
     return walk(model.layers)
 
 
+def weighted_layers(model: tf_keras.Model) -> list[tf_keras.layers.Layer]:
+    """The layers of a graph that have weights, models left out, and those that lie inside of another layer."""
+    layers = [layer for layer in all_layers(model) if not is_graph(layer)]
+    within = {id(inner) for layer in layers for inner in _inner(layer)}
+    return [layer for layer in layers if layer.weights and id(layer) not in within]
+
+
 def modules_of_layers(model: tf_keras.Model) -> dict[str, str]:
     """The modules of the layers of a graph by their classes, of those that Keras does not find by itself."""
     classes = {type(layer) for layer in all_layers(model)}
@@ -157,7 +164,7 @@ def _with_dtype(config: Any, dtype: str | None) -> Any:
 def _split(layer, config: dict, branches: Sequence[str], replicas_per_group: int) -> GraphBatchNormalization:
     kept = {name: config[name] for name in ("name", "trainable", "dtype", "momentum", "epsilon", "scale", "center")}
     if isinstance(layer, GraphBatchNormalization):
-        kept |= {name: config[name] for name in ("corrected", "synchronized", "learns")}
+        kept |= {name: config[name] for name in ("corrected", "synchronized", "learns", "frozen")}
     else:
         kept |= {"corrected": bool(layer.fused), "synchronized": layer.synchronized}
     groups = replicas_per_group if layer.synchronized else 1

@@ -42,21 +42,26 @@ class GraphBatchNormalization(SplitBatchNormalization):
     Args:
       corrected: see SplitBatchNormalization; that of a layer of tf_keras which is not fused is not.
       synchronized: whether replicas share batch statistics, as many as `replicas_per_group`.
-      learns: False for a layer that normalises with moving statistics in training too.
+      learns: False for a layer that the graph calls so that it normalises with moving statistics in training too.
+      frozen: see SplitBatchNormalization.
     """
 
-    def __init__(self, corrected: bool = True, synchronized: bool = False, learns: bool = True, **kwargs):
+    def __init__(
+        self, corrected: bool = True, synchronized: bool = False, learns: bool = True, frozen: bool = False, **kwargs
+    ):
         super().__init__(**kwargs)
         self.corrected = corrected
+        self.frozen = frozen
         self.synchronized = synchronized
         self.learns = learns
         self.supports_masking = True
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:  # type: ignore[override]
         values = inputs if inputs.shape.rank == 4 else tf.reshape(inputs, [-1, 1, 1, inputs.shape[-1]])
-        outputs = super().call(values, mode="batch" if training else "moving", **_asked.get()._asdict())
+        mode = "batch" if training and not self.frozen else "moving"
+        outputs = super().call(values, mode=mode, **_asked.get()._asdict())
         return outputs if inputs.shape.rank == 4 else tf.reshape(outputs, tf.shape(inputs))
 
     def get_config(self) -> dict:
-        names = ("corrected", "synchronized", "learns")
+        names = ("corrected", "synchronized", "learns", "frozen")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}

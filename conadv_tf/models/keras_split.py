@@ -33,7 +33,7 @@ def split(
     Every BatchNormalization, those of nested models too, becomes split BN whose branches all start from its γ, β and
     statistics. The other layers are copied with weights, names and regularizers. Dropout and every layer of Keras that
     draws do so by the seed of the micro-batch, the pass and the layer. Where a layer was called with `training=False`
-    it does what it does in an evaluation.
+    it does what it does in an evaluation. What is frozen (`trainable`) stays frozen; see `Network.train_only`.
 
     Args:
       model: takes images of one size, [rows, H, W, C], and gives logits [rows, classes].
@@ -49,9 +49,10 @@ def split(
     replicas = tf.distribute.get_strategy().num_replicas_in_sync if cloning.is_synchronized(model) else 1
     network = SplitNetwork(cloning.clone(model, branches, replicas), branches, preprocess, replicas)
     measured = _training_pass(network)
-    for norm in network.norms():
+    for norm in network.all_norms():
         norm.learns = norm.moving_means[MAIN].ref() in measured
-    if not network.norms():
+    network.settle()
+    if not network.all_norms():
         logging.warning("%r has no batch norm to train: clean and adversarial images share all weights", model.name)
     return network
 
@@ -125,7 +126,10 @@ class SplitNetwork(Network):
         with asking(NormCall(branch, learns, synchronize)), randomness.one_pass(attacks=not synchronize):
             return tf.cast(self.graph(inputs, training=in_training), tf.float32)
 
-    def norms(self) -> list[SplitBatchNormalization]:
+    def parts(self) -> list[tf_keras.layers.Layer]:
+        return cloning.weighted_layers(self.graph)
+
+    def all_norms(self) -> list[SplitBatchNormalization]:
         layers = cloning.all_layers(self.graph)
         return [layer for layer in layers if isinstance(layer, GraphBatchNormalization) and layer.learns]
 

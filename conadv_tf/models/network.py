@@ -4,12 +4,14 @@
 metrics, export and preflight know nothing else of them.
 """
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
 import tf_keras
 
+from conadv_tf.errors import ConfigError
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
 Self = TypeVar("Self", bound="Network")
@@ -18,8 +20,8 @@ Self = TypeVar("Self", bound="Network")
 class Network(tf_keras.Model):
     """Maps images [rows, H, W, C] in [0, 255], any numeric dtype, to float32 logits [rows, num_classes].
 
-    A subclass has the attributes below, `call` with these arguments, `norms`, and a `get_config` of which
-    `from_config` makes the same network with fresh weights. The rest follows from them.
+    A subclass has the attributes below, `call` with these arguments, `parts`, `all_norms`, and a `get_config` of which
+    `from_config` makes the same network with fresh weights, the same of it frozen. The rest follows from them.
 
     Attributes:
       architecture: the name that reports give the network.
@@ -57,9 +59,41 @@ class Network(tf_keras.Model):
         """
         raise NotImplementedError
 
-    def norms(self) -> list[SplitBatchNormalization]:
-        """The layers of batch norm that learn statistics of batches, in a fixed order."""
+    def parts(self) -> list[tf_keras.layers.Layer]:
+        """The layers that have weights, from the images to the logits; each is trained whole, or not at all."""
         raise NotImplementedError
+
+    def all_norms(self) -> list[SplitBatchNormalization]:
+        """The layers of batch norm that learn statistics of batches unless they are frozen, in a fixed order."""
+        raise NotImplementedError
+
+    def norms(self) -> list[SplitBatchNormalization]:
+        """Those of `all_norms` that are not frozen."""
+        return [norm for norm in self.all_norms() if not norm.frozen]
+
+    def train_only(self, selection: str) -> None:
+        """Freezes the parts before a selection of them, and trains the others.
+
+        A frozen part has no gradient, no decay and no trust ratio, and its batch norm normalises with the moving
+        statistics, which stay.
+
+        Args:
+          selection: "all"; "classifier", the last of `parts`; or "from NAME", all from the first on whose name begins
+            with NAME.
+
+        Raises:
+          ConfigError: for another selection.
+        """
+        parts = self.parts()
+        first = _first_trained(selection, [part.name for part in parts])
+        for index, part in enumerate(parts):
+            part.trainable = index >= first
+        self.settle()
+
+    def settle(self) -> None:
+        """Makes batch norm follow what is trained, after `trainable` of layers was set."""
+        for norm in self.all_norms():
+            norm.frozen = not norm.trainable
 
     def create_variables(self: Self) -> Self:
         """Creates the variables of every branch and returns self."""
@@ -100,15 +134,34 @@ class Network(tf_keras.Model):
         """A network of the same weights in variables of its own.
 
         Args:
-          settings: what differs: `name`, `branches`, `replicas_per_group` or `dtype` of its config. Variables that this
-            network lacks, such as those of another branch, keep their initial values.
+          settings: what differs: `name`, `branches`, `replicas_per_group` or `dtype` of its config. A branch that this
+            network lacks begins as "main".
         """
         twin = type(self).from_config({**self.get_config(), **settings}).create_variables()
         values = self.named_variables()
         for path, variable in twin.named_variables().items():
-            if path in values:
-                variable.assign(values[path].numpy())
+            variable.assign(values[path if path in values else _main_path(path, twin.branches)].numpy())
         return twin
+
+
+def _first_trained(selection: str, names: Sequence[str]) -> int:
+    if selection in ("all", "classifier"):
+        return 0 if selection == "all" else len(names) - 1
+    keyword, _, start = selection.partition(" ")
+    found = [index for index, name in enumerate(names) if name.startswith(start)]
+    if keyword != "from" or not start or not found:
+        near = difflib.get_close_matches(start or selection, names, cutoff=0.4) or [names[0], names[len(names) // 2]]
+        raise ConfigError(
+            f"trainable={selection!r}: choose 'all', 'classifier', or 'from NAME' of one of the {len(names)} layers "
+            f"with weights, such as {', '.join(near)}"
+        )
+    return found[0]
+
+
+def _main_path(path: str, branches: Sequence[str]) -> str:
+    """The path of the variable of the main branch that stands in the place of another branch's."""
+    *place, branch, name = path.split("/")
+    return "/".join([*place, MAIN, name]) if branch in branches else path
 
 
 def _path_below(variable: tf.Variable, layers: set[str]) -> str:

@@ -112,7 +112,8 @@ class ConvBatchNorm(tf_keras.layers.Layer):
         return widens and inputs.dtype in expansion.DTYPES
 
     def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        through = self._folded if norm_call["mode"] == "moving" else self._normalized
+        moving = self.norm.frozen or norm_call["mode"] == "moving"
+        through = self._folded if moving else self._normalized
         outputs = through(inputs, norm_call)
         return tf.nn.relu(outputs) if self.relu else outputs
 
@@ -207,6 +208,7 @@ class ResNet(Network):
       replicas_per_group: see SplitBatchNormalization.
       seed: seed of the initial weights.
       width: factor of the channels of every stage, a whole number of at least 1.
+      frozen: names of `parts` that are not trained.
       dtype: Keras dtype policy; "mixed_bfloat16" computes in bfloat16 with float32 variables and logits.
     """
 
@@ -225,6 +227,7 @@ class ResNet(Network):
         seed: int = 0,
         dtype: str = "float32",
         width: int = 1,
+        frozen: Sequence[str] = (),
         **kwargs,
     ):
         super().__init__(dtype=dtype, **kwargs)
@@ -261,6 +264,9 @@ class ResNet(Network):
         )
         self.blocks = list(self._residual_blocks(seeds, norm, dtype))
         self.classifier = Classifier(num_classes, next(seeds), dtype=self.variable_dtype, name="classifier")
+        for part in self.parts():
+            part.trainable = part.name not in frozen
+        self.settle()
 
     def _residual_blocks(self, seeds: Iterator[int], norm: dict, dtype: str) -> Iterator[ResidualBlock]:
         spec = self._spec
@@ -313,7 +319,10 @@ class ResNet(Network):
         stddev = tf.constant(self._spec.stddev) * 255.0
         return tf.cast((tf.cast(images, tf.float32) - mean) / stddev, dtype)
 
-    def norms(self) -> list[SplitBatchNormalization]:
+    def parts(self) -> list[tf_keras.layers.Layer]:
+        return [self.stem, *self.blocks, self.classifier]
+
+    def all_norms(self) -> list[SplitBatchNormalization]:
         # Not by way of `submodules`, which goes through all there is in the network and takes a tenth of a second.
         convs = [self.stem, *(conv for block in self.blocks for conv in block.all_convs)]
         return [conv.norm for conv in convs]
@@ -329,6 +338,7 @@ class ResNet(Network):
             "replicas_per_group": self.replicas_per_group,
             "seed": self.seed,
             "width": self.width,
+            "frozen": [part.name for part in self.parts() if not part.trainable],
             "dtype": self._precision,
             "name": self.name,
         }

@@ -81,6 +81,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
 
     Attributes:
       corrected: whether the moving variance is Bessel-corrected, as that of tf_keras' fused layer.
+      frozen: whether every call normalises with the moving statistics, which stay; `Network.settle` says so.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         self.scale = scale
         self.center = center
         self.corrected = True
+        self.frozen = False
         self.gammas: dict[str, tf.Variable] = {}
         self.betas: dict[str, tf.Variable] = {}
         self.moving_means: dict[str, tf.Variable] = {}

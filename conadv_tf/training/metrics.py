@@ -116,13 +116,14 @@ def drift(network: Network, stale: Network) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ / ‖θ_t‖, float32 scalar; 0 where both are one (Lemma 1 of the paper)."""
     if stale is network:
         return tf.constant(0.0)
-    weights = [tf.convert_to_tensor(variable) for variable in network.leaf_variables() if variable.trainable]
+    weights = [tf.convert_to_tensor(variable) for variable in network.trainable_variables]
     return distance(network, stale) / tf.linalg.global_norm(weights)
 
 
 def distance(network: Network, stale: Network) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ over all variables that the network trains, float32 scalar."""
+    trained = {variable.ref() for variable in network.trainable_variables}
     pairs = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
     return tf.linalg.global_norm(
-        [tf.convert_to_tensor(now) - tf.convert_to_tensor(then) for now, then in pairs if now.trainable]
+        [tf.convert_to_tensor(now) - tf.convert_to_tensor(then) for now, then in pairs if now.ref() in trained]
     )

@@ -1,5 +1,6 @@
 """Refusals: what Keras lets through and training here could not do, or would do as something else."""
 
+from collections.abc import Collection
 from typing import Any
 
 import tensorflow as tf
@@ -87,15 +88,31 @@ def check_rate(optimizer: Any, callbacks: Any) -> None:
                 )
 
 
-def check_all_trained(network: Network) -> None:
-    """Raises ConfigError for a network of which layers are frozen."""
-    trained = {variable.ref() for variable in network.trainable_variables}
-    frozen = sum(variable.trainable and variable.ref() not in trained for variable in network.leaf_variables())
-    if frozen:
+def check_parts(network: Network) -> None:
+    """Raises ConfigError for a network of which nothing is trained, or a part in part only."""
+    trained = _trained(network)
+    for part in network.parts():
+        could = [variable for variable in part.weights if variable.trainable]
+        if {variable.ref() in trained for variable in could} == {True, False}:
+            raise ConfigError(
+                f"layer {part.name!r} is frozen (trainable=False) in a part of it: freeze all of it, or nothing"
+            )
+    if not trained:
+        raise ConfigError("all layers are frozen (trainable=False): leave at least the last one trainable")
+
+
+def check_still_trained(network: Network, trained: Collection) -> None:
+    """Raises ConfigError unless a network trains what it did when its model was made; `trained`: references."""
+    changed = len(_trained(network) ^ set(trained))
+    if changed:
         raise ConfigError(
-            f"{frozen} variables of the network are frozen (trainable=False): training moves all of them, and the "
-            "batch statistics too: set network.trainable=True"
+            f"{changed} variables of the network were frozen or released (trainable) after the model was made: do so "
+            "before, or make a new ConAdvModel of model.network"
         )
+
+
+def _trained(network: Network) -> set:
+    return {variable.ref() for variable in network.trainable_variables}
 
 
 def _is_of_other_keras(value: Any) -> bool:

@@ -75,6 +75,9 @@ class ConAdvModel(CheckedModel, SavableModel):
         # Not the global policy, which would round pixels on their way to the network; that has a policy of its own.
         super().__init__(**{"dtype": "float32", **kwargs})
         self.network = network.create_variables()
+        self.network.settle()
+        refusals.check_parts(self.network)
+        self._trained = frozenset(variable.ref() for variable in network.trainable_variables)
         self.method = method
         self.microbatches = microbatches
         self.seed = seed
@@ -129,7 +132,7 @@ class ConAdvModel(CheckedModel, SavableModel):
                 f"fit(steps_per_epoch=None): with {self.method.record.setting} and {self.microbatches} micro-batches "
                 "an update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
             )
-        refusals.check_all_trained(self.network)
+        refusals.check_still_trained(self.network, self._trained)
         refusals.check_rate(getattr(self, "optimizer", None), callbacks)
         given = tf.nest.flatten(callbacks or [])
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
@@ -201,7 +204,7 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     def _program(self, method: methods.Method, iterator) -> Callable:
         """The program of `steps_per_execution` updates by a method; makes the variables and the carry that it needs."""
-        refusals.check_all_trained(self.network)
+        refusals.check_still_trained(self.network, self._trained)
         places = method.updates_per_batch, self.distribute_strategy.num_replicas_in_sync, self.microbatches
         check_turns(*places)
         if method.mixed:

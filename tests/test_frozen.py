@@ -1,0 +1,151 @@
+"""Networks of which a part is trained: what is frozen stays, statistics of batch norm too, as in Keras."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from helpers import assert_close, assert_identical
+from test_keras_split import CLASSES, ROWS, batches, small, trained, values
+
+from conadv_tf import Attack, ConAdvModel, ResNet, make_lars, methods, split
+from conadv_tf.errors import ConfigError
+
+METHODS = [methods.conadv(Attack(8)), methods.conadv(Attack(8), schedule="paired")]
+
+
+def resnet(selection: str, branches=("main", "adversarial")) -> ResNet:
+    network = ResNet("digits_resnet", CLASSES, (8, 8, 1), branches, seed=3).create_variables()
+    random = np.random.default_rng(4)
+    for path, variable in sorted(network.named_variables().items()):
+        low, high = (0.5, 1.5) if path.endswith(("gamma", "variance")) else (-0.3, 0.3)
+        variable.assign(random.uniform(low, high, variable.shape))
+    network.train_only(selection)
+    return network
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["shadow", "paired"])
+def test_what_is_frozen_stays_and_the_rest_is_trained(method):
+    network = resnet("from stage2")
+    before = values(network)
+    model = trained(network, method, *batches(2, (8, 8, 1)), make_lars(1.0))
+    after = values(network)
+    changed = {path for path in after if np.any(after[path] != before[path])}
+    assert changed == {path for path in after if path.startswith(("stage2", "classifier"))}
+    assert model.metrics[0].ratios.shape == [sum(path.endswith("kernel") for path in changed)]
+    assert len(model.optimizer.variables()) - 1 == len(network.trainable_variables)
+    assert not any("moving" in variable.name for variable in network.trainable_variables)
+
+
+def test_a_classifier_alone_learns_as_on_the_features_of_an_evaluation():
+    network = resnet("classifier")
+    method = methods.disadv(Attack(8, random_start_probability=0.0))
+    images, labels = batches(1, (8, 8, 1))
+    kernel, bias = network.trainable_variables
+    loss = tf_keras.losses.SparseCategoricalCrossentropy(True)
+    model = ConAdvModel(network, method)
+    model.compile(tf_keras.optimizers.SGD(0.5), loss)
+    attacked = model.adversarial_examples(tf.constant(images[0]), tf.constant(labels[0]))
+    expected = []
+    with tf.GradientTape() as tape:
+        halves = [
+            loss(labels[0], network(seen, training=False, branch=branch))
+            for branch, seen in (("main", images[0]), ("adversarial", attacked))
+        ]
+        value = 0.5 * halves[0] + 0.5 * halves[1]
+    for variable, gradient in zip((kernel, bias), tape.gradient(value, [kernel, bias]), strict=True):
+        expected.append(variable.numpy() - 0.5 * gradient.numpy())
+    model.fit(images[0], labels[0], batch_size=ROWS, verbose=0)
+    for variable, value in zip((kernel, bias), expected, strict=True):
+        np.testing.assert_allclose(variable.numpy(), value, atol=2e-6)
+
+
+def frozen_base() -> tf_keras.Model:
+    """A model whose layers before its "unfused" batch norm are frozen, in the way of Keras' guide to fine-tuning."""
+    model = small()
+    for name in ("convolution", "renamed", "nested"):
+        model.get_layer(name).trainable = False
+    return model
+
+
+def test_a_model_frozen_in_part_trains_as_keras_trains_it():
+    model = frozen_base()
+    network = split(model)
+    images, labels = batches(1, network.image_shape)
+    before = values(network)
+    after = values(trained(network, methods.vanilla(), images, labels).network)
+    model.compile(tf_keras.optimizers.SGD(0.01), tf_keras.losses.SparseCategoricalCrossentropy(True))
+    model.fit(images[0], labels[0], ROWS, shuffle=False, verbose=0)
+    others = {path: value for path, value in before.items() if "/adversarial/" in path}
+    assert_close(after, values(split(model)) | others, 1e-5)
+    stays = [path for path in before if path.startswith(("convolution", "renamed", "inner_norm", "depthwise"))]
+    assert len(stays) >= 14
+    assert_identical({path: after[path] for path in stays}, {path: before[path] for path in stays})
+
+
+def test_what_was_frozen_is_released_before_another_model_is_made():
+    network = split(frozen_base())
+    assert [norm.name for norm in network.norms()] == ["unfused", "of_features"]
+    network.train_only("all")
+    assert len(network.norms()) == 4
+    before = values(network)
+    after = values(trained(network, methods.conadv(Attack(8)), *batches(1, network.image_shape)).network)
+    same = {path for path in before if np.all(after[path] == before[path])}
+    none = {"inner_norm": "gamma", "unfused": "beta"}  # that these layers have not
+    assert same == {f"{norm}/{branch}/{name}" for norm, name in none.items() for branch in network.branches}
+
+
+def test_a_loaded_model_has_the_same_of_it_frozen(tmp_path):
+    for network, shape in ((resnet("from stage2"), (8, 8, 1)), (split(frozen_base()), (8, 8, 3))):
+        model = trained(network, methods.conadv(Attack(8)), *batches(1, shape), make_lars(1.0))
+        model.save(tmp_path / "m.keras")
+        loaded = tf_keras.models.load_model(tmp_path / "m.keras")
+        assert len(loaded.network.trainable_variables) == len(network.trainable_variables)
+        assert len(loaded.network.norms()) == len(network.norms())
+        assert [norm.frozen for norm in loaded.shadows[0].all_norms()] == [norm.frozen for norm in network.all_norms()]
+        images, labels = batches(1, shape)
+        for made in (model, loaded):
+            made.fit(images[0], labels[0], batch_size=ROWS, verbose=0)
+        assert_close(values(loaded.network), values(network), 1e-6)
+
+
+def freeze_after(network: ResNet) -> ConAdvModel:
+    model = ConAdvModel(network, methods.vanilla())
+    network.stem.trainable = False
+    return model
+
+
+def freeze_inside(network: ResNet) -> ConAdvModel:
+    network.blocks[0].convs[0].trainable = False
+    return ConAdvModel(network, methods.vanilla())
+
+
+def freeze_all(network: ResNet) -> ConAdvModel:
+    network.trainable = False
+    return ConAdvModel(network, methods.vanilla())
+
+
+@pytest.mark.parametrize(
+    ("freeze", "named"),
+    [
+        (freeze_after, r"3 variables of the network were frozen or released \(trainable\) after the model was made"),
+        (freeze_inside, r"layer 'stage1_block1' is frozen \(trainable=False\) in a part of it: freeze all"),
+        (freeze_all, r"all layers are frozen"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(freeze, named):
+    def fit_frozen() -> None:
+        model = freeze(resnet("all", ("main",)))
+        model.compile("sgd")
+        model.fit(*(value[0] for value in batches(1, (8, 8, 1))), verbose=0)
+
+    with pytest.raises(ConfigError, match=named):
+        fit_frozen()
+
+
+@pytest.mark.parametrize("selection", ["last", "from", "from stage9", "stage2", "from "])
+def test_a_part_that_is_none_is_refused(selection):
+    near = r".*such as (stage2_block1|stem, )"
+    with pytest.raises(
+        ConfigError, match=rf"trainable='{selection}': choose 'all', 'classifier', or 'from NAME'{near}"
+    ):
+        resnet(selection)
