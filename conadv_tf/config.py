@@ -35,6 +35,7 @@ CONFIGURED_MODULES = (
     "methods.mixture",
     "run.build",
     "run.divergence",
+    "run.model_settings",
     "run.monitor",
     "run.strategy",
     "training.lars",

@@ -3,13 +3,18 @@
 import contextlib
 import random
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 
+import h5py
 import numpy as np
+import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError, one_line
+from conadv_tf.models import cloning
 from conadv_tf.models.keras_split import SplitNetwork, split
+from conadv_tf.models.resnet import IMAGENET_STDDEV
 
 
 def names() -> tuple[str, ...]:
@@ -46,6 +51,70 @@ def application(
     network = split(model, branches, sys.modules[make.__module__].preprocess_input)
     network.architecture = name
     return network
+
+
+def load_weights(network: SplitNetwork, path: str, held: int | None) -> None:
+    """Gives a network of `application` the weights in a file of the Keras model of its name.
+
+    Args:
+      network: with one branch, and `held` classes where that is not None.
+      path: local, ….h5, ….weights.h5 or ….keras.
+      held: `held_classes` of the file.
+
+    Raises:
+      ValueError, OSError, KeyError: by Keras, for weights of another model; the first that differs is named.
+    """
+    top = {} if held is None else {"classes": held, "classifier_activation": None}
+    model = getattr(tf_keras.applications, network.architecture)(
+        weights=None, input_shape=network.image_shape, include_top=held is not None, **top
+    )
+    model.load_weights(path)
+    for theirs, ours in zip(cloning.weighted_layers(model), network.parts(), strict=held is not None):
+        ours.set_weights(theirs.get_weights())
+        if isinstance(ours, tf_keras.layers.Normalization):
+            _rectify(ours)
+
+
+def _rectify(layer: tf_keras.layers.Normalization) -> None:
+    # Keras' EfficientNets for ImageNet keep a standard deviation where the layer takes a variance, and divide once more
+    # by its root in a layer that a model without its weights has not.
+    if np.allclose(layer.adapt_variance, IMAGENET_STDDEV):
+        layer.adapt_variance.assign(tf.square(layer.adapt_variance))
+    layer.finalize_state()
+
+
+def held_classes(name: str, image_shape: Sequence[int], path: str) -> int | None:
+    """The classes of a weights file of Keras' model `name`; None for one without its last layers ("notop")."""
+    model = getattr(tf_keras.applications, name)(weights=None, input_shape=image_shape)
+    last = cloning.weighted_layers(model)[-1]
+    if not path.endswith((".keras", ".weights.h5")):
+        with h5py.File(path) as file:
+            groups = file.get("model_weights", file)
+            layers = [groups[layer] for layer in _texts(groups.attrs["layer_names"])]
+            layers = [layer for layer in layers if len(layer.attrs["weight_names"])]
+            if len(layers) < len(cloning.weighted_layers(model)):
+                return None
+            return int(layers[-1][_texts(layers[-1].attrs["weight_names"])[-1]].shape[-1])
+    alike = [layer for layer in model.layers if type(layer) is type(last)]
+    kind = type(last).__name__.lower()
+    place = f"layers/{kind}_{len(alike) - 1}/vars" if len(alike) > 1 else f"layers/{kind}/vars"
+    with weights_file(path) as file:
+        return int(file[f"{place}/1"].shape[-1]) if place in file else None
+
+
+@contextlib.contextmanager
+def weights_file(path: str) -> Iterator[h5py.File]:
+    """The weights in a ….weights.h5 or ….keras, by the paths that Keras gives them."""
+    if path.endswith(".keras"):
+        with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as part, h5py.File(part) as file:
+            yield file
+    else:
+        with h5py.File(path) as file:
+            yield file
+
+
+def _texts(values) -> list[str]:
+    return [value.decode() if isinstance(value, bytes) else value for value in values]
 
 
 @contextlib.contextmanager

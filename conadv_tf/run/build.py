@@ -9,10 +9,8 @@ from conadv_tf import config, methods
 from conadv_tf.data import pipeline
 from conadv_tf.data.datasets import load
 from conadv_tf.errors import ConfigError
-from conadv_tf.models import applications
-from conadv_tf.models.network import Network
-from conadv_tf.models.resnet import ResNet
 from conadv_tf.run.divergence import DivergenceSettings
+from conadv_tf.run.model_settings import ModelSettings, NetworkMaker
 from conadv_tf.run.monitor import MonitorSettings
 from conadv_tf.training.learning_rate import warmup_poly_decay
 from conadv_tf.training.optimizers import OPTIMIZERS
@@ -95,7 +93,12 @@ class TrainSettings:
 
 @dataclasses.dataclass
 class Run:
-    """The parts of a run, built and not yet trained."""
+    """The parts of a run, built and not yet trained.
+
+    Attributes:
+      initial_weights: where the weights are that a run begins with; None: those that `model` has.
+      make_network: makes the network of the recipe anew, with other classes or branches.
+    """
 
     recipe: str
     settings: TrainSettings
@@ -105,67 +108,16 @@ class Run:
     model: ConAdvModel
     monitor: MonitorSettings
     divergence: DivergenceSettings
+    initial_weights: str | None = None
+    make_network: NetworkMaker | None = None
 
 
-@gin.configurable("model", denylist=["data", "method", "plan", "seed", "dtype"])
-def make_network(
-    data: pipeline.ImageData,
-    method: methods.Method,
-    plan: Plan,
-    seed: int,
-    dtype: str,
-    name: str = "digits_resnet",
-    batch_norm_momentum: float = 0.9,
-    batch_norm_epsilon: float = 1e-5,
-    replicas_per_group: int = 1,
-    width: int = 1,
-) -> Network:
-    """The network of a recipe, with the branches the method trains.
-
-    Args:
-      data: the data set, for the number of classes and the shape of an image.
-      method: the method, for its branches.
-      plan: the plan, for the replicas that have 64 images together.
-      seed: the seed of the initial weights.
-      dtype: the dtype policy of the layers.
-      name: the architecture, "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"; "cifar_resnet" with 8,
-        14, 20, 32, 44, 56 or 110 behind it; "digits_resnet". Or a classifier of tf_keras.applications, such as
-        "EfficientNetB0", with batch norm of its own settings, to which the next ones do not apply.
-      batch_norm_momentum: the momentum of the moving averages, in [0, 1).
-      batch_norm_epsilon: what is added to a variance, > 0.
-      replicas_per_group: the number of replicas that share batch statistics; 0: as few as have 64 images together.
-      width: the factor of the channels of every stage, a whole number of at least 1.
-    """
-    if not 0 <= batch_norm_momentum < 1 or not batch_norm_epsilon > 0:
+def _check_start(method: methods.Method, plan: Plan) -> None:
+    if method.start_epoch >= plan.epochs:
         raise ConfigError(
-            f"model.batch_norm_momentum={batch_norm_momentum} must lie in [0, 1) and "
-            f"model.batch_norm_epsilon={batch_norm_epsilon} above 0: the paper's are 0.9 and 1e-5"
+            f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
+            "start earlier, or use train.method='vanilla'"
         )
-    if name in applications.names():
-        for setting, value, own in (
-            ("batch_norm_momentum", batch_norm_momentum, 0.9),
-            ("batch_norm_epsilon", batch_norm_epsilon, 1e-5),
-            ("replicas_per_group", replicas_per_group, 1),
-            ("width", width, 1),
-        ):
-            if value != own:
-                raise ConfigError(
-                    f"model.{setting}={value} is for this package's networks, {name} has its own: leave it at {own}"
-                )
-        return applications.application(name, data.num_classes, data.image_shape, method.branches, seed, dtype)
-    return ResNet(
-        name,
-        data.num_classes,
-        data.image_shape,
-        method.branches,
-        batch_norm_momentum,
-        batch_norm_epsilon,
-        replicas_per_group or plan.replicas_for_batch_norm(),
-        seed,
-        dtype,
-        width,
-        name="network",
-    )
 
 
 def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, num_replicas: int | None = None) -> Run:
@@ -201,13 +153,12 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
     )
     if method.mixed:
         check_mixing(method.updates_per_batch, replicas, plan.microbatches)
-    if method.start_epoch >= plan.epochs:
-        raise ConfigError(
-            f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
-            "start earlier, or use train.method='vanilla'"
-        )
+    _check_start(method, plan)
     with strategy.scope():
-        network = make_network(loaded, method, plan, settings.seed, settings.precision)
+        wanted = ModelSettings()
+        make_network = wanted.maker(loaded, plan, settings.seed, settings.precision)
+        network = make_network(loaded.num_classes, method.branches)
+        network.train_only(wanted.trainable)
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         check_batch_norm_groups(network.replicas_per_group, replicas, settings.jit_compile, on_tpu)
         model = ConAdvModel(network, method, plan.microbatches, settings.seed, settings.all_reduce_dtype)
@@ -217,4 +168,15 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
             jit_compile=settings.jit_compile,
             steps_per_execution=settings.steps_per_execution or (plan.steps_per_epoch if on_tpu else 1),
         )
-    return Run(recipe, settings, strategy, loaded, plan, model, MonitorSettings(), DivergenceSettings())
+    return Run(
+        recipe,
+        settings,
+        strategy,
+        loaded,
+        plan,
+        model,
+        MonitorSettings(),
+        DivergenceSettings(),
+        wanted.initial_weights,
+        make_network,
+    )

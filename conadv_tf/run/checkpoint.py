@@ -78,7 +78,7 @@ class Checkpoints:
         """
         bad: list[tuple[str, str]] = []
         for number in numbers(self._directory):
-            path = self._path(number)
+            path = path_of(self._directory, number)
             cause = _damage(path)
             if cause is None:
                 for torn, why in bad:
@@ -144,7 +144,7 @@ class Checkpoints:
           RunError: if the checkpoint cannot be written.
         """
         number = self._model.updates_made()
-        path = self._path(number)
+        path = path_of(self._directory, number)
         try:
             self._seconds.assign(seconds or 0.0)
             self._holding(["data"] if seconds is None else ["data", "epoch"]).write(path)
@@ -176,8 +176,10 @@ class Checkpoints:
                 path = os.path.join(self._directory, name)
                 (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
 
-    def _path(self, number: int) -> str:
-        return os.path.join(self._directory, f"{_PREFIX}{number}")
+
+def path_of(directory: str, number: int) -> str:
+    """The path of the checkpoint after `number` updates, without .index."""
+    return os.path.join(directory, f"{_PREFIX}{number}")
 
 
 def numbers(directory: str) -> list[int]:

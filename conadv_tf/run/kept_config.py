@@ -25,6 +25,8 @@ EXECUTION_SETTINGS = (
 # Settings that earlier versions lacked, and what was in effect where they had others of the same prefix.
 LATER_SETTINGS = {
     "adversarial.shuffle": "False",
+    "model.initial_weights": "None",
+    "model.trainable": "'all'",
     "model.width": "1",
     "tfrecords.image_feature": "'image/encoded'",
     "tfrecords.label_feature": "'image/class/label'",

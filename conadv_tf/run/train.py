@@ -10,7 +10,18 @@ from absl import logging
 from conadv_tf import config, terminal
 from conadv_tf.data import service as data_service
 from conadv_tf.data.fingerprint import Fingerprint
-from conadv_tf.run import callbacks, checkpoint, divergence, leak, lock, monitor, preemption, report, resuming
+from conadv_tf.run import (
+    callbacks,
+    checkpoint,
+    divergence,
+    initial_weights,
+    leak,
+    lock,
+    monitor,
+    preemption,
+    report,
+    resuming,
+)
 from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
 from conadv_tf.run.folder import RunFolder, recorded
@@ -52,8 +63,11 @@ def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Finger
     folder.write_config(config.operative_config())
     if update:
         terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, spread))
-    elif run.divergence.retries and folder.writes:
-        checkpoints.save()  # a run that diverges in its first epoch goes back to it
+    else:
+        if run.initial_weights and run.make_network:
+            terminal.say(initial_weights.start(run.model, run.initial_weights, run.make_network))
+        if run.divergence.retries and folder.writes:
+            checkpoints.save()  # a run that diverges in its first epoch goes back to it
     folder.write_layout(spread)
     _fit_to_the_end(run, folder, checkpoints, update)
     result = _result(run, folder)

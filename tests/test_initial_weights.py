@@ -1,0 +1,232 @@
+"""Weights to start from: every kind of file, branches and classes that it lacks, and what does not fit."""
+
+import json
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from commands import call_command_line
+from helpers import scramble, some_of
+from test_keras_split import scrambled, values
+
+from conadv_tf import ConAdvModel, ResNet, methods
+from conadv_tf.errors import ConfigError
+from conadv_tf.models import applications
+from conadv_tf.models.network import Network
+from conadv_tf.run import checkpoint, initial_weights
+from conadv_tf.run.export import export
+
+SHAPE = (8, 8, 1)
+
+
+def resnet(classes: int, branches) -> ResNet:
+    return ResNet("digits_resnet", classes, SHAPE, branches, seed=5, name="network")
+
+
+def model_of(network: Network, method: methods.Method) -> ConAdvModel:
+    model = ConAdvModel(network, method)
+    model.compile("sgd")
+    return model
+
+
+def saved(model: ConAdvModel, kind: str, folder) -> str:
+    """A file of the weights of a model; returns what a recipe would name."""
+    path = str(folder / kind)
+    if kind in ("run", "ckpt-0"):
+        checkpoint.Checkpoints(model, str(folder / "run" / "checkpoints")).save()
+        path = str(folder / "run") if kind == "run" else str(folder / "run" / "checkpoints" / "ckpt-0")
+    elif kind == "export":
+        export(model.network, path)
+    elif kind.endswith(".keras"):
+        model.save(path)
+    else:
+        model.save_weights(path)
+    return path
+
+
+def as_main(values: dict[str, np.ndarray], branches) -> dict[str, np.ndarray]:
+    """The values of a network of one branch in the places of all branches."""
+    every = {}
+    for path, value in values.items():
+        every |= {path.replace("/main/", f"/{branch}/"): value for branch in branches}
+    return every
+
+
+KINDS = ["run", "ckpt-0", "export", "m.keras", "w.weights.h5", "w.h5"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_branch_and_shadow_starts_from_a_plain_run(kind, tmp_path):
+    source = resnet(10, ("main",)).create_variables()
+    scramble(source)
+    path = saved(model_of(source, methods.vanilla()), kind, tmp_path)
+    model = model_of(resnet(10, ("main", "adversarial")), methods.conadv(tau=2))
+    line = initial_weights.start(model, path, resnet)
+    expected = as_main(values(source), ("main", "adversarial"))
+    for network in (model.network, *model.shadows):
+        found = values(network)
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[path], expected[path]) for path in expected)
+    assert re.fullmatch(r"starting from \S+: [\d,]+ numbers of digits_resnet", line)
+
+
+@pytest.mark.parametrize("kind", ["run", "m.keras", "w.weights.h5", "w.h5"])
+def test_a_branch_that_is_there_is_taken(kind, tmp_path):
+    source = resnet(10, ("main", "adversarial")).create_variables()
+    scramble(source)
+    path = saved(model_of(source, methods.conadv()), kind, tmp_path)
+    model = model_of(resnet(10, ("main", "adversarial")), methods.conadv())
+    initial_weights.start(model, path, resnet)
+    found, expected = values(model.network), values(source)
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "m.keras"])
+def test_a_classifier_of_other_classes_begins_anew(kind, tmp_path):
+    source = resnet(10, ("main",)).create_variables()
+    scramble(source)
+    path = saved(model_of(source, methods.vanilla()), kind, tmp_path)
+    model = model_of(resnet(4, ("main", "adversarial")), methods.conadv())
+    before = values(model.network)
+    line = initial_weights.start(model, path, resnet)
+    assert line.endswith("; the classifier begins anew (10 classes there, 4 here)")
+    found, expected = values(model.network), as_main(values(source), ("main", "adversarial"))
+    for name, value in found.items():
+        assert np.array_equal(value, before[name] if name.startswith("classifier") else expected[name]), name
+
+
+def mobilenet(classes: int, branches) -> Network:
+    return applications.application("MobileNet", classes, (32, 32, 3), branches, 5, "float32")
+
+
+@pytest.fixture(scope="module")
+def keras_files(tmp_path_factory):
+    """A model of tf_keras.applications and its weights in every kind of file, with and without the classifier."""
+    folder = tmp_path_factory.mktemp("keras")
+    settings = {"weights": None, "input_shape": (32, 32, 3)}
+    model = scrambled(tf_keras.applications.MobileNet(classes=7, classifier_activation=None, **settings))
+    bare = tf_keras.applications.MobileNet(include_top=False, **settings)
+    for ours, theirs in zip(bare.layers, model.layers, strict=False):
+        ours.set_weights(theirs.get_weights())
+    for name, kept in (("whole", model), ("notop", bare)):
+        for suffix in (".h5", ".weights.h5", ".keras"):
+            (kept.save if suffix == ".keras" else kept.save_weights)(folder / f"{name}{suffix}")
+    return folder, model
+
+
+FILES = [f"{name}{suffix}" for suffix in (".h5", ".weights.h5", ".keras") for name in ("whole", "other", "notop")]
+
+
+@pytest.mark.parametrize("file", some_of(FILES, "whole.h5", "notop.h5", "other.weights.h5", long=FILES))
+def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_files):
+    folder, theirs = keras_files
+    kind, _, suffix = file.partition(".")
+    text = {"whole": "", "other": "7 classes there, 3 here", "notop": "there is none in the file"}[kind]
+    model = model_of(mobilenet(3 if text else 7, ("main", "adversarial")), methods.disadv())
+    before = model.network.parts()[-1].get_weights()
+    line = initial_weights.start(model, str(folder / f"{kind.replace('other', 'whole')}.{suffix}"), mobilenet)
+    assert text in line
+    assert ("anew" in line) == bool(text)
+    images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
+    inputs = tf_keras.applications.mobilenet.preprocess_input(images.copy())
+    seen = theirs
+    if text:  # the features, of which the classifier knows nothing yet
+        assert all(map(np.array_equal, model.network.parts()[-1].get_weights(), before))
+        seen = tf_keras.Model(theirs.inputs, theirs.layers[-3].input)
+        kernel, bias = before
+        features = seen(inputs).numpy().reshape(4, -1)
+        expected = features @ kernel[0, 0] + bias
+    else:
+        expected = theirs(inputs).numpy()
+    for branch in ("main", "adversarial"):
+        found = model.network(images, branch=branch).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.torture
+def test_efficientnet_for_imagenet_is_what_keras_makes_of_its_weights(tmp_path, monkeypatch):
+    """Keras divides the images once more where it has loaded the weights itself, by a layer that others lack."""
+    module = __import__("tf_keras.src.applications.efficientnet", fromlist=["efficientnet"])
+    model = scrambled(tf_keras.applications.EfficientNetB0(weights=None, input_shape=(32, 32, 3)))
+    model.get_layer("normalization").set_weights([np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225]), 0])
+    model.save_weights(tmp_path / "b0.h5")
+    monkeypatch.setattr(module.data_utils, "get_file", lambda *_, **__: str(tmp_path / "b0.h5"))
+    monkeypatch.setattr(module.imagenet_utils, "obtain_input_shape", lambda shape, **_: shape)
+    theirs = tf_keras.applications.EfficientNetB0(weights="imagenet", input_shape=(32, 32, 3))
+
+    def make(classes, branches):
+        return applications.application("EfficientNetB0", classes, (32, 32, 3), branches, 5, "float32")
+
+    ours = model_of(make(1000, ("main",)), methods.vanilla())
+    initial_weights.start(ours, str(tmp_path / "b0.h5"), make)
+    images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
+    found = tf.nn.softmax(ours.network(images)).numpy()
+    np.testing.assert_allclose(found, theirs(images).numpy(), rtol=1e-3)
+    assert np.abs(found - model(images).numpy()).max() > 10 * np.abs(found - theirs(images).numpy()).max()
+
+
+def other_files(folder) -> dict[str, str]:
+    wide = ResNet("digits_resnet", 10, SHAPE, ("main",), width=2, name="network").create_variables()
+    (folder / "text.h5").write_text("no weights")
+    (folder / "empty").mkdir()
+    with zipfile.ZipFile(folder / "zip.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"class_name": "Functional"}))
+    return {
+        **{kind: saved(model_of(wide, methods.vanilla()), kind, folder) for kind in KINDS},
+        **{name: str(folder / name) for name in ("text.h5", "empty", "zip.keras", "none.h5", "none")},
+        "gs": "gs://bucket/w.h5",
+    }
+
+
+def test_what_does_not_fit_is_named_in_one_line(tmp_path):
+    model = model_of(resnet(10, ("main", "adversarial")), methods.conadv())
+    before = values(model.network)
+    shapes = r"\b(16|32)\b.*\b(32|64)\b"
+    for kind, path in other_files(tmp_path).items():
+        with pytest.raises(ConfigError) as caught:
+            initial_weights.start(model, path, resnet)
+        text = str(caught.value)
+        assert text.startswith(f"model.initial_weights={path!r} "), text
+        assert "\n" not in text
+        if kind in KINDS:
+            assert re.search(shapes, text), text
+        elif kind in ("empty", "none", "none.h5"):
+            assert "holds no weights: name the folder of a run" in text
+        elif kind == "gs":
+            assert "copy it here first" in text
+        after = values(model.network)
+        assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+TINY = [
+    "--gin_file=digits_conadv.gin",
+    "--gin_param=train.epochs=1",
+    "--gin_param=learning_rate.warmup_epochs=0",
+]
+
+
+def test_a_run_starts_from_another_and_trains_a_part(tmp_path, capsys):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    call_command_line(*TINY, "--gin_param=train.method='vanilla'", f"--model_dir={first}")
+    begins = [
+        *TINY,
+        f"--gin_param=model.initial_weights={first!r}",
+        "--gin_param=model.trainable='classifier'",
+        f"--model_dir={second}",
+    ]
+    capsys.readouterr()
+    call_command_line(*begins)
+    shown = capsys.readouterr()
+    assert f"starting from {first}/checkpoints/ckpt-" in shown.out + shown.err
+    kept = [tf.saved_model.load(f"{folder}/export").network_variables for folder in (first, second)]
+    same = [np.array_equal(one.numpy(), other.numpy()) for one, other in zip(*kept, strict=True)]
+    assert [tuple(one.shape) for one, equal in zip(kept[0], same, strict=True) if not equal] == [(32, 10), (10,)]
+
+
+def test_a_part_of_random_weights_is_not_frozen(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call_command_line(*TINY, "--gin_param=model.trainable='classifier'", f"--model_dir={tmp_path / 'run'}")
+    assert "model.trainable='classifier' freezes random weights: give model.initial_weights" in capsys.readouterr().err
