@@ -24,7 +24,7 @@ DOCUMENT = Path(__file__).with_name("recipes.md")
 # The settings, in the order in which a run reads them.
 CHAPTERS = {
     "Data": ("data", "digits", "tfrecords", "tfds", "synthetic", "stream", "autoaugment", "subset"),
-    "Training": ("train", "model", "lars", "sgd", "adamw", "lamb", "learning_rate", "loss"),
+    "Training": ("train", "model", "lars", "sgd", "adamw", "lamb", "rmsprop", "learning_rate", "loss"),
     "Method": ("attack", "conadv", "adversarial", "sam"),
     "Execution": ("mirrored", "divergence", "monitor"),
 }

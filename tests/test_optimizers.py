@@ -1,4 +1,4 @@
-"""AdamW and LAMB against their formulas in float64, held back where an update is not finite, and in whole runs."""
+"""AdamW, LAMB and RMSProp: their formulas in float64, updates that are not finite, and whole runs."""
 
 import json
 
@@ -23,6 +23,11 @@ RATE, DECAY, ROWS = 0.01, 0.1, 6
 
 def adam_step(kind: str, w, g, m, v, step: int, epsilon: float):
     """(w, m, v) after update `step`, from 1; `w` is a kernel where it has several axes."""
+    if kind == "rmsprop":
+        g = g + DECAY * w * (w.ndim > 1)
+        v = 0.9 * v + 0.1 * g * g
+        m = 0.9 * m + RATE * g / np.sqrt(v + epsilon)
+        return w - m, m, v
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
     decayed = w.ndim > 1
     if kind == "adamw":
@@ -39,7 +44,7 @@ def weights_of(model) -> dict:
     return reference_names(named_variables(model.network), moving=False)
 
 
-@pytest.mark.parametrize(("kind", "replicas"), [("adamw", 1), ("lamb", 2)])
+@pytest.mark.parametrize(("kind", "replicas"), [("adamw", 1), ("lamb", 2), ("rmsprop", 2)])
 def test_updates_equal_the_formulas(kind, replicas):
     images, labels = random_batches(3, ROWS * replicas)
     strategy = mirrored(replicas) if replicas > 1 else None
@@ -86,10 +91,11 @@ def test_an_update_that_is_not_finite_changes_nothing(make, replicas):
     assert model.updates_made() == 2
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+@pytest.mark.parametrize("kind", ["adamw", "lamb", "rmsprop"])
 def test_they_rebuild_from_their_configuration(kind):
     schedule = WarmupPolyDecay(2, 0.1, 8, 0.0, 2.0)
-    optimizer = optimizers.OPTIMIZERS[kind](schedule, beta_2=0.95, weight_decay=0.3)
+    other = {"rho": 0.8} if kind == "rmsprop" else {"beta_2": 0.95}
+    optimizer = optimizers.OPTIMIZERS[kind](schedule, weight_decay=0.3, **other)
     again = type(optimizer).from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config()
     assert isinstance(again.learning_rate, WarmupPolyDecay)

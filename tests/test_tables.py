@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from conadv_tf import config
 from conadv_tf.run.build import Run, build
+from conadv_tf.training import optimizers
 
 GIN = Path(config.recipe_folder())
 NUM_TRAIN = 1_281_167
@@ -140,6 +141,21 @@ ROWS = (
     | TUNED
     | RELEASE
 )
+# Network, updates in all and of the warm-up, peak and end of the rate, optimizer: 312 updates an epoch.
+_EFFICIENTNET = {"rho": 0.9, "momentum": 0.9, "epsilon": 1e-3, "weight_decay_rate": 1e-5}
+_CONVNEXT = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8, "weight_decay_rate": 0.05}
+OTHER_NETWORKS = {
+    "4k_conadv_efficientnetb0": (
+        "EfficientNetB0",
+        350 * 312,
+        5 * 312,
+        0.256,
+        0.003,
+        optimizers.RMSprop,
+        _EFFICIENTNET,
+    ),
+    "4k_conadv_convnext_tiny": ("ConvNeXtTiny", 300 * 312, 20 * 312, 4e-3, 1e-6, optimizers.AdamW, _CONVNEXT),
+}
 PAPER = [(size, place, variant) for place, size in enumerate(TABLE_6) for variant in VARIANTS]
 
 
@@ -152,7 +168,22 @@ def built(recipe: str) -> Run:
 
 def test_every_imagenet_recipe_has_its_row():
     recipes = {path.stem for path in GIN.glob("*k_*.gin")} | {f"batch/{p.stem}" for p in GIN.glob("batch/*.gin")}
-    assert recipes == set(ROWS)
+    assert recipes == set(ROWS) | set(OTHER_NETWORKS)
+
+
+@pytest.mark.parametrize("recipe", OTHER_NETWORKS)
+def test_recipes_of_other_networks(recipe):
+    network, steps, warmup_steps, peak, end, optimizer, settings = OTHER_NETWORKS[recipe]
+    config.configure([f"{recipe}.gin"], [])
+    assert config.setting("model.name") == network
+    config.configure([f"{recipe}.gin"], SMALL)
+    run = build(recipe, tf.distribute.OneDeviceStrategy("CPU:0"), None, 64)
+    assert run.plan.total_steps == steps
+    made = run.model.optimizer
+    assert isinstance(made, optimizer)
+    assert {name: made.get_config()[name] for name in settings} == settings
+    rates = [float(made.learning_rate(tf.constant(step))) for step in (0, warmup_steps, steps + 1)]
+    np.testing.assert_allclose(rates, [0.0, peak, end], rtol=2e-4)
 
 
 @pytest.mark.parametrize("recipe", ROWS)

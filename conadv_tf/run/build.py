@@ -28,7 +28,7 @@ class TrainSettings:
 
     Attributes:
       method: "vanilla", "disadv" or "conadv".
-      optimizer: "lars", "sgd", "adamw" or "lamb".
+      optimizer: "lars", "sgd", "adamw", "lamb" or "rmsprop".
       global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
       microbatch_size: images one replica holds at a time; BN statistics are over these.
       epochs: passes over the training set.

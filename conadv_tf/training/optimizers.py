@@ -1,7 +1,7 @@
 """The optimizers that recipes choose from, and an update of any optimizer that a condition can hold back.
 
-LARS and SGD are lars.py's. AdamW and LAMB are tf-models', for networks such as ConvNeXt. None of them decays (LAMB: nor
-adapts to) biases and the γ and β of normalisation.
+LARS and SGD are lars.py's. AdamW and LAMB are tf-models', for networks such as ConvNeXt; RMSprop is tf_keras', for
+EfficientNets. None of them decays (LAMB: nor adapts to) biases and the γ and β of normalisation.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from official.modeling.optimization import lamb as tfm_lamb
 from official.modeling.optimization import legacy_adamw as tfm_adamw
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.training.lars import LARS, make_lars, make_sgd
+from conadv_tf.training.lars import LARS, is_adapted, make_lars, make_sgd
 from conadv_tf.training.learning_rate import RebuiltWithSchedule
 
 # Patterns of the names of what is neither decayed nor adapted.
@@ -64,6 +64,43 @@ class LAMB(RebuiltWithSchedule, tfm_lamb.LAMB):
         super().__init__(learning_rate, beta_1, beta_2, epsilon, weight_decay_rate, name=name, **settings)
 
 
+class RMSprop(RebuiltWithSchedule, tf_keras.optimizers.legacy.RMSprop):
+    """RMSProp with momentum and L2 decay, as EfficientNets are trained (Tan and Le 2019, arXiv 1905.11946, 5.2).
+
+        g ← g + β w, kernels only;  r ← ρ r + (1 − ρ) g²;  v ← m v + lr g / √(r + ε);  w ← w − v
+
+    Args:
+      learning_rate: a number or a schedule of the update count.
+      rho: ρ.
+      momentum: m.
+      epsilon: ε.
+      weight_decay_rate: β.
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        rho=0.9,
+        momentum=0.9,
+        epsilon=1e-3,
+        weight_decay_rate=1e-5,
+        name="RMSprop",
+        **kwargs,
+    ):
+        super().__init__(learning_rate, rho, momentum, epsilon, name=name, **kwargs)
+        self.weight_decay_rate = weight_decay_rate
+
+    def _resource_apply_dense(self, grad, var, apply_state=None):
+        # The signature is tf_keras' legacy optimizer's.
+        decayed = grad + self.weight_decay_rate * tf.convert_to_tensor(var) if is_adapted(var) else grad
+        return super()._resource_apply_dense(decayed, var, apply_state)
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        del config["centered"]
+        return {**config, "weight_decay_rate": self.weight_decay_rate}
+
+
 @gin.configurable("adamw", denylist=["learning_rate"])
 def make_adamw(
     learning_rate, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.05
@@ -77,7 +114,7 @@ def make_adamw(
       epsilon: what is added to the root of the second moment, > 0.
       weight_decay: the decay of the kernels, ≥ 0, times the rate.
     """
-    _check("adamw", beta_1, beta_2, epsilon, weight_decay)
+    _check("adamw", epsilon, weight_decay, beta_1=beta_1, beta_2=beta_2)
     return AdamW(learning_rate, beta_1, beta_2, epsilon, weight_decay)
 
 
@@ -94,12 +131,29 @@ def make_lamb(
       epsilon: what is added to the root of the second moment, > 0.
       weight_decay: β ≥ 0 of the kernels.
     """
-    _check("lamb", beta_1, beta_2, epsilon, weight_decay)
+    _check("lamb", epsilon, weight_decay, beta_1=beta_1, beta_2=beta_2)
     return LAMB(learning_rate, beta_1, beta_2, epsilon, weight_decay)
 
 
-def _check(optimizer: str, beta_1: float, beta_2: float, epsilon: float, weight_decay: float) -> None:
-    for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
+@gin.configurable("rmsprop", denylist=["learning_rate"])
+def make_rmsprop(
+    learning_rate, rho: float = 0.9, momentum: float = 0.9, epsilon: float = 1e-3, weight_decay: float = 1e-5
+) -> RMSprop:
+    """RMSProp with momentum; the defaults are those of EfficientNet's training (arXiv 1905.11946; ε of its code).
+
+    Args:
+      learning_rate: the rate, or the schedule of the rate.
+      rho: the decay of the mean of squared gradients, in [0, 1).
+      momentum: the momentum, in [0, 1).
+      epsilon: what is added to that mean, > 0.
+      weight_decay: the L2 decay of the kernels, ≥ 0.
+    """
+    _check("rmsprop", epsilon, weight_decay, rho=rho, momentum=momentum)
+    return RMSprop(learning_rate, rho, momentum, epsilon, weight_decay)
+
+
+def _check(optimizer: str, epsilon: float, weight_decay: float, **shares: float) -> None:
+    for name, value in shares.items():
         if not 0 <= value < 1:
             raise ConfigError(f"{optimizer}.{name}={value} is outside [0, 1)")
     if not epsilon > 0 or weight_decay < 0:
@@ -108,7 +162,7 @@ def _check(optimizer: str, beta_1: float, beta_2: float, epsilon: float, weight_
         )
 
 
-OPTIMIZERS = {"lars": make_lars, "sgd": make_sgd, "adamw": make_adamw, "lamb": make_lamb}
+OPTIMIZERS = {"lars": make_lars, "sgd": make_sgd, "adamw": make_adamw, "lamb": make_lamb, "rmsprop": make_rmsprop}
 
 
 def apply_if(
