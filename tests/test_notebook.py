@@ -1,4 +1,4 @@
-"""The Colab notebook, executed from end to end in a kernel of its own, as a reader on a CPU would."""
+"""The notebooks, executed from end to end in a kernel of its own, as a reader on a CPU would."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from helpers import some_of
 import conadv_tf
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "conadv_colab.ipynb"
+NOTEBOOK, OWN_NETWORK = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("conadv_colab", "your_own_network"))
 EPOCHS = 10
 # 360 test images, ten classes: guessing gives 10 %, a perceptron about 90 %.
 LEAST_TOP1 = 93
@@ -36,14 +36,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def executed(folder: Path) -> tuple[nbformat.NotebookNode, list[str]]:
-    """The notebook with its results, and the runs in its TensorBoard, which ends with the kernel."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def executed(path: Path, folder: Path) -> tuple[nbformat.NotebookNode, list[str]]:
+    """A notebook with its results, and the runs in its TensorBoard, which ends with the kernel."""
+    notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)  # raises where the cell fails
-        return notebook, tensorboard_runs(notebook)
+        return notebook, tensorboard_runs(notebook) if path == NOTEBOOK else []
 
 
 def outputs(notebook: nbformat.NotebookNode, kind: str) -> list[nbformat.NotebookNode]:
@@ -63,8 +63,9 @@ def tensorboard_runs(notebook: nbformat.NotebookNode) -> list[str]:
         return json.load(answer)
 
 
-def test_notebook_is_valid_and_stored_without_results():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("path", [NOTEBOOK, OWN_NETWORK], ids=lambda path: path.stem)
+def test_notebook_is_valid_and_stored_without_results(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) >= 8
@@ -89,6 +90,11 @@ print("end", outcome.error_in_exec)
 """
 
 
+def test_both_install_alike():
+    cells = [{c.id: c.source for c in nbformat.read(path, as_version=4).cells} for path in (NOTEBOOK, OWN_NETWORK)]
+    assert cells[0]["install"] == cells[1]["install"]
+
+
 @pytest.mark.parametrize(("folder_of", "source"), [(NOTEBOOK.parent, str(ROOT)), (None, "conadv_tf")])
 def test_notebook_finds_its_checkout_or_asks_for_a_release(folder_of, source, tmp_path):
     code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
@@ -109,9 +115,11 @@ def test_notebook_finds_its_checkout_or_asks_for_a_release(folder_of, source, tm
     assert end.startswith(f"end {source} could not be installed: set SOURCE")
 
 
-def test_notebook_uses_public_names():
-    code = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
-    (names,) = re.findall(r"^from conadv_tf import \(([^)]*)\)", code, re.MULTILINE)
+@pytest.mark.parametrize("path", [NOTEBOOK, OWN_NETWORK], ids=lambda path: path.stem)
+def test_notebook_uses_public_names(path):
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    *_, names = re.findall(r"^from conadv_tf import (\([^)]*\)|.*)", code, re.MULTILINE)
+    names = names.strip("()")
     assert set(names.replace(",", " ").split()) <= set(conadv_tf.__all__)
     assert not re.search(r"(from|import) conadv_tf\.", code)
 
@@ -120,7 +128,7 @@ def test_notebook_uses_public_names():
 @pytest.mark.parametrize(("strategy", "replicas"), some_of(LAYOUTS, LAYOUTS[0]))
 def test_notebook_runs_from_end_to_end(strategy, replicas, folder, monkeypatch):
     monkeypatch.setenv("CONADV_STRATEGY", strategy)
-    notebook, runs = executed(folder)
+    notebook, runs = executed(NOTEBOOK, folder)
     text = printed(notebook, "stdout")
     assert outputs(notebook, "error") == []
     assert "WARNING" not in text
@@ -134,3 +142,23 @@ def test_notebook_runs_from_end_to_end(strategy, replicas, folder, monkeypatch):
     (panel,) = [shown.data["image/png"] for shown in outputs(notebook, "display_data") if "image/png" in shown.data]
     assert len(panel) > 5_000
     assert {"conadv/train", "conadv/validation"} <= set(runs)
+
+
+@pytest.mark.long
+def test_a_network_of_ones_own_runs_from_end_to_end(folder):
+    notebook, _ = executed(OWN_NETWORK, folder)
+    text = printed(notebook, "stdout")
+    assert outputs(notebook, "error") == []
+    assert printed(notebook, "stderr") == ""
+    assert "27 layers of batch norm, branches ('main', 'adversarial')" in text
+    top1 = [float(value) for value in re.findall(r"^epoch .* test +([\d.]+) %", text, re.MULTILINE)]
+    assert len(top1) == EPOCHS
+    assert top1[-1] >= LEAST_TOP1
+    trained, every, tuned = re.findall(r"([\d,]+) of ([\d,]+) numbers trained on; test ([\d.]+)%", text)[0]
+    assert 0 < int(trained.replace(",", "")) < int(every.replace(",", ""))
+    assert float(tuned) >= LEAST_TOP1
+    guesses = re.findall(r"^a (\d): ([\d.]+)% (\d),", text, re.MULTILINE)
+    assert len(guesses) == 6
+    assert sum(label == guess for label, _, guess in guesses) >= 5
+    (panel,) = [shown.data["image/png"] for shown in outputs(notebook, "display_data") if "image/png" in shown.data]
+    assert len(panel) > 5_000
