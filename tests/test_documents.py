@@ -5,7 +5,7 @@ import ast
 import configparser
 import csv
 import functools
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -325,6 +325,16 @@ def test_import_of_photos_prints_the_command_that_trains(checkout):
     assert outcome.returncode == 0, outcome.stderr
     assert "python train.py" in outcome.stdout
     assert {path.name.split("-")[0] for path in (checkout / "records").glob("*-of-*")} == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "text"), re.findall(r"`([\w/]+\.py):(\d+)` \(`([^`]+)`\)", text_of("docs/tpu.md"))
+)
+def test_places_in_libraries_say_what_is_quoted(path, line, text):
+    """Of the versions that requirements-dev.lock installs."""
+    package, _, rest = path.partition("/")
+    folder = Path(importlib.util.find_spec(package).origin).parent
+    assert text in (folder / rest).read_text().splitlines()[int(line) - 1]
 
 
 def test_reproduction_prints_what_is_kept(checkout):
