@@ -108,7 +108,7 @@ def test_command_runs(command, place):
     found = {"python": sys.executable}.get(program) or shutil.which(program, path=str(Path(sys.executable).parent))
     assert found, f"{program} is not installed"
     out = run([found, *arguments, *more_flags(command, place)], place)
-    expected = "--gin_param=tfrecords.num_classes=2" if program == "conadv-import-images" else r"updates +|test top-1"
+    expected = "--gin_file=records/data.gin" if program == "conadv-import-images" else r"updates +|test top-1"
     assert re.search(expected, out.replace('"', "")), out
 
 

@@ -304,7 +304,7 @@ def check_all_is_said(src: Path, dst: Path, report: image_records.Report, seed: 
             for name in raw_names(dst, split)
         )
     ]
-    assert len(names_of) == len(set(names_of)) == sum(map(len, report.sides.values()))
+    assert len(names_of) == len(set(names_of)) == sum(map(len, report.sizes.values()))
     left = [os.path.relpath(path, src) for path in report.bad]
     left += [path for paths in report.left_out.values() for path in paths]
     assert len(left) == len(set(left)), seed

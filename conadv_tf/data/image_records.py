@@ -26,14 +26,14 @@ class Report:
     """The outcome of an import.
 
     Attributes:
-      sides: the shorter side, in pixels, of every image of each split.
+      sizes: (width, height), in pixels, of every image of each split.
       bad: the fault of each broken image, by its path.
       layout: a line on what the folders of SRC serve for; empty where they are classes.
       left_out: paths below SRC that are not imported, by the reason.
       duplicates: (path of a validation image, path of a training image of the same bytes).
     """
 
-    sides: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
     layout: str = ""
     left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -115,8 +115,8 @@ def read(
         raise DataError(_fault(error)) from error
 
 
-def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int, bytes]:
-    """Makes (serialized tf.train.Example, shorter side in pixels, hash of the file) of an image.
+def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, tuple[int, int], bytes]:
+    """Makes (serialized tf.train.Example, (width, height) in pixels, hash of the file) of an image.
 
     Raises:
       DataError: with the fault of a broken image.
@@ -134,7 +134,7 @@ def _record(source: Source, class_name: str, image_size: int | None) -> tuple[by
     }
     feature = {name: _feature(value) for name, value in features.items()}
     example = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
-    return example, min(width, height), hashlib.blake2b(content, digest_size=16).digest()
+    return example, (width, height), hashlib.blake2b(content, digest_size=16).digest()
 
 
 class Writer:
@@ -150,7 +150,7 @@ class Writer:
         total = sum(map(len, splits.values()))
         with concurrent.futures.ThreadPoolExecutor() as pool, terminal.Progress(total, "image") as progress:
             for split, images in splits.items():
-                self.report.sides[split] = []
+                self.report.sizes[split] = []
                 count = _num_shards(len(images), len(splits["train"]), shards)
                 for number in range(count):
                     path = os.path.join(self._folder, f"{split}-{number:05d}-of-{count:05d}")
@@ -164,20 +164,20 @@ class Writer:
         pool: concurrent.futures.Executor,
         progress: terminal.Progress,
     ) -> None:
-        sides = self.report.sides[split]
-        before = len(sides)
+        sizes = self.report.sizes[split]
+        before = len(sizes)
         with tf.io.TFRecordWriter(path) as file:
             for image, result in self._results(images, pool):
                 try:
-                    record, side, digest = result.result()
+                    record, size, digest = result.result()
                 except DataError as error:
                     self._count_bad(image, str(error))
                 else:
                     file.write(record)
-                    sides.append(side)
+                    sizes.append(size)
                     self._compare(image, split, digest)
                 progress.update()
-        if len(sides) == before:
+        if len(sizes) == before:
             raise DataError(
                 f"{os.path.basename(path)} would hold no good image: use fewer --shards, or repair the images"
             )

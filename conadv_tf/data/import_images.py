@@ -15,23 +15,19 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from conadv_tf import terminal
+from conadv_tf.data import image_recipe
 from conadv_tf.data.image_files import left_out_lines, shown
 from conadv_tf.data.image_folder import find
 from conadv_tf.errors import ConfigError
 
 if TYPE_CHECKING:  # takes TensorFlow with it, which --help and a misspelt folder do without
     from conadv_tf.data.image_records import Report
-
-_LARGEST_IMAGE_SIZE = 224  # in the training command: the size that ImageNet networks take
-_RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
 
 
 def import_images(
@@ -46,7 +42,7 @@ def import_images(
 
     Args:
       src: the folder of images, see `find`.
-      dst: the folder to make: train-00000-of-..., validation-00000-of-..., classes.txt.
+      dst: the folder to make: train-00000-of-..., validation-00000-of-..., classes.txt, data.gin.
       image_size: images whose shorter side is longer than this many pixels are shrunk to it; None leaves all sizes.
       shards: the number of training files; None makes one for each 1,000 images.
       validation: the share of images to set aside, see `find`.
@@ -76,12 +72,20 @@ def import_images(
         writer = Writer(partial, found.classes, image_size, max_bad_images)
         writer.report.layout, writer.report.left_out = found.layout, found.left_out
         writer.write(found.splits, shards)
-        with open(os.path.join(partial, "classes.txt"), "wb") as file:
-            file.writelines(os.fsencode(name) + b"\n" for name in found.classes)
+        _describe(partial, src, dst, found.classes, writer.report)
         os.replace(partial, dst)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return found.classes, writer.report
+
+
+def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: Report) -> None:
+    """Writes what tells of the records: the names of the classes, and the recipe of the data."""
+    with open(os.path.join(folder, "classes.txt"), "wb") as file:
+        file.writelines(os.fsencode(name) + b"\n" for name in classes)
+    recipe = image_recipe.text(os.path.basename(dst), src, classes, report.sizes, _left_out(report))
+    with open(os.path.join(folder, image_recipe.FILE), "w", encoding="utf-8") as file:
+        file.write(recipe)
 
 
 def _partial_folder(src: str, dst: str) -> str:
@@ -94,34 +98,6 @@ def _partial_folder(src: str, dst: str) -> str:
     if os.path.lexists(partial):
         raise ConfigError(f"{partial!r} is there: another import is writing it, or was killed: then delete it")
     return partial
-
-
-def training_command(dst: str, classes: Sequence[str], report: Report) -> str:
-    """The command that trains a ResNet-50 on what was imported, at batch 1,024 or what fewer images allow."""
-    num_train = len(report.sides["train"])
-    image_size = min(_LARGEST_IMAGE_SIZE, int(statistics.median(report.sides["train"])))
-    settings = {
-        "data.source": "tfrecords",
-        "tfrecords.name": os.path.basename(os.path.realpath(dst)),
-        "tfrecords.num_train": num_train,
-        "tfrecords.num_classes": len(classes),
-        "tfrecords.label_offset": 0,
-        "tfrecords.image_size": image_size,
-        "tfrecords.in_memory": False,
-        "tfrecords.augmentation": "resized_crop_flip",
-    }
-    if num_train < _RECIPE_BATCH_SIZE:
-        rows = min(_RECIPE_MICROBATCH_SIZE, num_train)
-        settings |= {"train.global_batch_size": num_train // rows * rows, "train.microbatch_size": rows}
-    command = ["python", "train.py", f"--gin_file={_RECIPE}", "--gin_file=method/conadv.gin", f"--data_dir={dst}"]
-    bindings = [_quoted_flag("--gin_param", f"{name}={value!r}") for name, value in settings.items()]
-    return " ".join([shlex.join(command), *bindings])
-
-
-def _quoted_flag(flag: str, value: str) -> str:
-    # shlex.quote breaks a value in quotes of its own into five pieces; double quotes read better where they serve.
-    plain = not set(value) & set('"$`\\!')
-    return f'{flag}="{value}"' if plain else shlex.quote(f"{flag}={value}")
 
 
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
@@ -138,14 +114,18 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
         )
     if report.layout:
         print(shown(report.layout))
-    train, validation = (len(report.sides[split]) for split in ("train", "validation"))
-    others = sum(map(len, report.left_out.values()))
-    left_out = f"{len(report.bad):,} broken images" + (f" and {others:,} other files or folders" if others else "")
+    train, validation = (len(report.sizes[split]) for split in ("train", "validation"))
     print(
         f"{dst}: {train:,} training, {validation:,} validation images of {len(classes):,} classes; "
-        f"{left_out} left out. Train on it:"
+        f"{_left_out(report)} left out. Train on it:"
     )
-    print(training_command(dst, classes, report))
+    print(image_recipe.command(dst, report.sizes))
+
+
+def _left_out(report: Report) -> str:
+    """Counts what is not imported, in words."""
+    others = sum(map(len, report.left_out.values()))
+    return f"{len(report.bad):,} broken images" + (f" and {others:,} other files or folders" if others else "")
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
