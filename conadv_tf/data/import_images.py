@@ -1,11 +1,12 @@
-"""A folder of images, one subfolder a class, becomes TFRecords in the ImageNet schema.
+"""A folder of images becomes TFRecords in the ImageNet schema. Subfolders or a list say which image is of which class.
 
 The console script of this module:
 
     conadv-import-images SRC DST --validation=0.1
     conadv-import-images SRC DST --image_size=256 --shards=64      (SRC has train/ and val/)
+    conadv-import-images SRC DST --labels=labels.csv
 
-Labels count from 0 in the order of the subfolders' names, which classes.txt lists. JPEGs in RGB or grey are copied byte
+Labels count from 0 in the order of the classes' names, which classes.txt lists. JPEGs in RGB or grey are copied byte
 for byte; images in other formats, rotated images and images to be shrunk are stored as JPEGs of quality 95, with
 white where they are transparent. Whatever is not imported is named or counted.
 """
@@ -37,6 +38,7 @@ def import_images(
     shards: int | None = None,
     validation: float | None = None,
     max_bad_images: int = 10,
+    labels: str | None = None,
 ) -> tuple[list[str], Report]:
     """Writes TFRecords of the images of a folder: the same files every time. DST appears when all of them are whole.
 
@@ -47,6 +49,7 @@ def import_images(
       shards: the number of training files; None makes one for each 1,000 images.
       validation: the share of images to set aside, see `find`.
       max_bad_images: the number of broken images to leave out before the import ends.
+      labels: a CSV of path and label of the images, see `find`.
 
     Returns:
       (names of the classes by label, what was imported).
@@ -61,7 +64,7 @@ def import_images(
             raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
     src, dst = os.path.realpath(src), os.path.realpath(dst)
     partial = _partial_folder(src, dst)
-    found = find(src, validation)
+    found = find(src, validation, labels)
     num_train = len(found.splits["train"])
     if shards and shards > num_train:
         raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
@@ -131,12 +134,13 @@ def _left_out(report: Report) -> str:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = terminal.Parser(prog="conadv-import-images", description="A folder of images becomes TFRecords.")
     any_path = functools.partial(terminal.path, any_bytes=True)  # TensorFlow opens no file of SRC
-    images = "a subfolder of images for each class, or train/ and val/ with them"
+    images = "a subfolder of images for each class, train/ and val/ with them, or images that --labels names"
     parser.add_argument("src", type=any_path, metavar="SRC", help=images)
     parser.add_argument("dst", type=terminal.path, metavar="DST", help="folder to make; it appears when it is whole")
     parser.add_argument("--image_size", type=int, metavar="N", help="shrink shorter sides beyond N pixels to N")
     parser.add_argument("--shards", type=int, metavar="N", help="training files; default: one for each 1,000 images")
     parser.add_argument("--validation", type=float, metavar="SHARE", help="of each class, where SRC has no val/: 0.1")
+    parser.add_argument("--labels", type=any_path, metavar="CSV", help="rows of path, label and perhaps split")
     parser.add_argument("--max_bad_images", type=int, default=10, metavar="N", help="broken images to leave out (10)")
     return parser.parse_args(arguments)
 
