@@ -39,6 +39,7 @@ def import_images(
     validation: float | None = None,
     max_bad_images: int = 10,
     labels: str | None = None,
+    workers: int | None = None,
 ) -> tuple[list[str], Report]:
     """Writes TFRecords of the images of a folder: the same files every time. DST appears when all of them are whole.
 
@@ -50,6 +51,7 @@ def import_images(
       validation: the share of images to set aside, see `find`.
       max_bad_images: the number of broken images to leave out before the import ends.
       labels: a CSV of path and label of the images, see `find`.
+      workers: the number of threads that read images; None: as many as keep all cores at work.
 
     Returns:
       (names of the classes by label, what was imported).
@@ -58,8 +60,8 @@ def import_images(
       ConfigError: a number out of range, or DST not empty, inside SRC, or left unfinished by another import.
       DataError: see `find`; more broken images than allowed.
     """
-    numbers = (("image_size", image_size, 1), ("shards", shards, 1), ("max_bad_images", max_bad_images, 0))
-    for name, value, least in numbers:
+    numbers = {"image_size": (image_size, 1), "shards": (shards, 1), "workers": (workers, 1)}
+    for name, (value, least) in (numbers | {"max_bad_images": (max_bad_images, 0)}).items():
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
     src, dst = os.path.realpath(src), os.path.realpath(dst)
@@ -68,18 +70,18 @@ def import_images(
     num_train = len(found.splits["train"])
     if shards and shards > num_train:
         raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
-    from conadv_tf.data.image_records import Writer
+    from conadv_tf.data.image_records import Report, Writer, shards_of
 
+    report = Report(layout=found.layout, left_out=found.left_out)
     os.makedirs(partial)
     try:
-        writer = Writer(partial, found.classes, image_size, max_bad_images)
-        writer.report.layout, writer.report.left_out = found.layout, found.left_out
-        writer.write(found.splits, shards)
-        _describe(partial, src, dst, found.classes, writer.report)
+        writer = Writer(partial, found.classes, image_size, max_bad_images, report)
+        writer.write(shards_of(found.splits, shards), workers)
+        _describe(partial, src, dst, found.classes, report)
         os.replace(partial, dst)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return found.classes, writer.report
+    return found.classes, report
 
 
 def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: Report) -> None:
@@ -142,6 +144,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation", type=float, metavar="SHARE", help="of each class, where SRC has no val/: 0.1")
     parser.add_argument("--labels", type=any_path, metavar="CSV", help="rows of path, label and perhaps split")
     parser.add_argument("--max_bad_images", type=int, default=10, metavar="N", help="broken images to leave out (10)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that read images; default: for all cores")
     return parser.parse_args(arguments)
 
 
