@@ -182,7 +182,7 @@ def test_impossible_imports(tmp_path, capsys, monkeypatch, arguments, code, word
         make_folder(Path("parted") / split, 1)
         make_folder(Path("strange") / split, 1)
     make_folder(Path("hollow"), 2)
-    for folder in ("hollow/void", "full/data", "killed.partial", "strange/val/dog"):
+    for folder in ("hollow/void", "full/data", "killed.partial/train-0", "strange/val/dog"):
         Path(folder).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     assert words in fails(capsys, code, *arguments)

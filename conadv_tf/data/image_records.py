@@ -3,9 +3,10 @@
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -107,6 +108,20 @@ def shards_of(splits: dict[str, list[Source]], shards: int | None) -> list[Shard
     return found
 
 
+def fingerprint(shards: Sequence[Shard], classes: Sequence[str]) -> str:
+    """A hash of the names and labels of all images and of size and time of their files."""
+    found = hashlib.blake2b(repr(classes).encode(), digest_size=16)
+    for shard in shards:
+        for image in shard.images:
+            try:
+                status = os.stat(image.path)
+                state = status.st_size, status.st_mtime_ns
+            except OSError:  # a broken link; reading it will say so
+                state = -1, -1
+            found.update(repr((shard.name, image.filename, image.label, *state)).encode())
+    return found.hexdigest()
+
+
 class Writer:
     """Writes shards into a folder, the same bytes whatever the number of threads.
 
@@ -125,24 +140,37 @@ class Writer:
         self._image_size, self._max_bad_images = image_size, max_bad_images
         self._train_paths: dict[str, str] = {}  # by the hash of the file
 
-    def write(self, shards: Sequence[Shard], workers: int | None) -> None:
+    def write(
+        self,
+        shards: Sequence[Shard],
+        workers: int | None,
+        whole: Mapping[str, Sequence[Result]],
+        finished: Callable[[str, list[Result]], None],
+    ) -> None:
         """Writes all shards, in order.
 
         Args:
           shards: those of the training images first.
           workers: the number of threads that read images; None: a few more than there are cores, for slow disks.
+          whole: what became of the images of the shards that are there already, by their names.
+          finished: is called with the name of each shard that has been written, and what became of its images.
 
         Raises:
           DataError: too many broken images, or a shard without a good one.
         """
-        images = [image for shard in shards for image in shard.images]
+        missing = [image for shard in shards if shard.name not in whole for image in shard.images]
         self._report.sizes = {shard.split: [] for shard in shards}
         pool = concurrent.futures.ThreadPoolExecutor(workers or (os.cpu_count() or 1) + _MORE_THREADS)
         try:
-            with terminal.Progress(len(images), "image") as progress:
-                results = self._results(images, pool)
+            with terminal.Progress(len(missing), "image") as progress:
+                results = self._results(missing, pool)
                 for shard in shards:
-                    self._write_shard(shard, itertools.islice(results, len(shard.images)), progress)
+                    if shard.name in whole:
+                        for image, result in zip(shard.images, whole[shard.name], strict=True):
+                            self._count(shard.split, image, result)
+                    else:
+                        made = self._write_shard(shard, itertools.islice(results, len(shard.images)), progress)
+                        finished(shard.name, made)
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has been begun is finished
 

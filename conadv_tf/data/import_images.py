@@ -16,13 +16,15 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import PIL
+
+import conadv_tf
 from conadv_tf import terminal
-from conadv_tf.data import image_recipe
+from conadv_tf.data import image_partial, image_recipe
 from conadv_tf.data.image_files import left_out_lines, shown
 from conadv_tf.data.image_folder import find
 from conadv_tf.errors import ConfigError
@@ -43,6 +45,8 @@ def import_images(
 ) -> tuple[list[str], Report]:
     """Writes TFRecords of the images of a folder: the same files every time. DST appears when all of them are whole.
 
+    What has been stopped goes on when it is called again: files that are whole stay in DST.partial.
+
     Args:
       src: the folder of images, see `find`.
       dst: the folder to make: train-00000-of-..., validation-00000-of-..., classes.txt, data.gin.
@@ -57,7 +61,7 @@ def import_images(
       (names of the classes by label, what was imported).
 
     Raises:
-      ConfigError: a number out of range, or DST not empty, inside SRC, or left unfinished by another import.
+      ConfigError: a number out of range, DST not empty or inside SRC, or DST.partial of another import.
       DataError: see `find`; more broken images than allowed.
     """
     numbers = {"image_size": (image_size, 1), "shards": (shards, 1), "workers": (workers, 1)}
@@ -65,23 +69,33 @@ def import_images(
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
     src, dst = os.path.realpath(src), os.path.realpath(dst)
-    partial = _partial_folder(src, dst)
-    found = find(src, validation, labels)
-    num_train = len(found.splits["train"])
-    if shards and shards > num_train:
-        raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
-    from conadv_tf.data.image_records import Report, Writer, shards_of
+    _check_places(src, dst)
+    arguments = {"SRC": src, "--image_size": image_size, "--shards": shards, "--validation": validation}
+    arguments |= {"--labels": labels and os.path.realpath(labels), "version": _version()}
+    with image_partial.opened(dst) as partial:
+        found = find(src, validation, labels)
+        num_train = len(found.splits["train"])
+        if shards and shards > num_train:
+            raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
+        from conadv_tf.data import image_records
 
-    report = Report(layout=found.layout, left_out=found.left_out)
-    os.makedirs(partial)
-    try:
-        writer = Writer(partial, found.classes, image_size, max_bad_images, report)
-        writer.write(shards_of(found.splits, shards), workers)
-        _describe(partial, src, dst, found.classes, report)
-        os.replace(partial, dst)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        files = image_records.shards_of(found.splits, shards)
+        partial.begin(arguments, image_records.fingerprint(files, found.classes))
+        if partial.whole:
+            terminal.say(
+                f"{partial.folder} goes on: {len(partial.whole):,} of {len(files):,} files are whole", sys.stderr
+            )
+        report = image_records.Report(layout=found.layout, left_out=found.left_out)
+        writer = image_records.Writer(partial.folder, found.classes, image_size, max_bad_images, report)
+        writer.write(files, workers, dict(partial.whole), partial.add)
+        _describe(partial.folder, src, dst, found.classes, report)
+        partial.move(dst)
     return found.classes, report
+
+
+def _version() -> str:
+    """What the bytes of images that are made anew depend on."""
+    return f"conadv_tf {conadv_tf.__version__} and Pillow {PIL.__version__}"
 
 
 def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: Report) -> None:
@@ -93,16 +107,12 @@ def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: R
         file.write(recipe)
 
 
-def _partial_folder(src: str, dst: str) -> str:
-    """The folder to write into until all is there, after checking that DST may be made."""
+def _check_places(src: str, dst: str) -> None:
+    """Raises ConfigError unless DST may be made."""
     if os.path.lexists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
         raise ConfigError(f"DST={dst!r} is not an empty folder: name another one, or empty it")
     if os.path.commonpath([src, dst]) == src:
         raise ConfigError(f"DST={dst!r} lies in SRC={src!r}, whose subfolders are classes: name a folder outside it")
-    partial = f"{dst}.partial"
-    if os.path.lexists(partial):
-        raise ConfigError(f"{partial!r} is there: another import is writing it, or was killed: then delete it")
-    return partial
 
 
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
@@ -152,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for arguments, 1 for data, 130 where it was interrupted."""
     return terminal.exit_code(
         lambda: _import(_arguments(arguments)),
-        "nothing was imported",
-        "check space and permissions of DST; nothing was imported",
+        "nothing was imported; the same command goes on after the last file that is whole",
+        "check space and permissions of DST; nothing was imported, and the same command goes on",
     )
 
 
