@@ -41,8 +41,11 @@ def test_network_and_batch_fit_the_images(train, validation, network, batch, siz
     assert (found["name"], found["num_classes"], found["num_train"]) == (network, 10, len(train))
     assert (found.get("global_batch_size"), found["image_size"], found["in_memory"]) == (batch, size, in_memory)
     assert found["augmentation"] == ("crop_flip" if in_memory else "resized_crop_flip")
-    base = "batch/small.gin" if batch else "batch/1k.gin"
-    assert f"--gin_file={base} " in image_recipe.command("DIR", {"train": train, "validation": validation})
+    base, sizes = "batch/small.gin" if batch else "batch/1k.gin", {"train": train, "validation": validation}
+    assert f"--gin_file={base} " in image_recipe.command("DIR", sizes)
+    batch = batch or 1024
+    words = f"{network} at {size} pixels, batch {batch:,}, {len(train) // batch:,} updates an epoch"
+    assert image_recipe.suggestion(sizes) == words
 
 
 def test_every_number_of_images_has_a_plan_with_updates_enough():
@@ -58,6 +61,7 @@ def test_the_recipe_says_what_eight_parameters_said(tmp_path, capsys, monkeypatc
     dst = tmp_path / "records" / name
     dst.parent.mkdir()
     out, _ = run(make_folder(tmp_path / "new\nline", 10), dst, "--validation=0.2", capsys=capsys)
+    assert f"{dst}/data.gin suggests cifar_resnet8 at 12 pixels, batch 16, 1 updates an epoch. Train on it:\n" in out
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["python", "train.py"]
     assert command[-2:] == [f"--gin_file={dst}/data.gin", f"--data_dir={dst}"]

@@ -84,6 +84,14 @@ def _base(sizes: Mapping[str, Sizes]) -> str:
     return _MANY_IMAGES if many else _FEW_IMAGES
 
 
+def suggestion(sizes: Mapping[str, Sizes]) -> str:
+    """The network and the batch for images, in words."""
+    num_train, image_size = len(sizes["train"]), _image_size(sizes)
+    batch = _batch(num_train)  # of many photos that of batch/1k.gin
+    network = _network(image_size, num_train)
+    return f"{network} at {image_size} pixels, batch {batch:,}, {num_train // batch:,} updates an epoch"
+
+
 def command(folder: str, sizes: Mapping[str, Sizes]) -> str:
     """The command that trains on the images of a folder."""
     files = (_base(sizes), "method/conadv.gin", os.path.join(folder, FILE))

@@ -132,8 +132,9 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
     train, validation = (len(report.sizes[split]) for split in ("train", "validation"))
     print(
         f"{dst}: {train:,} training, {validation:,} validation images of {len(classes):,} classes; "
-        f"{_left_out(report)} left out. Train on it:"
+        f"{_left_out(report)} left out"
     )
+    print(f"{os.path.join(dst, image_recipe.FILE)} suggests {image_recipe.suggestion(report.sizes)}. Train on it:")
     print(image_recipe.command(dst, report.sizes))
 
 
