@@ -1,11 +1,15 @@
 """Images whose classes a list says: Tiny-ImageNet, ImageNet's flat val/, a CSV. Each test writes down who is what."""
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from image_trees import content, fails, make_folder, noise, number, run, stored
 from scipy import io
+
+from conadv_tf.data import image_labels
+from conadv_tf.errors import DataError
 
 SYNSETS = ("n01", "n02", "n03")
 TRUTH = {"1": "n02", "2": "n03", "3": "n01", "4": "n02"}  # of ImageNet's validation images, by their numbers
@@ -285,6 +289,7 @@ def test_what_csv_and_folder_do_not_share_is_counted_and_named(tmp_path, capsys)
         ("Bild,Tier\nb/0.jpg,ox\n", ["--validation=0.2"], 1, "0 classes: it needs rows"),
         (rows("{p},ox"), ["--validation=0.2"], 1, "1 classes: it needs rows"),
         (rows("{p},{l},val"), [], 1, "class 'ox' has no training image"),
+        ("b/0.jpg,ox,train\n", [], 1, "0 classes: it needs rows"),
         (rows("{p},{l},train"), [], 1, "no image for validation"),
         ("\0" + rows("{p},{l}"), ["--validation=0.2"], 1, "labels.csv' is no text in UTF-8"),
     ],
@@ -307,3 +312,28 @@ def test_one_name_of_two_images_ends_the_import(tmp_path, capsys):
     noise(src / "a/3.jpeg", 99)
     message = fails(capsys, 1, src, tmp_path / "dst", f"--labels={tmp_path}/labels.csv", "--validation=0.4")
     assert f"'a/3' is '{src}/a/3.jpeg' and '{src}/a/3.jpg': remove or rename one of them" in message
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "val_annotations.txt", "LOC_val_solution.csv", "synset_labels.txt"])
+def test_any_bytes_are_a_list_or_refused_in_one_line(tmp_path, name):
+    refused = []
+    for seed in range(300):
+        draw = random.Random(seed)
+        text = bytearray(
+            draw.choice([b"path,label\na/0,ox\n", b"a/0.jpg\tox\t0\n", b'"a,0";"ox";val\n', b"A,n01 1 2\n"])
+        )
+        for _ in range(draw.randrange(6)):
+            place = draw.randrange(len(text) + 1)
+            text[place:place] = draw.choice(
+                [b",", b";", b"\t", b'"', b"\n", b"\r", b"\0", b"\xff", b"/", b"..", b"\xc3\xa9"]
+            )
+        (tmp_path / name).write_bytes(text)
+        try:
+            if name == "labels.csv":
+                image_labels.read_csv(str(tmp_path / name), str(tmp_path))
+            else:
+                image_labels.beside(str(tmp_path), str(tmp_path))
+        except DataError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 300
+    assert not [line for line in refused if "\n" in line]

@@ -14,7 +14,7 @@ import pytest
 from image_trees import fails, make_folder, noise, run
 
 from conadv_tf import terminal
-from conadv_tf.data import image_partial, image_records, import_images
+from conadv_tf.data import image_partial, image_recipe, image_records, import_images
 
 IMAGES, TRAIN_FILES = 12, 3  # of the tree below, broken ones and duplicates included
 FLAGS = ("--shards=3", "--max_bad_images=2")
@@ -126,6 +126,19 @@ def test_an_import_goes_on_from_whatever_is_left_of_its_journal(place, undisturb
     os.truncate(place / "dst.partial/train-00000-of-00003", 100)
     import_tree(place)
     assert contents(place / "dst") == undisturbed[1]
+
+
+def test_an_import_stopped_at_its_last_line_goes_on(place, undisturbed, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_recipe, "text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            import_tree(place)
+    report = import_tree(place)
+    assert "dst.partial goes on: 4 of 4 files are whole" in capsys.readouterr().err
+    assert (contents(place / "dst"), dataclasses.asdict(report)) == undisturbed[1:]
 
 
 def test_an_import_interrupted_twice_goes_on(place, undisturbed, monkeypatch):

@@ -5,7 +5,8 @@ import dataclasses
 import os
 import random
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from conadv_tf.data import image_labels
 from conadv_tf.data.image_files import (
@@ -20,6 +21,8 @@ from conadv_tf.data.image_files import (
 )
 from conadv_tf.data.image_labels import role
 from conadv_tf.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 _SEED = 0
 _KINDS = ", ".join(SUFFIXES)
@@ -106,8 +109,10 @@ def _images(folder: str, classes: Sequence[str], left_out: LeftOut) -> list[Sour
 def _split(images: Sequence[Source], fraction: float) -> dict[str, list[Source]]:
     """Takes about `fraction` of every class, at random but always the same, for validation."""
     splits: dict[str, list[Source]] = {"train": [], "validation": []}
-    for label in sorted({image.label for image in images}):
-        of_class = [image for image in images if image.label == label]
+    classes: dict[int, list[Source]] = collections.defaultdict(list)
+    for image in images:
+        classes[image.label].append(image)
+    for label, of_class in sorted(classes.items()):
         random.Random(f"{_SEED} {label}").shuffle(of_class)
         taken = min(round(fraction * len(of_class)), len(of_class) - 1)
         splits["validation"] += of_class[:taken]
@@ -171,32 +176,46 @@ def _by_folders(src: str, validation: float | None, left_out: LeftOut) -> _Parts
 def _by_csv(src: str, labels: str, validation: float | None, left_out: LeftOut) -> _Parts:
     """Finds everything where a CSV says the classes, and perhaps the splits."""
     listed = image_labels.read_csv(labels, src)
-    paths = image_files(src, left_out)
-    itself = os.path.realpath(labels)
-    left_out[NO_IMAGE] = [path for path in left_out[NO_IMAGE] if os.path.realpath(path) != itself]
-    rows, missing = image_labels.match(paths, src, listed, labels)
-    left_out[UNLISTED] += [path for path in paths if path not in rows]
-    left_out[MISSING] += [os.path.join(src, name) for name in missing]
-    given = {row.split for row in rows.values()} - {""}
+    given = {row.split for row in listed.values()} - {""}
     _check_share_of_csv(labels, validation, given)
-    used = {"": "", "train": "train", "validation" if "validation" in given else "test": "validation"}
-    classes = sorted({row.label for row in rows.values() if row.split in used})
+    rows = _matched(src, src, listed, labels, left_out)
+    roles = {"": "", "train": "train", "validation" if "validation" in given else "test": "validation"}
+    used = {path: row for path, row in rows.items() if row.split in roles}
+    classes = sorted({row.label for row in used.values()})
     if all(name.isdecimal() for name in classes):
         classes.sort(key=int)
     _check_spelling(classes)
     numbers = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[Source]] = {split: [] for split in ("", "train", "validation")}
-    for path, row in rows.items():
-        if row.split in used:
-            image = Source(path, os.path.relpath(path, src), numbers[row.label])
-            splits[used[row.split]].append(image)
-    unused = len(rows) - sum(map(len, splits.values()))
-    layout = f"{labels} says the classes{' and the splits' if given else ''}"
-    layout += f"; test is not imported: {unused:,} images" if unused else ""
-    together = splits.pop("")
-    splits = splits if given else _split(together, validation or 0)
+    images = {path: Source(path, os.path.relpath(path, src), numbers[row.label]) for path, row in used.items()}
+    if given:
+        splits = {
+            split: [images[path] for path, row in used.items() if roles[row.split] == split]
+            for split in ("train", "validation")
+        }
+    else:
+        splits = _split(list(images.values()), validation or 0)
     _check_complete(labels, classes, splits, "raise --validation", "rows of at least two classes with images in SRC")
-    return classes, splits, layout
+    layout = f"{labels} says the classes{' and the splits' if given else ''}"
+    unused = len(rows) - len(used)
+    return classes, splits, layout + (f"; test is not imported: {unused:,} images" if unused else "")
+
+
+def _matched(src: str, folder: str, listed: Mapping[str, T], labels: str, left_out: LeftOut) -> dict[str, T]:
+    """What a list says of the images of SRC, by their paths; images and names that have no counterpart are left out.
+
+    Args:
+      src: the folder of the images.
+      folder: the folder that the names start from; "" where they are names of files without a folder.
+      listed: what the list says, by names.
+      labels: the path of the list, which is no file to leave out.
+      left_out: takes what does not match.
+    """
+    paths, itself = image_files(src, left_out), os.path.realpath(labels)
+    left_out[NO_IMAGE] = [path for path in left_out[NO_IMAGE] if os.path.realpath(path) != itself]
+    found, missing = image_labels.match(paths, folder, listed, labels)
+    left_out[UNLISTED] += [path for path in paths if path not in found]
+    left_out[MISSING] += [os.path.join(src, name) for name in missing]
+    return found
 
 
 def _evaluated(folders: dict[str, str]) -> str:
@@ -236,7 +255,8 @@ def _given_splits(train: str, other: str, left_out: LeftOut) -> tuple[list[str],
     if inner:
         validation = _images(inner, classes, left_out)
     else:
-        validation = [Source(path, os.path.relpath(path, other), classes.index(listed[path])) for path in listed]
+        numbers = {name: label for label, name in enumerate(classes)}
+        validation = [Source(path, os.path.relpath(path, other), numbers[name]) for path, name in listed.items()]
     return classes, {"train": _images(top, classes, left_out), "validation": validation}, labels
 
 
@@ -249,19 +269,15 @@ def _below(folder: str, top: str, left_out: LeftOut) -> list[str]:
 
 def _listed(train: str, other: str, left_out: LeftOut) -> tuple[str, dict[str, str]]:
     """Finds (path of the list, class by the path of the image) of a folder without class folders."""
-    paths = image_files(other, left_out)
     found = image_labels.beside(other, os.path.dirname(other))
     if not found:
+        count = len(image_files(other, collections.defaultdict(list)))
         raise DataError(
-            f"{other!r} has no subfolder of a class, so its {len(paths):,} images have no label: sort them into such, "
+            f"{other!r} has no subfolder of a class, so its {count:,} images have no label: sort them into such, "
             f"put a list beside them (docs/data.md), or name {train!r} itself with --validation=0.1"
         )
     labels, listed = found
-    left_out[NO_IMAGE] = [path for path in left_out[NO_IMAGE] if path != labels]
-    classes, missing = image_labels.match(paths, "", listed, labels)
-    left_out[UNLISTED] += [path for path in paths if path not in classes]
-    left_out[MISSING] += [os.path.join(other, name) for name in missing]
-    return labels, classes
+    return labels, _matched(other, "", listed, labels, left_out)
 
 
 def _check_share(src: str, validation: float | None, folders: dict[str, str]) -> None:
