@@ -48,6 +48,13 @@ def test_network_and_batch_fit_the_images(train, validation, network, batch, siz
     assert image_recipe.suggestion(sizes) == words
 
 
+@pytest.mark.parametrize(("size", "words"), [((4000, 3000), "sides of 3,000 pixels"), ((900, 511), ""), (CIFAR, "")])
+def test_large_photos_are_advised_to_be_shrunk(size, words):
+    line = image_recipe.advice({"train": 3 * [size], "validation": [size]})
+    assert words in line
+    assert bool(words) == ("--image_size=256" in line) == bool(line)
+
+
 def test_every_number_of_images_has_a_plan_with_updates_enough():
     for count in [*range(1, 400), *range(400, 60_000, 997)]:
         found = suggested(count * [CIFAR], [CIFAR])

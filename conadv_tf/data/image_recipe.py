@@ -12,6 +12,7 @@ Sizes = Sequence[tuple[int, int]]
 """(width, height) in pixels of images."""
 
 _LARGEST_IMAGE_SIZE = 224  # the size that ImageNet networks take
+_ENOUGH = 256  # pixels of the shorter side, of which evaluation takes the central 224
 _LARGE = 128  # pixels: from here on networks begin with ImageNet's stem, which divides height and width by four
 _LARGEST_MEMORY = 2**30  # bytes of decoded images; more are streamed
 _UPDATES = 24  # in an epoch, where the images are as many
@@ -52,11 +53,15 @@ def settings_of(name: str, num_classes: int, sizes: Mapping[str, Sizes]) -> dict
     return settings
 
 
-def _image_size(sizes: Mapping[str, Sizes]) -> int:
-    """The median of the shorter sides of training images, at most what ImageNet networks take."""
+def _shorter_side(sizes: Mapping[str, Sizes]) -> int:
+    """The median of the shorter sides of training images, pixels."""
     shorter = sorted(map(min, sizes["train"]))
-    low, high = shorter[(len(shorter) - 1) // 2], shorter[len(shorter) // 2]
-    return min(_LARGEST_IMAGE_SIZE, (low + high) // 2)
+    return (shorter[(len(shorter) - 1) // 2] + shorter[len(shorter) // 2]) // 2
+
+
+def _image_size(sizes: Mapping[str, Sizes]) -> int:
+    """The height and width that training crops images to, or has them in."""
+    return min(_LARGEST_IMAGE_SIZE, _shorter_side(sizes))
 
 
 def _fit_into_memory(sizes: Mapping[str, Sizes]) -> bool:
@@ -90,6 +95,14 @@ def suggestion(sizes: Mapping[str, Sizes]) -> str:
     batch = _batch(num_train)  # of many photos that of batch/1k.gin
     network = _network(image_size, num_train)
     return f"{network} at {image_size} pixels, batch {batch:,}, {num_train // batch:,} updates an epoch"
+
+
+def advice(sizes: Mapping[str, Sizes]) -> str:
+    """A line on images so large that decoding them, which every epoch does, takes longer than it need; "" on others."""
+    side = _shorter_side(sizes)
+    if side < 2 * _ENOUGH:
+        return ""
+    return f"shorter sides of {side:,} pixels slow training down: --image_size={_ENOUGH} leaves what it looks at"
 
 
 def command(folder: str, sizes: Mapping[str, Sizes]) -> str:

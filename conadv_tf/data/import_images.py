@@ -127,8 +127,8 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
             f"{validation_path} = {train_path}",
             file=sys.stderr,
         )
-    if report.layout:
-        print(shown(report.layout))
+    for line in filter(None, (report.layout, image_recipe.advice(report.sizes))):
+        print(shown(line))
     train, validation = (len(report.sizes[split]) for split in ("train", "validation"))
     print(
         f"{dst}: {train:,} training, {validation:,} validation images of {len(classes):,} classes; "
