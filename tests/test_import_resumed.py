@@ -115,7 +115,7 @@ def test_an_import_goes_on_from_whatever_is_left_of_its_journal(place, undisturb
     journal = (kept / ".journal").read_bytes()
     ends = [number + 1 for number, byte in enumerate(journal) if byte == ord("\n")]
     assert len(ends) == 3
-    cuts = [0, 1, ends[0] - 1, *ends, ends[1] - 1, ends[1] + 9]
+    cuts = [*ends, ends[1] - 1, ends[1] + 9]
     for left in (*(journal[:cut] for cut in cuts), journal + b"\0" * 40, journal[: ends[0]] + b'{"file": 3}\n'):
         shutil.copytree(kept, place / "dst.partial")
         (place / "dst.partial/.journal").write_bytes(left)
@@ -217,13 +217,26 @@ def test_two_imports_at_once_into_one_folder_are_refused(place, undisturbed, cap
     assert contents(place / "dst") == undisturbed[1]
 
 
-def test_a_folder_that_is_of_no_import_is_left_alone(place, capsys):
-    (place / "dst.partial").mkdir()
-    (place / "dst.partial/train-00000-of-00003").write_text("of another program, or of conadv_tf 0.1")
-    before = contents(place / "dst.partial")
+@pytest.mark.parametrize("journal", [None, b"", b'{"argu', b"\0" * 90 + b"\n", b"7\n", b'{"file": "a"}\n'])
+def test_a_folder_that_is_of_no_import_is_left_alone(place, capsys, journal):
+    partial = place / "dst.partial"
+    partial.mkdir()
+    (partial / "train-00000-of-00007").write_text("of another program, or of conadv_tf 0.1")
+    if journal is not None:
+        (partial / ".journal").write_bytes(journal)
+    before = contents(partial)
     message = fails(capsys, 2, place / "src", place / "dst", *FLAGS)
-    assert "has 'train-00000-of-00003' and is of no import that can go on: delete or move it" in message
-    assert contents(place / "dst.partial") == before
+    assert "has 'train-00000-of-00007' and is of no import that can go on: delete or move it" in message
+    assert contents(partial) | {".lock": b""} == before | {".lock": b""}
+
+
+@pytest.mark.parametrize("journal", [None, b"", b'{"argu'])
+def test_an_import_that_was_killed_as_it_began_begins_anew(place, undisturbed, capsys, journal):
+    (place / "dst.partial").mkdir()
+    if journal is not None:
+        (place / "dst.partial/.journal").write_bytes(journal)
+    run(place / "src", place / "dst", *FLAGS, capsys=capsys)
+    assert contents(place / "dst") == undisturbed[1]
 
 
 @pytest.mark.long

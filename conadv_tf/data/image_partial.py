@@ -45,12 +45,19 @@ class Partial:
                     break
                 try:
                     entry = json.loads(line)
-                    if began is not None and self._size(entry["file"]) == entry["bytes"]:
+                    if began is None:
+                        began = {name: entry[name] for name in ("arguments", "images")}
+                    elif self._size(entry["file"]) == entry["bytes"]:
                         self.whole[entry["file"]] = entry["results"]
                 except (ValueError, KeyError, TypeError):  # what a machine that stopped has made of it
                     break
-                began, end = began or entry, end + len(line)
+                end += len(line)
         return began, end
+
+    @property
+    def has_begun(self) -> bool:
+        """Tells whether the journal says what is imported."""
+        return self._began is not None
 
     def _size(self, name: str) -> int:
         path = os.path.join(self.folder, name)
@@ -115,17 +122,23 @@ def opened(dst: str) -> Iterator[Partial]:
     """
     folder = f"{dst}.partial"
     os.makedirs(folder, exist_ok=True)
-    strangers = sorted(set(os.listdir(folder)) - {_LOCK})
-    if strangers and _JOURNAL not in strangers:
-        raise ConfigError(f"{folder!r} has {strangers[0]!r} and is of no import that can go on: delete or move it")
+    _check_is_of_an_import(folder, _JOURNAL in os.listdir(folder))
     with open(os.path.join(folder, _LOCK), "a+b") as lock:
         _take(lock, folder)
         partial = Partial(folder)
+        _check_is_of_an_import(folder, partial.has_begun)
         try:
             yield partial
         finally:
             if not partial.whole:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_is_of_an_import(folder: str, has_begun: bool) -> None:
+    """Raises ConfigError for files of which no journal says what they are: they would be taken for this import's."""
+    strangers = sorted(set(os.listdir(folder)) - {_LOCK, _JOURNAL})
+    if strangers and not has_begun:
+        raise ConfigError(f"{folder!r} has {strangers[0]!r} and is of no import that can go on: delete or move it")
 
 
 def _take(lock: BinaryIO, folder: str) -> None:
