@@ -1,7 +1,9 @@
 """Folders of real image files, imported and read back by the pipeline that trains on them."""
 
+import concurrent.futures
 import io
 import shlex
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ from commands import train
 from image_trees import COLOURS, content, fails, make_folder, noise, number, picture, run, stored
 from PIL import Image
 
-from conadv_tf import data
-from conadv_tf.data import image_records
+from conadv_tf import data, terminal
+from conadv_tf.data import image_encoding
 
 
 def test_good_jpegs_are_copied_and_split(tmp_path, capsys):
@@ -38,12 +40,12 @@ def test_good_jpegs_are_copied_and_split(tmp_path, capsys):
 
 def test_an_import_is_repeated_byte_for_byte(tmp_path, capsys):
     src = make_folder(tmp_path / "src", 4)
-    for name in ("one", "two"):
-        run(src, tmp_path / name, "--validation=0.5", "--shards=2", capsys=capsys)
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
-    assert len(files[0]) == 5
+    for name, workers in (("one", 1), ("two", 7)):
+        run(src, tmp_path / name / "dst", "--validation=0.5", "--shards=2", f"--workers={workers}", capsys=capsys)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name / "dst").iterdir()} for name in ("one", "two")]
+    assert len(files[0]) == 6
     assert files[0] == files[1]
-    paths = sorted(str(path) for path in (tmp_path / "one").glob("*-of-*"))
+    paths = sorted(str(path) for path in (tmp_path / "one/dst").glob("*-of-*"))
     for payload in tf.data.TFRecordDataset(paths).as_numpy_iterator():  # else each process has an order of its own
         assert payload == tf.train.Example.FromString(payload).SerializeToString(deterministic=True)
 
@@ -125,21 +127,31 @@ def test_broken_images_are_named_and_left_out(tmp_path, capsys):
     assert not list(tmp_path.glob("other*"))
 
 
-def test_an_interrupted_import_leaves_nothing(tmp_path, capsys, monkeypatch):
-    src = make_folder(tmp_path / "src", 3)
-    encode, calls = image_records.encode, []
+def test_ctrl_c_begins_no_further_image(tmp_path, capsys, monkeypatch):
+    """Threads are held at the 6th image until the executor has been told to end, so that no clock decides."""
+    src = make_folder(tmp_path / "src", 20)
+    prepare, shutdown = image_encoding.prepare, concurrent.futures.ThreadPoolExecutor.shutdown
+    begun, ending = [], threading.Event()
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 5:
-            assert list(tmp_path.glob("dst.partial/train-*"))
-            assert not (tmp_path / "dst").exists()
-            raise KeyboardInterrupt
-        return encode(*arguments)
+    def held(*arguments):
+        begun.append(arguments)
+        assert len(begun) < 6 or ending.wait(60)
+        return prepare(*arguments)
 
-    monkeypatch.setattr(image_records, "encode", interrupted)
-    _, err = run(src, tmp_path / "dst", "--validation=0.4", code=130, capsys=capsys)
+    def interrupted(progress):
+        raise KeyboardInterrupt
+
+    def shut_down(pool, **how):
+        shutdown(pool, **how | {"wait": False})
+        ending.set()
+        shutdown(pool, **how)
+
+    monkeypatch.setattr(image_encoding, "prepare", held)
+    monkeypatch.setattr(terminal.Progress, "update", interrupted)
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "shutdown", shut_down)
+    _, err = run(src, tmp_path / "dst", "--validation=0.4", "--workers=3", code=130, capsys=capsys)
     assert "nothing was imported" in err
+    assert len(begun) <= 5 + 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
@@ -152,6 +164,7 @@ def test_an_interrupted_import_leaves_nothing(tmp_path, capsys, monkeypatch):
         (["src", "dst", "--validation=1.5"], 2, "--validation=1.5"),
         (["parted", "dst", "--validation=0.1"], 2, "--validation=0.1"),
         (["src", "dst", "--validation=0.4", "--shards=0"], 2, "--shards=0"),
+        (["src", "dst", "--validation=0.4", "--workers=0"], 2, "--workers=0"),
         (["src", "dst", "--validation=0.4", "--shards=99"], 2, "--shards=99"),
         (["src", "full", "--validation=0.4"], 2, "not an empty folder"),
         (["src", "src/dst", "--validation=0.4"], 2, "lies in SRC"),
@@ -169,7 +182,7 @@ def test_impossible_imports(tmp_path, capsys, monkeypatch, arguments, code, word
         make_folder(Path("parted") / split, 1)
         make_folder(Path("strange") / split, 1)
     make_folder(Path("hollow"), 2)
-    for folder in ("hollow/void", "full/data", "killed.partial", "strange/val/dog"):
+    for folder in ("hollow/void", "full/data", "killed.partial/train-0", "strange/val/dog"):
         Path(folder).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     assert words in fails(capsys, code, *arguments)
@@ -182,14 +195,7 @@ def test_the_printed_command_trains_on_it(tmp_path, capsys):
     out, _ = run(src, dst, "--validation=0.2", capsys=capsys)
     command = shlex.split(out.splitlines()[-1])
     assert command[:2] == ["python", "train.py"]
-    for setting in (
-        "data.source='tfrecords'",
-        "tfrecords.num_classes=3",
-        "tfrecords.num_train=24",
-        "tfrecords.image_size=12",
-    ):
-        assert f"--gin_param={setting}" in command
-    small = ["--gin_param=model.name='cifar_resnet8'", "--gin_param=train.epochs=6", f"--model_dir={tmp_path}/run"]
+    small = ["--gin_param=train.epochs=6", f"--model_dir={tmp_path}/run"]
     result = train(*command[2:], *small)  # a process of its own: TensorFlow counts tracings of all models of a process
     assert result.returncode == 0, result.stderr
     assert "my photos: 24 training, 6 test images" in result.stdout

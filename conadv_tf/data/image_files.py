@@ -14,9 +14,11 @@ NO_IMAGE = f"files that are no images ({' '.join(SUFFIXES)}, or such content wit
 HIDDEN = "hidden files and folders"
 OUTSIDE = "files outside the folders of classes"
 READ_ALREADY = "linked folders that lead to one read already"
+UNLISTED = "images that the list of labels does not name"
+MISSING = "names in the list of labels that no image has"
 
 LeftOut = dict[str, list[str]]
-"""Paths that are not taken, by the reason: one of the four above."""
+"""Paths that are not taken, by the reason: one of those above."""
 
 _NAMED = 3  # of the files left out for one reason
 

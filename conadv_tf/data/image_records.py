@@ -1,24 +1,37 @@
-"""Images as records: what each becomes, and the shards that hold them; see import_images.py."""
+"""Images as records: the shards that hold them; see import_images.py."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
-from PIL import ExifTags, Image, ImageOps
 
 from conadv_tf import terminal
+from conadv_tf.data import image_encoding
+from conadv_tf.data.image_encoding import Encoded
 from conadv_tf.data.image_folder import Source
 from conadv_tf.errors import DataError
 
-_COLORSPACES = {"RGB": b"RGB", "L": b"Grayscale"}
-_SAVED = {"JPEG": {"quality": 95}, "PNG": {"compress_level": 1}}
+_COLORSPACES = dict(zip(image_encoding.MODES, (b"RGB", b"Grayscale"), strict=True))
+_IMAGES_AHEAD, _MORE_THREADS = 256, 4
 _IMAGES_PER_SHARD = 1000  # unless --shards says otherwise; ImageNet's 1,024 shards hold about as many
-_IMAGES_AT_A_TIME = 256
-_TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
+
+
+Result = tuple[int, int, str] | str
+"""What became of an image: (width, height, hash of the file), or the fault of a broken one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of records to write: its name, its split, its images in their order."""
+
+    name: str
+    split: str
+    images: list[Source]
 
 
 @dataclasses.dataclass
@@ -26,64 +39,18 @@ class Report:
     """The outcome of an import.
 
     Attributes:
-      sides: the shorter side, in pixels, of every image of each split.
+      sizes: (width, height), in pixels, of every image of each split.
       bad: the fault of each broken image, by its path.
       layout: a line on what the folders of SRC serve for; empty where they are classes.
       left_out: paths below SRC that are not imported, by the reason.
       duplicates: (path of a validation image, path of a training image of the same bytes).
     """
 
-    sides: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
     layout: str = ""
     left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     duplicates: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-
-def _rotated(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-
-
-def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
-    """Turns an image upright and into RGB on white, and shrinks its shorter side to image_size pixels."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in _TRANSPARENT_MODES or "transparency" in upright.info:
-        white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    upright = upright.convert("RGB")
-    if image_size and min(upright.size) > image_size:
-        scale = image_size / min(upright.size)
-        width, height = (max(image_size, round(scale * side)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
-    return upright
-
-
-def encode(content: bytes, image_size: int | None, form: str = "JPEG") -> tuple[bytes, tuple[int, int], str]:
-    """Makes an image that training can decode. Transparent parts become white.
-
-    Args:
-      content: an image file.
-      image_size: the longest shorter side allowed, pixels; None leaves the size.
-      form: what an image becomes that is not a JPEG in RGB or grey, upright and small enough: "JPEG", or "PNG",
-        which loses nothing.
-
-    Returns:
-      (image, its (width, height) in pixels, "RGB" or "L"): the content itself where it is such a JPEG already.
-
-    Raises:
-      Exception: many kinds, where the image is broken.
-    """
-    with Image.open(io.BytesIO(content)) as image:
-        fits = not image_size or min(image.size) <= image_size
-        if tf.io.is_jpeg(content) and image.mode in _COLORSPACES and fits and not _rotated(image):
-            tf.io.decode_jpeg(content, channels=3)  # as training will
-            return content, image.size, image.mode
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
-        converted = _reencoded(image, image_size)
-    file = io.BytesIO()
-    converted.save(file, form, **_SAVED[form])
-    return file.getvalue(), converted.size, converted.mode
 
 
 def _feature(value: bytes | int) -> tf.train.Feature:
@@ -92,116 +59,171 @@ def _feature(value: bytes | int) -> tf.train.Feature:
     return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
 
-def _fault(error: Exception) -> str:
-    if isinstance(error, tf.errors.InvalidArgumentError):
-        return "corrupt JPEG"
-    first, *_ = str(error).split(" <_io")[0].splitlines() or [type(error).__name__]
-    return first
-
-
 def read(
-    path: str, image_size: int | None = None, form: str = "JPEG"
-) -> tuple[bytes, tuple[bytes, tuple[int, int], str]]:
-    """Reads an image file: (its content, what `encode` makes of it).
+    path: str,
+    image_size: int | None = None,
+    form: str = "JPEG",
+) -> Encoded:
+    """Reads an image file, and makes sure that training can decode what comes of it.
+
+    Args:
+      path, image_size, form: see `image_encoding.prepare`.
 
     Raises:
       DataError: with the fault of a broken image.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        return content, encode(content, image_size, form)
-    except Exception as error:  # decoders raise whatever they stumble over
-        raise DataError(_fault(error)) from error
+    encoded = image_encoding.prepare(path, image_size, form)
+    if encoded.copied:
+        try:
+            tf.io.decode_jpeg(encoded.image, channels=3)  # as training will
+        except tf.errors.InvalidArgumentError as error:
+            raise DataError("corrupt JPEG") from error
+    return encoded
 
 
-def _record(source: Source, class_name: str, image_size: int | None) -> tuple[bytes, int, bytes]:
-    """Makes (serialized tf.train.Example, shorter side in pixels, hash of the file) of an image.
-
-    Raises:
-      DataError: with the fault of a broken image.
-    """
-    content, (encoded, (width, height), mode) = read(source.path, image_size)
+def _record(image: Source, class_name: str, encoded: Encoded) -> bytes:
+    """Makes the serialized tf.train.Example of an image."""
+    width, height = encoded.size
     features: dict[str, bytes | int] = {
-        "image/encoded": encoded,
+        "image/encoded": encoded.image,
         "image/format": b"JPEG",
-        "image/colorspace": _COLORSPACES[mode],
+        "image/colorspace": _COLORSPACES[encoded.mode],
         "image/height": height,
         "image/width": width,
-        "image/filename": os.fsencode(source.filename),
-        "image/class/label": source.label,
+        "image/filename": os.fsencode(image.filename),
+        "image/class/label": image.label,
         "image/class/text": os.fsencode(class_name),
     }
     feature = {name: _feature(value) for name, value in features.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
-    return example, min(width, height), hashlib.blake2b(content, digest_size=16).digest()
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString(deterministic=True)
+
+
+def shards_of(splits: dict[str, list[Source]], shards: int | None) -> list[Shard]:
+    """The files of both splits: `shards` for training, None makes one per 1,000 images; validation in proportion."""
+    found = []
+    for split, images in splits.items():
+        count = _num_shards(len(images), len(splits["train"]), shards)
+        names = [f"{split}-{number:05d}-of-{count:05d}" for number in range(count)]
+        found += [Shard(name, split, images[number::count]) for number, name in enumerate(names)]
+    return found
+
+
+def fingerprint(shards: Sequence[Shard], classes: Sequence[str]) -> str:
+    """A hash of the names and labels of all images and of size and time of their files."""
+    found = hashlib.blake2b(repr(classes).encode(), digest_size=16)
+    for shard in shards:
+        for image in shard.images:
+            try:
+                status = os.stat(image.path)
+                state = status.st_size, status.st_mtime_ns
+            except OSError:  # a broken link; reading it will say so
+                state = -1, -1
+            found.update(repr((shard.name, image.filename, image.label, *state)).encode())
+    return found.hexdigest()
 
 
 class Writer:
-    """Writes the shards of both splits into a folder."""
+    """Writes shards into a folder, the same bytes whatever the number of threads.
 
-    def __init__(self, folder: str, classes: Sequence[str], image_size: int | None, max_bad_images: int):
-        self._folder, self._classes = folder, classes
+    Args:
+      folder: the folder.
+      classes: the names of the classes by label.
+      image_size: the longest shorter side that stays, pixels; None leaves all sizes.
+      max_bad_images: the number of broken images to leave out.
+      report: takes the outcome.
+    """
+
+    def __init__(
+        self, folder: str, classes: Sequence[str], image_size: int | None, max_bad_images: int, report: Report
+    ):
+        self._folder, self._classes, self._report = folder, classes, report
         self._image_size, self._max_bad_images = image_size, max_bad_images
-        self._train_paths: dict[bytes, str] = {}  # by the hash of the file
-        self.report = Report()
+        self._train_paths: dict[str, str] = {}  # by the hash of the file
 
-    def write(self, splits: dict[str, list[Source]], shards: int | None) -> None:
-        total = sum(map(len, splits.values()))
-        with concurrent.futures.ThreadPoolExecutor() as pool, terminal.Progress(total, "image") as progress:
-            for split, images in splits.items():
-                self.report.sides[split] = []
-                count = _num_shards(len(images), len(splits["train"]), shards)
-                for number in range(count):
-                    path = os.path.join(self._folder, f"{split}-{number:05d}-of-{count:05d}")
-                    self._write_shard(path, images[number::count], split, pool, progress)
+    def write(
+        self,
+        shards: Sequence[Shard],
+        workers: int | None,
+        whole: Mapping[str, Sequence[Result]],
+        finished: Callable[[str, list[Result]], None],
+    ) -> None:
+        """Writes all shards, in order.
+
+        Args:
+          shards: those of the training images first.
+          workers: the number of threads that read images; None: a few more than there are cores, for slow disks.
+          whole: what became of the images of the shards that are there already, by their names.
+          finished: is called with the name of each shard that has been written, and what became of its images.
+
+        Raises:
+          DataError: too many broken images, or a shard without a good one.
+        """
+        missing = [image for shard in shards if shard.name not in whole for image in shard.images]
+        self._report.sizes = {shard.split: [] for shard in shards}
+        pool = concurrent.futures.ThreadPoolExecutor(workers or (os.cpu_count() or 1) + _MORE_THREADS)
+        try:
+            with terminal.Progress(len(missing), "image") as progress:
+                results = self._results(missing, pool)
+                for shard in shards:
+                    if shard.name in whole:
+                        for image, result in zip(shard.images, whole[shard.name], strict=True):
+                            self._count(shard.split, image, result)
+                    else:
+                        made = self._write_shard(shard, itertools.islice(results, len(shard.images)), progress)
+                        finished(shard.name, made)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has been begun is finished
+
+    def _results(self, images: Sequence[Source], pool: concurrent.futures.Executor) -> Iterator[tuple[bytes, Result]]:
+        """What becomes of the images, in their order. Few are submitted ahead: the pool holds what it made."""
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for image in images:
+            waiting.append(pool.submit(self._result, image))
+            if len(waiting) >= _IMAGES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _result(self, image: Source) -> tuple[bytes, Result]:
+        """The record of an image and what became of it; b"" of a broken one."""
+        try:
+            encoded = read(image.path, self._image_size)
+        except DataError as error:
+            return b"", str(error)
+        return _record(image, self._classes[image.label], encoded), (*encoded.size, encoded.digest.hex())
 
     def _write_shard(
-        self,
-        path: str,
-        images: list[Source],
-        split: str,
-        pool: concurrent.futures.Executor,
-        progress: terminal.Progress,
-    ) -> None:
-        sides = self.report.sides[split]
-        before = len(sides)
-        with tf.io.TFRecordWriter(path) as file:
-            for image, result in self._results(images, pool):
-                try:
-                    record, side, digest = result.result()
-                except DataError as error:
-                    self._count_bad(image, str(error))
-                else:
+        self, shard: Shard, results: Iterable[tuple[bytes, Result]], progress: terminal.Progress
+    ) -> list[Result]:
+        found = []
+        with tf.io.TFRecordWriter(os.path.join(self._folder, shard.name)) as file:
+            for image, (record, result) in zip(shard.images, results, strict=True):
+                if record:
                     file.write(record)
-                    sides.append(side)
-                    self._compare(image, split, digest)
+                self._count(shard.split, image, result)
+                found.append(result)
                 progress.update()
-        if len(sides) == before:
-            raise DataError(
-                f"{os.path.basename(path)} would hold no good image: use fewer --shards, or repair the images"
-            )
+        if all(isinstance(result, str) for result in found):
+            raise DataError(f"{shard.name} would hold no good image: use fewer --shards, or repair the images")
+        return found
 
-    def _results(
-        self, images: list[Source], pool: concurrent.futures.Executor
-    ) -> Iterator[tuple[Source, concurrent.futures.Future]]:
-        # Submits some at a time: the pool holds what it made until it is written.
-        for begin in range(0, len(images), _IMAGES_AT_A_TIME):
-            some = images[begin : begin + _IMAGES_AT_A_TIME]
-            futures = [pool.submit(_record, image, self._classes[image.label], self._image_size) for image in some]
-            yield from zip(some, futures, strict=True)
-
-    def _compare(self, image: Source, split: str, digest: bytes) -> None:
+    def _count(self, split: str, image: Source, result: Result) -> None:
+        if isinstance(result, str):
+            self._count_bad(image, result)
+            return
+        width, height, digest = result
+        self._report.sizes[split].append((width, height))
         if split == "train":
             self._train_paths.setdefault(digest, image.path)
         elif digest in self._train_paths:
-            self.report.duplicates.append((image.path, self._train_paths[digest]))
+            self._report.duplicates.append((image.path, self._train_paths[digest]))
 
     def _count_bad(self, image: Source, fault: str) -> None:
-        self.report.bad[image.path] = fault
-        if len(self.report.bad) > self._max_bad_images:
+        bad = self._report.bad
+        bad[image.path] = fault
+        if len(bad) > self._max_bad_images:
             raise DataError(
-                f"{image.path}: {fault}; with it {len(self.report.bad)} broken images, more than --max_bad_images="
+                f"{image.path}: {fault}; with it {len(bad)} broken images, more than --max_bad_images="
                 f"{self._max_bad_images}: repair them or raise --max_bad_images"
             )
 

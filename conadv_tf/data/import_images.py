@@ -1,11 +1,12 @@
-"""A folder of images, one subfolder a class, becomes TFRecords in the ImageNet schema.
+"""A folder of images becomes TFRecords in the ImageNet schema. Subfolders or a list say which image is of which class.
 
 The console script of this module:
 
     conadv-import-images SRC DST --validation=0.1
     conadv-import-images SRC DST --image_size=256 --shards=64      (SRC has train/ and val/)
+    conadv-import-images SRC DST --labels=labels.csv
 
-Labels count from 0 in the order of the subfolders' names, which classes.txt lists. JPEGs in RGB or grey are copied byte
+Labels count from 0 in the order of the classes' names, which classes.txt lists. JPEGs in RGB or grey are copied byte
 for byte; images in other formats, rotated images and images to be shrunk are stored as JPEGs of quality 95, with
 white where they are transparent. Whatever is not imported is named or counted.
 """
@@ -15,23 +16,21 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
-import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import PIL
+
+import conadv_tf
 from conadv_tf import terminal
+from conadv_tf.data import image_partial, image_recipe
 from conadv_tf.data.image_files import left_out_lines, shown
 from conadv_tf.data.image_folder import find
 from conadv_tf.errors import ConfigError
 
 if TYPE_CHECKING:  # takes TensorFlow with it, which --help and a misspelt folder do without
     from conadv_tf.data.image_records import Report
-
-_LARGEST_IMAGE_SIZE = 224  # in the training command: the size that ImageNet networks take
-_RECIPE, _RECIPE_BATCH_SIZE, _RECIPE_MICROBATCH_SIZE = "batch/1k.gin", 1024, 64
 
 
 def import_images(
@@ -41,87 +40,79 @@ def import_images(
     shards: int | None = None,
     validation: float | None = None,
     max_bad_images: int = 10,
+    labels: str | None = None,
+    workers: int | None = None,
 ) -> tuple[list[str], Report]:
     """Writes TFRecords of the images of a folder: the same files every time. DST appears when all of them are whole.
 
+    What has been stopped goes on when it is called again: files that are whole stay in DST.partial.
+
     Args:
       src: the folder of images, see `find`.
-      dst: the folder to make: train-00000-of-..., validation-00000-of-..., classes.txt.
+      dst: the folder to make: train-00000-of-..., validation-00000-of-..., classes.txt, data.gin.
       image_size: images whose shorter side is longer than this many pixels are shrunk to it; None leaves all sizes.
       shards: the number of training files; None makes one for each 1,000 images.
       validation: the share of images to set aside, see `find`.
       max_bad_images: the number of broken images to leave out before the import ends.
+      labels: a CSV of path and label of the images, see `find`.
+      workers: the number of threads that read images; None: as many as keep all cores at work.
 
     Returns:
       (names of the classes by label, what was imported).
 
     Raises:
-      ConfigError: a number out of range, or DST not empty, inside SRC, or left unfinished by another import.
+      ConfigError: a number out of range, DST not empty or inside SRC, or DST.partial of another import.
       DataError: see `find`; more broken images than allowed.
     """
-    numbers = (("image_size", image_size, 1), ("shards", shards, 1), ("max_bad_images", max_bad_images, 0))
-    for name, value, least in numbers:
+    numbers = {"image_size": (image_size, 1), "shards": (shards, 1), "workers": (workers, 1)}
+    for name, (value, least) in (numbers | {"max_bad_images": (max_bad_images, 0)}).items():
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
     src, dst = os.path.realpath(src), os.path.realpath(dst)
-    partial = _partial_folder(src, dst)
-    found = find(src, validation)
-    num_train = len(found.splits["train"])
-    if shards and shards > num_train:
-        raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
-    from conadv_tf.data.image_records import Writer
+    _check_places(src, dst)
+    arguments = {"SRC": src, "--image_size": image_size, "--shards": shards, "--validation": validation}
+    arguments |= {"--labels": labels and os.path.realpath(labels), "version": _version()}
+    with image_partial.opened(dst) as partial:
+        found = find(src, validation, labels)
+        num_train = len(found.splits["train"])
+        if shards and shards > num_train:
+            raise ConfigError(f"--shards={shards} is more than the {num_train} training images: use fewer")
+        from conadv_tf.data import image_records
 
-    os.makedirs(partial)
-    try:
-        writer = Writer(partial, found.classes, image_size, max_bad_images)
-        writer.report.layout, writer.report.left_out = found.layout, found.left_out
-        writer.write(found.splits, shards)
-        with open(os.path.join(partial, "classes.txt"), "wb") as file:
-            file.writelines(os.fsencode(name) + b"\n" for name in found.classes)
-        os.replace(partial, dst)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return found.classes, writer.report
+        files = image_records.shards_of(found.splits, shards)
+        partial.begin(arguments, image_records.fingerprint(files, found.classes))
+        if partial.whole:
+            terminal.say(
+                f"{partial.folder} goes on: {len(partial.whole):,} of {len(files):,} files are whole", sys.stderr
+            )
+        report = image_records.Report(layout=found.layout, left_out=found.left_out)
+        writer = image_records.Writer(partial.folder, found.classes, image_size, max_bad_images, report)
+        writer.write(files, workers, dict(partial.whole), partial.add)
+        _describe(partial.folder, src, dst, found.classes, report)
+        partial.move(dst)
+    return found.classes, report
 
 
-def _partial_folder(src: str, dst: str) -> str:
-    """The folder to write into until all is there, after checking that DST may be made."""
+def _version() -> str:
+    """What the bytes of images that are made anew depend on."""
+    return f"conadv_tf {conadv_tf.__version__} and Pillow {PIL.__version__}"
+
+
+def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: Report) -> None:
+    """Writes what tells of the records: the names of the classes, and the recipe of the data."""
+    with open(os.path.join(folder, "classes.txt"), "wb") as file:
+        file.writelines(os.fsencode(name) + b"\n" for name in classes)
+    recipe = image_recipe.text(os.path.basename(dst), src, classes, report.sizes, _left_out(report))
+    with open(os.path.join(folder, image_recipe.FILE), "w", encoding="utf-8") as file:
+        file.write(recipe)
+
+
+def _check_places(src: str, dst: str) -> None:
+    """Raises ConfigError unless DST may be made."""
     if os.path.lexists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
         raise ConfigError(f"DST={dst!r} is not an empty folder: name another one, or empty it")
     if os.path.commonpath([src, dst]) == src:
         raise ConfigError(f"DST={dst!r} lies in SRC={src!r}, whose subfolders are classes: name a folder outside it")
-    partial = f"{dst}.partial"
-    if os.path.lexists(partial):
-        raise ConfigError(f"{partial!r} is there: another import is writing it, or was killed: then delete it")
-    return partial
-
-
-def training_command(dst: str, classes: Sequence[str], report: Report) -> str:
-    """The command that trains a ResNet-50 on what was imported, at batch 1,024 or what fewer images allow."""
-    num_train = len(report.sides["train"])
-    image_size = min(_LARGEST_IMAGE_SIZE, int(statistics.median(report.sides["train"])))
-    settings = {
-        "data.source": "tfrecords",
-        "tfrecords.name": os.path.basename(os.path.realpath(dst)),
-        "tfrecords.num_train": num_train,
-        "tfrecords.num_classes": len(classes),
-        "tfrecords.label_offset": 0,
-        "tfrecords.image_size": image_size,
-        "tfrecords.in_memory": False,
-        "tfrecords.augmentation": "resized_crop_flip",
-    }
-    if num_train < _RECIPE_BATCH_SIZE:
-        rows = min(_RECIPE_MICROBATCH_SIZE, num_train)
-        settings |= {"train.global_batch_size": num_train // rows * rows, "train.microbatch_size": rows}
-    command = ["python", "train.py", f"--gin_file={_RECIPE}", "--gin_file=method/conadv.gin", f"--data_dir={dst}"]
-    bindings = [_quoted_flag("--gin_param", f"{name}={value!r}") for name, value in settings.items()]
-    return " ".join([shlex.join(command), *bindings])
-
-
-def _quoted_flag(flag: str, value: str) -> str:
-    # shlex.quote breaks a value in quotes of its own into five pieces; double quotes read better where they serve.
-    plain = not set(value) & set('"$`\\!')
-    return f'{flag}="{value}"' if plain else shlex.quote(f"{flag}={value}")
 
 
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
@@ -136,28 +127,35 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
             f"{validation_path} = {train_path}",
             file=sys.stderr,
         )
-    if report.layout:
-        print(shown(report.layout))
-    train, validation = (len(report.sides[split]) for split in ("train", "validation"))
-    others = sum(map(len, report.left_out.values()))
-    left_out = f"{len(report.bad):,} broken images" + (f" and {others:,} other files or folders" if others else "")
+    for line in filter(None, (report.layout, image_recipe.advice(report.sizes))):
+        print(shown(line))
+    train, validation = (len(report.sizes[split]) for split in ("train", "validation"))
     print(
         f"{dst}: {train:,} training, {validation:,} validation images of {len(classes):,} classes; "
-        f"{left_out} left out. Train on it:"
+        f"{_left_out(report)} left out"
     )
-    print(training_command(dst, classes, report))
+    print(f"{os.path.join(dst, image_recipe.FILE)} suggests {image_recipe.suggestion(report.sizes)}. Train on it:")
+    print(image_recipe.command(dst, report.sizes))
+
+
+def _left_out(report: Report) -> str:
+    """Counts what is not imported, in words."""
+    others = sum(map(len, report.left_out.values()))
+    return f"{len(report.bad):,} broken images" + (f" and {others:,} other files or folders" if others else "")
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = terminal.Parser(prog="conadv-import-images", description="A folder of images becomes TFRecords.")
     any_path = functools.partial(terminal.path, any_bytes=True)  # TensorFlow opens no file of SRC
-    images = "a subfolder of images for each class, or train/ and val/ with them"
+    images = "a subfolder of images for each class, train/ and val/ with them, or images that --labels names"
     parser.add_argument("src", type=any_path, metavar="SRC", help=images)
     parser.add_argument("dst", type=terminal.path, metavar="DST", help="folder to make; it appears when it is whole")
     parser.add_argument("--image_size", type=int, metavar="N", help="shrink shorter sides beyond N pixels to N")
     parser.add_argument("--shards", type=int, metavar="N", help="training files; default: one for each 1,000 images")
     parser.add_argument("--validation", type=float, metavar="SHARE", help="of each class, where SRC has no val/: 0.1")
+    parser.add_argument("--labels", type=any_path, metavar="CSV", help="rows of path, label and perhaps split")
     parser.add_argument("--max_bad_images", type=int, default=10, metavar="N", help="broken images to leave out (10)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that read images; default: for all cores")
     return parser.parse_args(arguments)
 
 
@@ -165,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for arguments, 1 for data, 130 where it was interrupted."""
     return terminal.exit_code(
         lambda: _import(_arguments(arguments)),
-        "nothing was imported",
-        "check space and permissions of DST; nothing was imported",
+        "nothing was imported; the same command goes on after the last file that is whole",
+        "check space and permissions of DST; nothing was imported, and the same command goes on",
     )
 
 

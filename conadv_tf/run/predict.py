@@ -131,8 +131,8 @@ def _reader(view: augment.View, image_shape: tuple[int, int, int]) -> Callable[[
 
     def read(path: str) -> np.ndarray | DataError:
         try:
-            _, (encoded, *_) = image_records.read(path, form="PNG")
-            return decode(tf.constant(encoded)).numpy()
+            encoded = image_records.read(path, form="PNG")
+            return decode(tf.constant(encoded.image)).numpy()
         except DataError as error:
             return error
         except tf.errors.InvalidArgumentError:

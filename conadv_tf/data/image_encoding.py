@@ -1,0 +1,92 @@
+"""What an image file becomes in a record: a JPEG as it is, or one made anew."""
+
+import hashlib
+import io
+import os
+from typing import BinaryIO, NamedTuple
+
+from PIL import ExifTags, Image, ImageOps
+
+from conadv_tf.errors import DataError
+
+MODES = ("RGB", "L")  # those in which a JPEG is stored, colour and grey
+_JPEG = b"\xff\xd8\xff"  # what a JPEG begins with
+_SAVED = {"JPEG": {"quality": 95}, "PNG": {"compress_level": 1}}
+_TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
+
+
+class Encoded(NamedTuple):
+    """An image as it is to be stored.
+
+    Attributes:
+      image: the file.
+      size: (width, height) in pixels.
+      mode: one of MODES.
+      copied: whether `image` is the file that was read; only its head has been looked at.
+      digest: a hash of the file that was read.
+    """
+
+    image: bytes
+    size: tuple[int, int]
+    mode: str
+    copied: bool
+    digest: bytes
+
+
+def prepare(path: str, image_size: int | None, form: str) -> Encoded:
+    """Reads an image file and makes an image that training can decode. Transparent parts become white.
+
+    Args:
+      path: the file.
+      image_size: the longest shorter side allowed, pixels; None leaves the size.
+      form: what an image becomes that is not a JPEG in RGB or grey, upright and small enough: "JPEG", or "PNG",
+        which loses nothing.
+
+    Raises:
+      DataError: with the fault of a broken image.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        return _encoded(content, image_size, form)
+    except Exception as error:  # decoders raise whatever they stumble over
+        first, *_ = str(error).split(" <_io")[0].splitlines() or [type(error).__name__]
+        raise DataError(first) from error
+
+
+def _encoded(content: bytes, image_size: int | None, form: str) -> Encoded:
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    with Image.open(io.BytesIO(content)) as image:
+        fits = not image_size or min(image.size) <= image_size
+        if content.startswith(_JPEG) and image.mode in MODES and fits and not _rotated(image):
+            return Encoded(content, image.size, image.mode, True, digest)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
+        converted = _reencoded(image, image_size)
+    with _file() as file:
+        converted.save(file, form, **_SAVED[form])
+        file.seek(0)
+        return Encoded(file.read(), converted.size, converted.mode, False, digest)
+
+
+def _file() -> BinaryIO:
+    """A file in memory: the system's where it has such. While Pillow writes to one, it gives Python's lock away."""
+    return open(os.memfd_create("image"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO()
+
+
+def _rotated(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
+def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
+    """Turns an image upright and into RGB on white, and shrinks its shorter side to image_size pixels."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in _TRANSPARENT_MODES or "transparency" in upright.info:
+        white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    upright = upright.convert("RGB")
+    if image_size and min(upright.size) > image_size:
+        scale = image_size / min(upright.size)
+        width, height = (max(image_size, round(scale * side)) for side in upright.size)
+        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
+    return upright
