@@ -10,7 +10,7 @@ from absl import logging
 from conadv_tf import config, terminal
 from conadv_tf.data import service as data_service
 from conadv_tf.data.fingerprint import Fingerprint
-from conadv_tf.run import callbacks, checkpoint, divergence, leak, lock, monitor, preemption, report, resuming
+from conadv_tf.run import callbacks, checkpoint, divergence, hosts, leak, lock, monitor, preemption, report, resuming
 from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
 from conadv_tf.run.folder import RunFolder, recorded
@@ -39,7 +39,7 @@ def train(run: Run, model_dir: str) -> dict:
         terminal.say(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     folder.make()
-    with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
+    with lock.held(model_dir) if folder.writes else contextlib.nullcontext(), hosts.watched(run.strategy):
         return _train_in(run, folder, spread, data)
 
 
