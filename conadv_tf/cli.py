@@ -31,8 +31,8 @@ flags.DEFINE_multi(
     "A recipe, as given or below gin/; repeatable, later over earlier.",
 )
 flags.DEFINE_multi_string("gin_param", [], 'A binding such as "attack.epsilon_pixels=4"; repeatable, over all files.')
-flags.DEFINE_string("tpu", None, "local, a TPU's name, a grpc:// address, or an accelerator type such as v3-512.")
-flags.DEFINE_string("strategy", "auto", "auto, tpu, mirrored, multiworker or one_device.")
+flags.DEFINE_string("tpu", None, "local, a TPU's name, grpc:// addresses, or an accelerator type such as v3-512.")
+flags.DEFINE_string("strategy", "auto", "auto, tpu, mirrored, multiworker, one_device or rehearsal.")
 flags.DEFINE(_Path(), "data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE(_Path(), "model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>[-<data>].")
 flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")

@@ -29,7 +29,7 @@ FLOORS = (
     ("methods",),
     ("models",),
     ("data",),
-    ("config", "errors", "paths", "terminal", "__init__"),
+    ("config", "errors", "paths", "peers", "terminal", "__init__"),
 )
 LONGEST_FUNCTION, LONGEST_FILE, MEDIAN_FUNCTION = 60, 400, 12
 
@@ -230,6 +230,8 @@ TABLE = ["--table=1", "--figure=gain", "--jobs=0", "--runs=results/digits/runs"]
         ("run.predict", ["--help"], 0),
         ("run.predict", ["no_such_run", "photo.jpg"], 2),
         ("run.predict", ["tests/old_run", "photo.jpg"], 1),
+        ("run.tpu_worker", ["--help"], 0),
+        ("run.tpu_worker", ["--type=v3-32"], 2),
         ("preflight.step_program", ["--help"], 0),
         ("preflight.step_program", ["--images=1"], 2),
     ],

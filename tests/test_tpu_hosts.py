@@ -32,7 +32,7 @@ if [[ $1$2 == -mvenv ]]; then
   mkdir -p .venv/bin .venv/lib/python3.10/site-packages/libtpu
   touch .venv/lib/python3.10/site-packages/libtpu/{{libtpu.so,__init__.py}}
   cp "$0" .venv/bin/python
-  cp "$FAKE_CLOUD/worker" .venv/bin/start_grpc_tpu_worker
+  for name in start_grpc_tpu_worker conadv-tpu-worker; do cp "$FAKE_CLOUD/worker" ".venv/bin/$name"; done
   exit
 fi
 if [[ $1$2 == -mconadv_tf.run.tpu_runtime ]]; then
@@ -47,7 +47,8 @@ case "$*" in
 esac
 """
 WORKER = f"""#!{sys.executable} -S
-import os, socket, time
+import os, socket, sys, time
+open("worker_programs", "a").write(" ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 names = "TPU_LIBRARY_PATH", "PJRT_DEVICE", "TF_PLUGGABLE_DEVICE_LIBRARY_PATH"
 open("worker_starts", "a").write(" ".join(os.environ.get(name, "-") for name in names) + "\\n")
 server = socket.create_server(("localhost", int(os.environ["TPU_TASK_PORT"])))
@@ -135,13 +136,19 @@ def test_run_drives_a_slice_from_one_process_with_its_flags_intact(cloud, host):
     assert resumed.stdout.startswith("training runs on pod: nothing to do"), resumed.stderr
 
 
-def test_the_workers_of_a_new_slice_drive_it_through_pjrt_and_its_driver_does_not(cloud, host):
-    """Fault seen caught: the process that drives the workers of a v5e loaded the TPU's library as well."""
-    cloud.set(type="v5litepod-16")
+@pytest.mark.parametrize(
+    ("slice_type", "program"),
+    [("v5litepod-16", "start_grpc_tpu_worker"), ("v6e-16", "conadv-tpu-worker --type=v6e-16")],
+)
+def test_the_workers_of_a_new_slice_drive_it_through_pjrt_and_its_driver_does_not(cloud, host, slice_type, program):
+    """Faults seen caught: the process that drives the workers of a v5e loaded the TPU's library as well; v6e has none
+    of TensorFlow's."""
+    cloud.set(type=slice_type)
     cloud.run("setup", *PLACE)
-    outcome = cloud.run("run", *PLACE, "--", "--tpu=v5litepod-16", "--model_dir=gs://bucket/run")
+    outcome = cloud.run("run", *PLACE, "--", f"--tpu={slice_type}", "--model_dir=gs://bucket/run")
     assert outcome.returncode == 0, outcome.stderr
     assert (host / "worker_starts").read_text() == f"{host / LIBRARY} TPU {host / LIBRARY}\n"
+    assert (host / "worker_programs").read_text() == f"{program}\n"
     assert [call[:3] for call in training_calls(host)] == [["pod", "0", ""]] * 2
 
 

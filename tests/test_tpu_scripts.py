@@ -150,6 +150,7 @@ def test_create_prints_what_a_run_costs_before_it_asks(cloud):
         ("v5litepod-16", "v2-alpha-tpuv5-lite"),
         ("v5p-8", "v2-alpha-tpuv5"),
         ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v6e-64", "v2-alpha-tpuv6e"),
     ],
 )
 def test_image_fits_the_generation(cloud, accelerator_type, image):
@@ -170,7 +171,7 @@ def test_image_fits_the_generation(cloud, accelerator_type, image):
         ("create", (*PLACE, "--type=v3-100"), ["--type=v3-100", "8 32 64 128"]),
         ("create", (*PLACE, "--type=v4-12"), ["--type=v4-12", "multiples of 8"]),
         ("create", (*PLACE, "--type=v5e-16"), ["v5litepod"]),
-        ("create", (*PLACE, "--type=v6e-16"), ["--type=v6e-16", "1 4 8"]),
+        ("create", (*PLACE, "--type=v6e-12"), ["--type=v6e-12", "1 4 8 16 32 64 128 256"]),
         ("create", (*PLACE, "--type=v3-8", "--project=A b"), ["--project='A b'"]),
         ("create", (*PLACE, "--type=v3-8", "--sopt"), ["unknown flag --sopt"]),
         ("create", (*PLACE, "--type=v3-8", "--spot=no"), ["--spot=no takes no value"]),

@@ -101,8 +101,7 @@ check_type() {
     v4) sizes="multiples of 8" RUNTIME=tpu-ubuntu2204-base ;;
     v5p) sizes="multiples of 8" RUNTIME=v2-alpha-tpuv5 ;;
     v5litepod) sizes="1 4 8 16 32 64 128 256" RUNTIME=v2-alpha-tpuv5-lite ;;
-    # TensorFlow 2.20's TPU worker, which a slice of several hosts needs, does not know v6e.
-    v6e) sizes="1 4 8" RUNTIME=v2-alpha-tpuv6e ;;
+    v6e) sizes="1 4 8 16 32 64 128 256" RUNTIME=v2-alpha-tpuv6e ;;
   esac
   if [[ $sizes == multiples* ]]; then
     ((count % 8 == 0)) || usage_error "--type=$TYPE does not exist: $generation comes in multiples of 8"

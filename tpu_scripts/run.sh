@@ -10,8 +10,8 @@ source "$here/steps.sh"
 usage() {
   cat << 'END'
 Usage: tpu_scripts/run.sh --name=NAME --zone=ZONE [FLAG...] -- TRAIN_FLAG...
-Starts python train.py TRAIN_FLAG... on the TPU's first host, on a slice of several hosts after TensorFlow's TPU worker
-on each of them. First train.py --preflight checks the settings there and prints the run's arithmetic. Output goes to
+Starts python train.py TRAIN_FLAG... on the TPU's first host, on a slice of several hosts after a TPU worker on each
+of them. First train.py --preflight checks the settings there and prints the run's arithmetic. Output goes to
 ~/conadv_tf/train.log on the first host; tpu_scripts/watch.sh shows it.
 
   --name=NAME        the TPU

@@ -45,7 +45,7 @@ set_up_hosts() {
 }
 
 # Under TPUStrategy one Python process, on the first host, drives the slice. It reaches the TPUs of the other hosts, and
-# its own, through TensorFlow's TPU worker, a gRPC server that has to run on each of them.
+# its own, through TPU workers, TensorFlow's servers, one of which has to run on each of them.
 start_training() {
   local installed="test -x conadv_tf/.venv/bin/conadv-train ||\
  { echo 'error: this host is not set up: run tpu_scripts/setup.sh first' >&2; exit 1; }"

@@ -13,24 +13,19 @@ decodes its part. A process that ends, and one that is started anew, end the run
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from conadv_tf import terminal
+from conadv_tf import peers, terminal
 from conadv_tf.errors import ConfigError, DataError, file_errors
 
 if TYPE_CHECKING:  # imported where it is used: seconds that --help does without
     import tensorflow as tf
 
-CONNECT_SECONDS = 10
-PATIENCE_SECONDS = 60  # a service that does not answer for so long ends the run
 _SCHEME = "grpc://"
 
 
@@ -40,10 +35,10 @@ def _host_and_port(address: str) -> tuple[str, int]:
     Raises:
       ValueError: where it is no address, or leaves no next port for the worker.
     """
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 65535:
+    host, port = peers.host_and_port(address)
+    if port == 65535:
         raise ValueError(address)
-    return host, int(port)
+    return host, port
 
 
 def check(service: str) -> list[str]:
@@ -61,16 +56,9 @@ def check(service: str) -> list[str]:
             raise ConfigError(
                 f"stream.service={service!r}: {address!r} is no address: write grpc://HOST:PORT, commas between several"
             ) from error
-    for address in addresses:
-        try:
-            _connect(address)
-        except (OSError, UnicodeError) as error:  # UnicodeError: HOST cannot be the name of a host
-            raise DataError(f"stream.service={service!r}: {_not_there(address)} ({error})") from error
+    for place, cause in peers.silent(addresses).items():
+        raise DataError(f"stream.service={service!r}: {_not_there(addresses[place])} ({cause})") from cause
     return addresses
-
-
-def _connect(address: str) -> None:
-    socket.create_connection(_host_and_port(address), CONNECT_SECONDS).close()
 
 
 def _not_there(address: str) -> str:
@@ -132,34 +120,14 @@ def _made_at(address: str, batches: tf.data.Dataset) -> tf.data.Dataset:
     return tf.data.Dataset.zip(tf.data.Dataset.range(tf.int64.max), sent).map(in_turn)
 
 
-@contextlib.contextmanager
-def watched(services: Sequence[str], patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Ends the process with one line and exit code 1 when a service has not answered for `patience_seconds`.
-
-    TensorFlow would wait for the service for ever, in a call that nothing in Python can interrupt. What was trained
-    since the last checkpoint is lost.
-    """
-    left = threading.Event()
-
-    def watch() -> None:
-        heard = dict.fromkeys(services, time.monotonic())
-        while not left.wait(min(5.0, patience_seconds / 3)):
-            for address in services:
-                with contextlib.suppress(OSError):
-                    _connect(address)
-                    heard[address] = time.monotonic()
-                if time.monotonic() - heard[address] > patience_seconds and not left.is_set():
-                    print(
-                        f"error: {_not_there(address)}; then start the same command again", file=sys.stderr, flush=True
-                    )
-                    os._exit(DataError.exit_code)
-
-    if services:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        left.set()
+def watched(services: Sequence[str], patience_seconds: float = peers.PATIENCE_SECONDS) -> AbstractContextManager[None]:
+    """Ends the process with one line when a service has not answered for `patience_seconds`; see `peers.watched`."""
+    return peers.watched(
+        services,
+        lambda place: f"{_not_there(services[place])}; then start the same command again",
+        patience_seconds,
+        may_come_back=True,
+    )
 
 
 def serve(address: str) -> tuple:
@@ -173,23 +141,11 @@ def serve(address: str) -> tuple:
     host, port = _host_and_port(address)
     next_port = port + 1
     for number in (port, next_port):
-        socket.create_server(("", number)).close()  # TensorFlow would share a port with another data service
+        peers.check_free(number)
     service = tf.data.experimental.service
     dispatcher = service.DispatchServer(service.DispatcherConfig(port=port))
     own_worker = service.WorkerConfig(f"localhost:{port}", worker_address=f"{host}:{next_port}", port=next_port)
     return service.WorkerServer(own_worker), dispatcher
-
-
-def _wait_for_a_signal(announcement: str) -> None:
-    """Prints the announcement once signals are heard, and returns after SIGTERM or SIGINT."""
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopped.append(number))
-    print(announcement, flush=True)
-    # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here. Python
-    # handles the signal in this thread when this thread runs.
-    while not stopped:
-        time.sleep(0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except file_errors(RuntimeError) as error:
         print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
         return DataError.exit_code
-    _wait_for_a_signal(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker")
+    peers.wait_for_a_signal(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker")
     print("stopped", flush=True)
     # Shutting the servers down would wait for clients, which may never let go.
     os._exit(0)

@@ -2,19 +2,17 @@
 
 import json
 import os
-import socket
 
 import gin
 import tensorflow as tf
 
 from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, RunError, one_line
-from conadv_tf.run import preemption, tpu_runtime
+from conadv_tf.run import hosts, preemption, tpu_runtime
 from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training import collectives
 
-STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device")
-CONNECT_SECONDS = 20
+STRATEGIES = ("auto", "tpu", "mirrored", "multiworker", "one_device", "rehearsal")
 
 
 def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
@@ -22,8 +20,9 @@ def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribu
 
     Args:
       strategy: one of STRATEGIES; "auto" takes a TPU if --tpu is given, several workers if TF_CONFIG names
-        them, all GPUs if there are several, otherwise one device.
-      tpu: "local", the name of a TPU, a grpc:// address, or an accelerator type such as "v3-512".
+        them, all GPUs if there are several, otherwise one device; "rehearsal" the CPUs of a slice's workers.
+      tpu: "local", the name of a TPU, grpc:// addresses with commas between them, or an accelerator type such as
+        "v3-512".
 
     Raises:
       ConfigError: unknown strategy, or --tpu beside a strategy that is not for TPUs.
@@ -31,6 +30,9 @@ def make_strategy(strategy: str = "auto", tpu: str | None = None) -> tf.distribu
     """
     if strategy not in STRATEGIES:
         raise ConfigError(f"--strategy={strategy} is not known: choose one of {', '.join(STRATEGIES)}")
+    if strategy == "rehearsal":
+        with preemption.ending_at_once():
+            return hosts.rehearsal(tpu)
     if tpu and strategy not in ("auto", "tpu"):
         raise ConfigError(
             f"--strategy={strategy} does not use a TPU, yet --tpu={tpu} asks for one: drop one of the two"
@@ -147,12 +149,14 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             _check_attached()
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
         if address != "local":
-            _check_reachable(resolver.master())
+            hosts.check_there(resolver, "start it there, as tpu_scripts/run.sh does on every host")
         with preemption.ending_at_once():  # a host that does not answer is waited for without an end
             if address != "local":
                 tf.config.experimental_connect_to_cluster(resolver)
             tf.tpu.experimental.initialize_tpu_system(resolver)
             strategy = tf.distribute.TPUStrategy(resolver)
+    except RunError as error:
+        raise RunError(f"--tpu={tpu}: {error}") from error
     except Exception as error:  # the resolver raises whatever its transport does
         unseen = address == "local" and not tf.config.list_physical_devices("TPU")
         cause = tpu_runtime.why_unseen(one_line(error)) if unseen else ""
@@ -163,12 +167,6 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             "name the type of the attached one, or set TPU_NAME to the slice you mean"
         )
     return strategy
-
-
-def _check_reachable(master: str) -> None:
-    """Raises OSError where nobody listens at grpc://host:port; TensorFlow itself would wait for ever."""
-    host, _, port = master.removeprefix("grpc://").partition(":")
-    socket.create_connection((host, int(port or 8470)), CONNECT_SECONDS).close()
 
 
 def _check_attached() -> None:

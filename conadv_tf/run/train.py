@@ -14,6 +14,7 @@ from conadv_tf.run import (
     callbacks,
     checkpoint,
     divergence,
+    hosts,
     initial_weights,
     leak,
     lock,
@@ -50,7 +51,7 @@ def train(run: Run, model_dir: str) -> dict:
         terminal.say(f"{folder.path} holds this run, finished; nothing to train")
         return finished
     folder.make()
-    with lock.held(model_dir) if folder.writes else contextlib.nullcontext():
+    with lock.held(model_dir) if folder.writes else contextlib.nullcontext(), hosts.watched(run.strategy):
         return _train_in(run, folder, spread, data)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On every host of a slice: starts TensorFlow's TPU worker unless it runs, and waits until it listens.
+# On every host of a slice: starts its TPU worker unless it runs, and waits until it listens.
 # Usage: worker.sh TYPE [SECONDS]
 set -euo pipefail
 type=$1
@@ -8,6 +8,10 @@ port=${TPU_TASK_PORT:-8470} # as the worker itself reads it
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 variables=$(.venv/bin/python -m conadv_tf.run.tpu_runtime "$type")
 eval "$variables"
+
+# TensorFlow's own worker ends with a KeyError for a v6e.
+worker=(start_grpc_tpu_worker)
+[[ $type != v6e-* ]] || worker=(conadv-tpu-worker --type="$type")
 
 fail() { # MESSAGE
   printf 'error: %s\n' "$1" >&2
@@ -23,7 +27,7 @@ if flock --nonblock 9; then
     sudo systemctl stop tpu-runtime
   fi
   # The lock goes with the process, and is free again when it ends.
-  setsid nohup .venv/bin/start_grpc_tpu_worker > worker.log 2>&1 < /dev/null &
+  setsid nohup .venv/bin/"${worker[0]}" "${worker[@]:1}" > worker.log 2>&1 < /dev/null &
 fi
 exec 9>&-
 for ((second = 0; second < patience; second++)); do
