@@ -3,13 +3,25 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
 from conadv_tf import config
-from conadv_tf.experiments import paper
+from conadv_tf.experiments import paper, power
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Study
 
 SMALL = [name for name in SCALES if name != "imagenet"]
+
+
+def test_a_gain_that_is_detectable_is_detected_as_often_as_said():
+    """Simulated, with the critical values of a printed table of Student's t."""
+    random = np.random.default_rng(0)
+    for count, critical in ((3, 4.303), (6, 2.571), (24, 2.069)):
+        pairs = random.normal(0.3, 2.0, count)
+        gain = power.detectable(pairs) / np.std(pairs, ddof=1)
+        drawn = random.normal(gain, 1.0, (100_000, count))
+        found = np.abs(drawn.mean(1)) / (drawn.std(1, ddof=1) / np.sqrt(count)) > critical
+        assert abs(found.mean() - 0.8) < 0.005
 
 
 class Records:

@@ -9,7 +9,7 @@ import operator
 import statistics
 from collections.abc import Callable, Sequence
 
-from conadv_tf.experiments import labels, paper, tpu_times
+from conadv_tf.experiments import labels, paper, power, tpu_times
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Group, Study
 from conadv_tf.run import leak
 
@@ -264,16 +264,20 @@ class Tables:
         for method in ("vanilla", *methods):
             adversarial = METHOD_ROWS[method].is_adversarial
             group = dataclasses.replace(plain, method=method, epsilon=epsilon if adversarial else None)
+            gain = Number(None, ()) if method == "vanilla" else self._gain(group, plain)
             measured = {
                 "training": self.number(group, operator.itemgetter("train_top1")),
                 "validation": self.number(group, operator.itemgetter("validation_top1")),
                 "test": self.number(group, _test_top1),
-                "gain": Number(None, ()) if method == "vanilla" else self._gain(group, plain),
+                "gain": gain,
+                "detectable": Number(None, (power.detectable(gain.values),) if len(gain.values) > 1 else ()),
             }
             lines.append(Line(METHOD_ROWS[method].label, measured, {}))
+        shows = f"{power.POWER:g} (t-test at {power.SIGNIFICANCE:g})"
         caption = (
             f"What is attacked, and what is done in the place of an attack, at {at}. Top-1, %; gain in test top-1 over "
-            f"{METHOD_ROWS['vanilla'].label} of the same seed in points, ± standard error. {self.about()}"
+            f"{METHOD_ROWS['vanilla'].label} of the same seed in points, ± standard error; detectable: the gain that "
+            f"so many seeds would show with probability {shows}. {self.about()}"
         )
         return Table("controls", caption, "method", tuple(measured), tuple(lines), self._seeds, (plain,))
 
