@@ -35,8 +35,11 @@ flags.DEFINE_string("tpu", None, "local, a TPU's name, grpc:// addresses, or an 
 flags.DEFINE_string("strategy", "auto", "auto, tpu, mirrored, multiworker, one_device or rehearsal.")
 flags.DEFINE(_Path(), "data_dir", None, "Where the data are; local or gs://.")
 flags.DEFINE(_Path(), "model_dir", None, "Where the run is kept; local or gs://. Default: runs/<recipe>[-<data>].")
-flags.DEFINE_bool("preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, and stop.")
+flags.DEFINE_bool(
+    "preflight", False, "Build the run, print its arithmetic and its cost on --tpu=TYPE, or on --tpu=all, and stop."
+)
 
+EVERY_TPU = "all"
 HELP = {"--help", "-help", "-h", "-?", "--helpshort"}
 
 
@@ -103,6 +106,9 @@ def _quiet() -> None:
 
 def _train() -> None:
     """Trains the recipe of the flags, or prints its preflight."""
+    tpu_runtime.check_has_tensorflow(FLAGS.tpu or "")
+    if FLAGS.tpu == EVERY_TPU and not FLAGS.preflight:
+        raise ConfigError(f"--tpu={EVERY_TPU} is for --preflight, which compares them: name one TPU to train on")
     if FLAGS.tpu or FLAGS.strategy == "tpu":
         tpu_runtime.prepare_tpu(FLAGS.tpu or "local")  # to read a recipe loads TensorFlow
     gin_files = FLAGS.gin_file or [config.DEFAULT_RECIPE]
@@ -127,15 +133,21 @@ def _preflight(recipe: str, gin_files: list[str]) -> None:
     """Prints the arithmetic of the run, without its data where none are here, and what it costs on --tpu=TYPE."""
     import tensorflow as tf
 
-    from conadv_tf.preflight import preflight
+    from conadv_tf.preflight import preflight, slices
     from conadv_tf.run import report
     from conadv_tf.run.build import build
     from conadv_tf.run.strategy import make_strategy, replicas_of
 
     if FLAGS.data_dir is None:
         config.configure_without_files(gin_files, FLAGS.gin_param)
-    typed = tpu_runtime.parse_accelerator_type(FLAGS.tpu or "")
+    typed = FLAGS.tpu == EVERY_TPU or tpu_runtime.parse_accelerator_type(FLAGS.tpu or "")
     strategy = tf.distribute.OneDeviceStrategy("CPU:0") if typed else make_strategy(FLAGS.strategy, FLAGS.tpu)
+    if FLAGS.tpu == EVERY_TPU:
+        built = build(recipe, strategy, FLAGS.data_dir, slices.least_replicas())
+        _check_effect()
+        terminal.say(report.arithmetic(built, of_replicas=False))
+        terminal.say(slices.report(built, FLAGS.model_dir))
+        return
     built = build(recipe, strategy, FLAGS.data_dir, replicas_of(FLAGS.tpu, strategy))
     _check_effect()
     terminal.say(report.arithmetic(built))

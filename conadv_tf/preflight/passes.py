@@ -38,12 +38,15 @@ class Passes:
       built: the run.
       rows: images of a micro-batch.
       compared: the methods, the run's own first.
-      costs: by the kind of the run's own method and the names above; it and VANILLA fit.
+      costs: by the kind of the run's own method and the names above; it and VANILLA fit. Without VANILLA there is a
+        row of the run's own method alone.
     """
 
     def __init__(self, built: Run, rows: int, compared: list[methods.Method], costs: dict[str, Cost]):
         self._built, self._rows, self._costs = built, rows, costs
         self._end = Work.of(costs[END])
+        if VANILLA not in costs:
+            return
         train = Work.of(costs[VANILLA]) - self._end
         self._passes = {"train": train}
         for name, (key, share_of_train) in PROGRAMS.items():

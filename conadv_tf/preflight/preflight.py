@@ -115,8 +115,8 @@ def run_preflight(built: Run, compiler: Compiler) -> Preflight:
     unavailable = [f"  {line}" for line in excluded]
     rows, proposal = built.plan.rows, ""
     costs = programs.costs(_lowerings(built, rows, compared), rows)
-    if not _fits(built, rows, costs[compared[0].kind], compiler.generation):
-        rows = _fitting_rows(built, costs[compared[0].kind], programs, compiler.generation)
+    if not fits(built, rows, costs[compared[0].kind], compiler.generation):
+        rows = fitting_rows(built, costs[compared[0].kind], programs, compiler.generation)
         proposal = _proposal(built, rows, compiler.generation)
         costs = programs.costs(_lowerings(built, rows, compared), rows) if rows else costs
     if not rows:
@@ -142,11 +142,12 @@ def _lowerings(built: Run, rows: int, compared: list[methods.Method]) -> Lowerin
     return wanted
 
 
-def _fits(built: Run, rows: int, cost: Cost, generation: Generation) -> bool:
+def fits(built: Run, rows: int, cost: Cost, generation: Generation) -> bool:
+    """Tells whether a replica's HBM holds the run with micro-batches of `rows` images, whose program costs `cost`."""
     return used_bytes(built, rows, built.model.method, cost) <= generation.hbm_bytes
 
 
-def _fitting_rows(built: Run, cost: Cost, programs: "CompiledPrograms", generation: Generation) -> int:
+def fitting_rows(built: Run, cost: Cost, programs: CompiledPrograms, generation: Generation) -> int:
     """The largest micro-batch that fits, compiled to make sure; 0 if there is none.
 
     Args:
@@ -161,7 +162,7 @@ def _fitting_rows(built: Run, cost: Cost, programs: "CompiledPrograms", generati
         expected = held + contributed_bytes(built, method) + cost.temp_bytes * rows / built.plan.rows
         if expected <= generation.hbm_bytes:
             update = functools.partial(Programs(built, rows).update, method)
-            if _fits(built, rows, programs.costs({method.kind: update}, rows)[method.kind], generation):
+            if fits(built, rows, programs.costs({method.kind: update}, rows)[method.kind], generation):
                 return rows
     return 0
 

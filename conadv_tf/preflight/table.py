@@ -168,12 +168,17 @@ def table(rows: list[CostRow], generation: Generation) -> str:
     head = ["method", "TFLOP", "GB moved", "HBM", "compiler", "roofline", "all-reduce"]
     head += ["ms/update", "images/s", "hours", f"{unit}-hours"]
     lines = [head, *([_name(row), *_numbers(row)] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join([aligned(lines), *_legend(rows, generation)])
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table of cells, the head first; the first column is aligned to the left, the others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = []
     for name, *cells in lines:
         right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         text.append("  ".join(["", name.ljust(widths[0]), *right]))
-    return "\n".join([*text, *_legend(rows, generation)])
+    return "\n".join(text)
 
 
 def _name(row: CostRow) -> str:
@@ -185,33 +190,40 @@ def _numbers(row: CostRow) -> list[str]:
     memory = f"{row.used_bytes / GIB:.2f} GiB, " + (f"{spare:.0f} % spare" if row.fits else "does NOT fit")
     milliseconds = [row.compiler_seconds, row.roofline_seconds, row.allreduce_seconds, row.update_seconds]
     return [
-        _figure(row.flop / 1e12),
-        _figure(row.hbm_bytes / 1e9),
+        figure(row.flop / 1e12),
+        figure(row.hbm_bytes / 1e9),
         memory,
-        *("–" if seconds is None else _figure(1000 * seconds) for seconds in milliseconds),
+        *("–" if seconds is None else figure(1000 * seconds) for seconds in milliseconds),
         f"{row.images_per_second:,.0f}",
-        _figure(row.hours),
-        _figure(row.replica_hours),
+        figure(row.hours),
+        figure(row.replica_hours),
     ]
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """A number for people: three digits that count, and no exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _legend(rows: list[CostRow], generation: Generation) -> list[str]:
+def calibration_text() -> list[str]:
+    """Two lines on what the times of an update come from."""
     by_compiler, by_roofline = calibration()
+    return [
+        f"ms/update: {by_compiler:.2f} × compiler (or {by_roofline:.2f} × roofline) + all-reduce. These factors make "
+        f"a plain ResNet-50 take the {1000 * MEASURED_SECONDS:g} ms that MLPerf v0.7 measured",
+        f"(TF2, v3-{MEASURED_REPLICAS}, {MEASURED_ROWS} images a core); nothing was measured for this table. Input, "
+        "collectives of distributed BN, evaluation and start-up are not in it.",
+    ]
+
+
+def _legend(rows: list[CostRow], generation: Generation) -> list[str]:
     unit = generation.unit
     legend = [
         f"TFLOP, GB, HBM and ms are of one {unit} and one update; of its HBM a program can use "
         f"{generation.hbm_bytes / GIB:.2f} GiB.",
         f"compiler: the TPU compiler's own lower bound; roofline: FLOP at {generation.peak_flops / 1e12:g} TFLOP/s or "
         f"traffic at {generation.hbm_bandwidth / 1e9:g} GB/s, the longer.",
-        f"ms/update: {by_compiler:.2f} × compiler (or {by_roofline:.2f} × roofline) + all-reduce. These factors make "
-        f"a plain ResNet-50 take the {1000 * MEASURED_SECONDS:g} ms that MLPerf v0.7 measured",
-        f"(TF2, v3-{MEASURED_REPLICAS}, {MEASURED_ROWS} images a core); nothing was measured for this table. Input, "
-        "collectives of distributed BN, evaluation and start-up are not in it.",
+        *calibration_text(),
     ]
     if not all(row.compiled for row in rows):
         legend.append("≈: put together from passes compiled one by one; the other rows were compiled whole.")

@@ -67,6 +67,18 @@ GENERATIONS = {
 }
 
 
+# Sizes of the slices that Cloud TPU offers, as accelerator types count them. Of v4 and v5p the default shapes alone,
+# which are nearest to a cube; there are others. Source: docs/tpu.md.
+OFFERED = {
+    "v2": (8, 32, 128, 256, 512),
+    "v3": (8, 32, 64, 128, 256, 512, 1024, 2048),
+    "v4": (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "v5litepod": (1, 4, 8, 16, 32, 64, 128, 256),
+    "v5p": (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12288),
+    "v6e": (1, 4, 8, 16, 32, 64, 128, 256),
+}
+
+
 def slice_shape(generation: Generation, replicas: int) -> tuple[int, ...]:
     """Chips along each axis of a slice, smallest first: (16, 16) for 512 cores of v3, (4, 4, 8) for 128 chips of v4.
 

@@ -112,12 +112,19 @@ class Run:
     make_network: NetworkMaker | None = None
 
 
-def _check_start(method: methods.Method, plan: Plan) -> None:
-    if method.start_epoch >= plan.epochs:
-        raise ConfigError(
-            f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
-            "start earlier, or use train.method='vanilla'"
-        )
+def plan_for(settings: TrainSettings, method: methods.Method, num_train: int, replicas: int) -> Plan:
+    """The plan of a run on so many replicas; ConfigError where its settings do not divide over them."""
+    plan = make_plan(
+        settings.global_batch_size,
+        settings.microbatch_size,
+        replicas,
+        num_train,
+        settings.epochs,
+        method.updates_per_batch,
+    )
+    if method.mixed:
+        check_mixing(method.updates_per_batch, replicas, plan.microbatches)
+    return plan
 
 
 def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, num_replicas: int | None = None) -> Run:
@@ -143,17 +150,12 @@ def build(recipe: str, strategy: tf.distribute.Strategy, data_dir: str | None, n
     method = methods.make_method(settings.method, config.setting("autoaugment.mode") == "concat3")
     loaded = load(data_dir=data_dir)
     replicas = num_replicas or strategy.num_replicas_in_sync
-    plan = make_plan(
-        settings.global_batch_size,
-        settings.microbatch_size,
-        replicas,
-        loaded.num_train,
-        settings.epochs,
-        method.updates_per_batch,
-    )
-    if method.mixed:
-        check_mixing(method.updates_per_batch, replicas, plan.microbatches)
-    _check_start(method, plan)
+    plan = plan_for(settings, method, loaded.num_train, replicas)
+    if method.start_epoch >= plan.epochs:
+        raise ConfigError(
+            f"adversarial.start_epoch={method.start_epoch} is not within the {plan.epochs} epochs: "
+            "start earlier, or use train.method='vanilla'"
+        )
     with strategy.scope():
         wanted = ModelSettings()
         make_network = wanted.maker(loaded, plan, settings.seed, settings.precision)

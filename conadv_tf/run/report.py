@@ -59,8 +59,13 @@ def hyperparameters(run: Run) -> dict[str, str | float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def arithmetic(run: Run) -> str:
-    """The arithmetic of the run, one fact a line, for the person who starts it."""
+def arithmetic(run: Run, of_replicas: bool = True) -> str:
+    """The arithmetic of the run, one fact a line, for the person who starts it.
+
+    Args:
+      run: the run.
+      of_replicas: False leaves out what depends on the number of replicas.
+    """
     plan, method, network = run.plan, run.model.method, run.model.network
     warmup, peak = peak_of(run.model.optimizer.learning_rate)
     lasting = f", which last for {plan.updates_per_batch} updates" if plan.updates_per_batch > 1 else ""
@@ -84,7 +89,8 @@ def arithmetic(run: Run) -> str:
         lines.append(("cache", cached))
     note = plan.remainder_note()
     lines += [("remainder", note)] if note else []
-    return "\n".join(f"  {name:<18}{text}" for name, text in lines)
+    left_out = () if of_replicas else ("replicas", "micro-batches", "batch statistics", "carried memory")
+    return "\n".join(f"  {name:<18}{text}" for name, text in lines if name not in left_out)
 
 
 def _method_text(method: methods.Method) -> str:

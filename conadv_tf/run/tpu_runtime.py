@@ -29,6 +29,8 @@ ACCELERATOR_TYPE = re.compile(r"^(v\d+[a-z]*|v5litepod)-(\d+)$")
 # TensorFlow 2.20 drives v2 to v4 by its own runtime and these through PJRT.
 THROUGH_PJRT = ("v5e", "v5litepod", "v5p", "v6e")
 
+WITHOUT_TENSORFLOW = re.compile(r"^(v7[a-z]*|tpu7x)(-[\dx]+)?$")  # as an accelerator type
+
 TENSORFLOW = "tensorflow-tpu>=2.20,<2.21"
 WITHOUT_TPU = ("tensorflow", "tensorflow-cpu")  # the same files, built without a TPU
 # tensorflow-tpu 2.20 asks for 0.0.14 or later; 0.0.45 has lost what it calls, and ends the process that imports it.
@@ -40,6 +42,12 @@ def parse_accelerator_type(tpu: str) -> tuple[str, int] | None:
     """("v3", 512) for "v3-512"; None for a name, an address or "local"."""
     match = ACCELERATOR_TYPE.match(tpu)
     return (match.group(1), int(match.group(2))) if match else None
+
+
+def check_has_tensorflow(tpu: str) -> None:
+    """Raises ConfigError for the accelerator type of a generation that no TensorFlow drives."""
+    if WITHOUT_TENSORFLOW.match(tpu):
+        raise ConfigError(f"--tpu={tpu}: there is no TensorFlow for TPU7x: use a v6e or an earlier one")
 
 
 def address_of(tpu: str) -> str:
