@@ -94,10 +94,16 @@ def watched(
 def wait_for_a_signal(announcement: str) -> None:
     """Prints the announcement once signals are heard, and returns after SIGTERM or SIGINT."""
     stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopped.append(number))
+    _hear(stopped)
     print(announcement, flush=True)
     # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here. Python
-    # handles the signal in this thread when this thread runs.
+    # handles the signal in this thread when this thread runs. A TensorFlow server takes SIGTERM over when somebody
+    # makes a cluster of it, and would not end.
     while not stopped:
         time.sleep(0.5)
+        _hear(stopped)
+
+
+def _hear(stopped: list[int]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))

@@ -37,7 +37,7 @@ class Worker:
             self.process = subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def wait_until_it_serves(self) -> "Worker":
-        while "serving 2 CPUs, for a rehearsal at grpc://localhost:" not in self.log.read_text():
+        while "serving 2 CPUs, for a rehearsal, at grpc://localhost:" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
         return self
@@ -160,11 +160,12 @@ def test_a_run_over_two_hosts_is_lost_with_one_of_them_and_goes_on(pod):
 @pytest.mark.long
 def test_a_run_over_two_hosts_equals_one_over_as_many_replicas_of_one_process(pod):
     """Metrics of every epoch: inputs, gradients, statistics and stale weights are those of one process."""
-    layout = ["train.epochs=2", "train.global_batch_size=108", "train.microbatch_size=27", "mirrored.logical_cpus=4"]
-    flags = [f"--gin_param={binding}" for binding in (*layout, "learning_rate.warmup_epochs=1")]
+    layout = ["train.epochs=2", "learning_rate.warmup_epochs=1", "train.global_batch_size=108"]
+    flags = [f"--gin_param={binding}" for binding in (*layout, "train.microbatch_size=27")]
+    mirrored = ["--strategy=mirrored", "--gin_param=mirrored.logical_cpus=4"]
     runs = {
         "two": train(*flags, *pod.flags, f"--model_dir={pod.folders[0] / 'two'}"),
-        "one": train(*flags, "--strategy=mirrored", f"--model_dir={pod.folders[0] / 'one'}"),
+        "one": train(*flags, *mirrored, f"--model_dir={pod.folders[0] / 'one'}"),
     }
     metrics = {}
     for name, run in runs.items():
