@@ -28,20 +28,18 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def connect(address: str, seconds: float = CONNECT_SECONDS) -> None:
+def connect(address: str) -> None:
     """Connects to "HOST:PORT" and hangs up; raises OSError or UnicodeError where nobody listens."""
-    socket.create_connection(host_and_port(address), seconds).close()
+    socket.create_connection(host_and_port(address), CONNECT_SECONDS).close()
 
 
-def silent(addresses: Sequence[str], seconds: float = CONNECT_SECONDS) -> dict[int, Exception]:
-    """Tells where nobody listens: an error by the place of each such address."""
-    found: dict[int, Exception] = {}
+def silent(addresses: Sequence[str]) -> Iterator[tuple[int, Exception]]:
+    """Connects to one address after the other and gives the place of each where nobody listens, with the error."""
     for place, address in enumerate(addresses):
         try:
-            connect(address, seconds)
+            connect(address)
         except (OSError, UnicodeError) as error:  # UnicodeError: HOST cannot be the name of a host
-            found[place] = error
-    return found
+            yield place, error
 
 
 def check_free(port: int) -> None:

@@ -305,6 +305,34 @@ def test_an_error_that_is_not_a_workers_passes():
         _ = 1 / 0
 
 
+class Driven:
+    """What `hosts.watched` asks of a strategy, over workers at some ports."""
+
+    def __init__(self, *ports: int):
+        addresses = ",".join(f"grpc://127.0.0.1:{port}" for port in ports)
+        self.cluster_resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=addresses)
+
+
+UNAVAILABLE = tf.errors.UnavailableError(None, None, "Socket closed")
+
+
+def test_what_a_lost_worker_causes_names_the_worker(monkeypatch):
+    """Faults seen caught: "cannot write a checkpoint: make room"; a traceback, as the worker's port closed last."""
+    monkeypatch.setattr(hosts, "CLOSING_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port, gone = there.getsockname()[1], free_ports(1)[0]
+        for error in (UNAVAILABLE, RunError("cannot write a checkpoint to runs: make room"), ValueError("no shape")):
+            named = rf"^worker 1 of 2, at 127\.0\.0\.1:{gone}, is gone"
+            with pytest.raises(RunError, match=named) as caught, hosts.watched(Driven(port, gone)):
+                raise error
+            assert caught.value.__cause__ is error
+        said = r"^the connection to a worker was lost, and all 1 answer \(Socket closed"
+        with pytest.raises(RunError, match=said), hosts.watched(Driven(port)):
+            raise UNAVAILABLE
+        with pytest.raises(ValueError, match="no shape"), hosts.watched(Driven(port)):
+            raise ValueError("no shape")
+
+
 WATCHING = """
 import sys, time
 from conadv_tf import peers
