@@ -28,20 +28,18 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def connect(address: str, seconds: float = CONNECT_SECONDS) -> None:
+def connect(address: str) -> None:
     """Connects to "HOST:PORT" and hangs up; raises OSError or UnicodeError where nobody listens."""
-    socket.create_connection(host_and_port(address), seconds).close()
+    socket.create_connection(host_and_port(address), CONNECT_SECONDS).close()
 
 
-def silent(addresses: Sequence[str], seconds: float = CONNECT_SECONDS) -> dict[int, Exception]:
-    """Tells where nobody listens: an error by the place of each such address."""
-    found: dict[int, Exception] = {}
+def silent(addresses: Sequence[str]) -> Iterator[tuple[int, Exception]]:
+    """Connects to one address after the other and gives the place of each where nobody listens, with the error."""
     for place, address in enumerate(addresses):
         try:
-            connect(address, seconds)
+            connect(address)
         except (OSError, UnicodeError) as error:  # UnicodeError: HOST cannot be the name of a host
-            found[place] = error
-    return found
+            yield place, error
 
 
 def check_free(port: int) -> None:
@@ -94,10 +92,16 @@ def watched(
 def wait_for_a_signal(announcement: str) -> None:
     """Prints the announcement once signals are heard, and returns after SIGTERM or SIGINT."""
     stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopped.append(number))
+    _hear(stopped)
     print(announcement, flush=True)
     # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here. Python
-    # handles the signal in this thread when this thread runs.
+    # handles the signal in this thread when this thread runs. A TensorFlow server takes SIGTERM over when somebody
+    # makes a cluster of it, and would not end.
     while not stopped:
         time.sleep(0.5)
+        _hear(stopped)
+
+
+def _hear(stopped: list[int]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))

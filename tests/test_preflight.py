@@ -177,3 +177,14 @@ def test_the_estimate_is_calibrated_on_mlperfs_measurement():
         )
         assert row.update_seconds == pytest.approx(0.1257, rel=0.01)
         assert (row.compiler_seconds is None) == (error == 1.0)
+
+
+def test_the_point_that_is_left_out_is_estimated_as_any_other_and_its_error_printed():
+    # The compiler on tf-models' ResNet-50, 16 images on v4; its sum is rounded too coarsely, so the roofline serves.
+    work = table.Work(0.38432e12, 2.86046e9, 0.01335, 0.02397, 9.66e6)
+    layout = table.Workload(2048, 32_768, 32_768)
+    row = table.make_row("", True, work, 1e9, table.RESNET50_BYTES, GENERATIONS["v4"], layout)
+    assert row.compiler_seconds is None
+    assert table.left_out_seconds() == pytest.approx(row.update_seconds, rel=1e-3)
+    error = row.update_seconds / table.LEFT_OUT.seconds - 1
+    assert f"6.78 ms measured, {100 * error:+.0f} %" in table.calibration_text()[-1]

@@ -37,7 +37,7 @@ class Worker:
             self.process = subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def wait_until_it_serves(self) -> "Worker":
-        while "serving 2 CPUs, for a rehearsal at grpc://localhost:" not in self.log.read_text():
+        while "serving 2 CPUs, for a rehearsal, at grpc://localhost:" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
         return self
@@ -160,11 +160,12 @@ def test_a_run_over_two_hosts_is_lost_with_one_of_them_and_goes_on(pod):
 @pytest.mark.long
 def test_a_run_over_two_hosts_equals_one_over_as_many_replicas_of_one_process(pod):
     """Metrics of every epoch: inputs, gradients, statistics and stale weights are those of one process."""
-    layout = ["train.epochs=2", "train.global_batch_size=108", "train.microbatch_size=27", "mirrored.logical_cpus=4"]
-    flags = [f"--gin_param={binding}" for binding in (*layout, "learning_rate.warmup_epochs=1")]
+    layout = ["train.epochs=2", "learning_rate.warmup_epochs=1", "train.global_batch_size=108"]
+    flags = [f"--gin_param={binding}" for binding in (*layout, "train.microbatch_size=27")]
+    mirrored = ["--strategy=mirrored", "--gin_param=mirrored.logical_cpus=4"]
     runs = {
         "two": train(*flags, *pod.flags, f"--model_dir={pod.folders[0] / 'two'}"),
-        "one": train(*flags, "--strategy=mirrored", f"--model_dir={pod.folders[0] / 'one'}"),
+        "one": train(*flags, *mirrored, f"--model_dir={pod.folders[0] / 'one'}"),
     }
     metrics = {}
     for name, run in runs.items():
@@ -302,6 +303,34 @@ def test_workers_of_different_sizes_are_refused(monkeypatch):
 def test_an_error_that_is_not_a_workers_passes():
     with pytest.raises(ZeroDivisionError), hosts.watched(tf.distribute.OneDeviceStrategy("CPU:0")):
         _ = 1 / 0
+
+
+class Driven:
+    """What `hosts.watched` asks of a strategy, over workers at some ports."""
+
+    def __init__(self, *ports: int):
+        addresses = ",".join(f"grpc://127.0.0.1:{port}" for port in ports)
+        self.cluster_resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=addresses)
+
+
+UNAVAILABLE = tf.errors.UnavailableError(None, None, "Socket closed")
+
+
+def test_what_a_lost_worker_causes_names_the_worker(monkeypatch):
+    """Faults seen caught: "cannot write a checkpoint: make room"; a traceback, as the worker's port closed last."""
+    monkeypatch.setattr(hosts, "CLOSING_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port, gone = there.getsockname()[1], free_ports(1)[0]
+        for error in (UNAVAILABLE, RunError("cannot write a checkpoint to runs: make room"), ValueError("no shape")):
+            named = rf"^worker 1 of 2, at 127\.0\.0\.1:{gone}, is gone"
+            with pytest.raises(RunError, match=named) as caught, hosts.watched(Driven(port, gone)):
+                raise error
+            assert caught.value.__cause__ is error
+        said = r"^the connection to a worker was lost, and all 1 answer \(Socket closed"
+        with pytest.raises(RunError, match=said), hosts.watched(Driven(port)):
+            raise UNAVAILABLE
+        with pytest.raises(ValueError, match="no shape"), hosts.watched(Driven(port)):
+            raise ValueError("no shape")
 
 
 WATCHING = """

@@ -56,7 +56,7 @@ def check(service: str) -> list[str]:
             raise ConfigError(
                 f"stream.service={service!r}: {address!r} is no address: write grpc://HOST:PORT, commas between several"
             ) from error
-    for place, cause in peers.silent(addresses).items():
+    for place, cause in peers.silent(addresses):
         raise DataError(f"stream.service={service!r}: {_not_there(addresses[place])} ({cause})") from cause
     return addresses
 

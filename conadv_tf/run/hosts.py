@@ -82,7 +82,7 @@ def check_there(resolver: tf.distribute.cluster_resolver.TPUClusterResolver, rem
       RunError: naming the first worker that does not answer, and the remedy.
     """
     addresses = _addresses(resolver)
-    for place, error in peers.silent(addresses).items():
+    for place, error in peers.silent(addresses):
         raise RunError(f"{_worker(place, addresses)} does not answer ({one_line(error)}): {remedy}") from error
 
 
@@ -114,7 +114,7 @@ def _lost(addresses: list[str], error: Exception) -> str | None:
     broken = isinstance(error, tf.errors.UnavailableError) and bool(addresses)
     until = time.monotonic() + (CLOSING_SECONDS if broken else 0)
     while True:
-        for place in peers.silent(addresses):
+        for place, _ in peers.silent(addresses):
             return _gone(place, addresses)
         if time.monotonic() >= until:
             break

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.type:
             _set_up_for(parsed.type)
         server = serve(parsed.port, parsed.cpu_devices or 0)  # it lives as long as this name
-        what = parsed.type or f"{parsed.cpu_devices} CPUs, for a rehearsal"
+        what = parsed.type or f"{parsed.cpu_devices} CPU{'s' if parsed.cpu_devices > 1 else ''}, for a rehearsal,"
         peers.wait_for_a_signal(f"serving {what} at {server.target}")
         terminal.say("stopped")
         os._exit(0)  # a server waits for clients, which may never let go
