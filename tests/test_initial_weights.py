@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -40,6 +42,8 @@ def saved(model: ConAdvModel, kind: str, folder) -> str:
         path = str(folder / "run") if kind == "run" else str(folder / "run" / "checkpoints" / "ckpt-0")
     elif kind == "export":
         export(model.network, path)
+    elif kind == "n.keras":
+        model.network.save(path)
     elif kind.endswith(".keras"):
         model.save(path)
     else:
@@ -55,7 +59,7 @@ def as_main(values: dict[str, np.ndarray], branches) -> dict[str, np.ndarray]:
     return every
 
 
-KINDS = ["run", "ckpt-0", "export", "m.keras", "w.weights.h5", "w.h5"]
+KINDS = ["run", "ckpt-0", "export", "m.keras", "n.keras", "w.weights.h5", "w.h5"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,6 +83,19 @@ def test_a_branch_that_is_there_is_taken(kind, tmp_path):
     scramble(source)
     path = saved(model_of(source, methods.conadv()), kind, tmp_path)
     model = model_of(resnet(10, ("main", "adversarial")), methods.conadv())
+    initial_weights.start(model, path, resnet)
+    found, expected = values(model.network), values(source)
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
+
+
+@pytest.mark.parametrize("selection", ["from stage2", "classifier"])
+def test_weights_of_a_network_of_which_a_part_was_trained_come_to_their_places(selection, tmp_path):
+    """An .h5 has what was trained before what was not."""
+    source = resnet(10, ("main",)).create_variables()
+    scramble(source)
+    source.train_only(selection)
+    path = saved(model_of(source, methods.vanilla()), "w.h5", tmp_path)
+    model = model_of(resnet(10, ("main",)), methods.vanilla())
     initial_weights.start(model, path, resnet)
     found, expected = values(model.network), values(source)
     assert all(np.array_equal(found[path], expected[path]) for path in expected)
@@ -124,7 +141,7 @@ FILES = [f"{name}{suffix}" for suffix in (".h5", ".weights.h5", ".keras") for na
 def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_files):
     folder, theirs = keras_files
     kind, _, suffix = file.partition(".")
-    text = {"whole": "", "other": "7 classes there, 3 here", "notop": "there is none in the file"}[kind]
+    text = {"whole": "", "other": "7 classes there, 3 here", "notop": "the file has none like it"}[kind]
     model = model_of(mobilenet(3 if text else 7, ("main", "adversarial")), methods.disadv())
     before = model.network.parts()[-1].get_weights()
     line = initial_weights.start(model, str(folder / f"{kind.replace('other', 'whole')}.{suffix}"), mobilenet)
@@ -144,6 +161,36 @@ def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_file
     for branch in ("main", "adversarial"):
         found = model.network(images, branch=branch).numpy()
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_names_in_a_file_may_be_bytes_or_come_in_several_lists(keras_files, tmp_path):
+    """The files that Keras publishes have bytes; a list too long for a header is parted."""
+    folder, theirs = keras_files
+    path = tmp_path / "published.h5"
+    shutil.copy(folder / "whole.h5", path)
+    with h5py.File(path, "r+") as file:
+        for group, name in [(file, "layer_names"), *((file[layer], "weight_names") for layer in file)]:
+            names = [text.encode() for text in group.attrs[name]]
+            del group.attrs[name]
+            for part, cut in enumerate((names[:2], names[2:])):
+                if cut:
+                    group.attrs[f"{name}{part}"] = np.array(cut)
+        file.attrs["layer_names0"] = np.array(file.attrs["layer_names0"])
+    model = model_of(mobilenet(7, ("main",)), methods.vanilla())
+    assert "anew" not in initial_weights.start(model, str(path), mobilenet)
+    images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
+    expected = theirs(tf_keras.applications.mobilenet.preprocess_input(images.copy())).numpy()
+    np.testing.assert_allclose(model.network(images).numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_split_network_without_shadow_copies_is_read_from_an_h5(tmp_path):
+    source = mobilenet(7, ("main",))
+    scrambled(source.graph)
+    path = saved(model_of(source, methods.vanilla()), "w.h5", tmp_path)
+    model = model_of(mobilenet(7, ("main",)), methods.vanilla())
+    initial_weights.start(model, path, mobilenet)
+    found, expected = values(model.network), values(source)
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
 
 
 @pytest.mark.torture
@@ -201,6 +248,27 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
         assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
+def test_a_file_of_another_depth_or_kind_says_what_it_is(tmp_path):
+    def shallow(classes, branches):
+        return ResNet("cifar_resnet8", classes, (32, 32, 3), branches, seed=5, name="network")
+
+    deep = model_of(ResNet("cifar_resnet14", 10, (32, 32, 3), ("main",), name="network"), methods.vanilla())
+    deep.save(tmp_path / "deep.keras")
+    deep.export(tmp_path / "keras_export")
+    unlike = tf_keras.Sequential([tf_keras.layers.Input((32, 32, 3)), tf_keras.layers.Conv2D(7, 3, use_bias=False)])
+    unlike.save(tmp_path / "unlike.keras")
+    model = model_of(shallow(10, ("main",)), methods.vanilla())
+    other = model_of(mobilenet(7, ("main",)), methods.vanilla())
+    for started, name, make, expected in (
+        (model, "deep.keras", shallow, r"has shape \(.*\) here, \(.*\) there"),
+        (model, "keras_export", shallow, "the SavedModel is none of a run"),
+        (other, "unlike.keras", mobilenet, r"Layer '?\w+'? expected|[Ss]hape"),
+    ):
+        with pytest.raises(ConfigError, match=expected) as caught:
+            initial_weights.start(started, str(tmp_path / name), make)
+        assert "\n" not in str(caught.value)
+
+
 TINY = [
     "--gin_file=digits_conadv.gin",
     "--gin_param=train.epochs=1",
@@ -218,9 +286,13 @@ def test_a_run_starts_from_another_and_trains_a_part(tmp_path, capsys):
         f"--model_dir={second}",
     ]
     capsys.readouterr()
-    call_command_line(*begins)
+    with pytest.raises(SystemExit):
+        call_command_line(*[argument.replace("/first'", "/frist'") for argument in begins])
+    assert "holds no weights" in capsys.readouterr().err
+    call_command_line(*begins)  # in the same folder, which the mistake has not taken
     shown = capsys.readouterr()
     assert f"starting from {first}/checkpoints/ckpt-" in shown.out + shown.err
+    assert re.search(r"digits_resnet, [\d,]{5,} parameters, 330 of them trained\n", shown.out + shown.err)
     kept = [tf.saved_model.load(f"{folder}/export").network_variables for folder in (first, second)]
     same = [np.array_equal(one.numpy(), other.numpy()) for one, other in zip(*kept, strict=True)]
     assert [tuple(one.shape) for one, equal in zip(kept[0], same, strict=True) if not equal] == [(32, 10), (10,)]

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from tf_keras.src.saving.legacy import hdf5_format
 
 from conadv_tf.errors import ConfigError, one_line
 from conadv_tf.models import cloning
@@ -90,16 +91,16 @@ def held_classes(name: str, image_shape: Sequence[int], path: str) -> int | None
     if not path.endswith((".keras", ".weights.h5")):
         with h5py.File(path) as file:
             groups = file.get("model_weights", file)
-            layers = [groups[layer] for layer in _texts(groups.attrs["layer_names"])]
-            layers = [layer for layer in layers if len(layer.attrs["weight_names"])]
+            layers = [groups[layer] for layer in listed(groups, "layer_names")]
+            layers = [layer for layer in layers if listed(layer, "weight_names")]
             if len(layers) < len(cloning.weighted_layers(model)):
                 return None
-            return int(layers[-1][_texts(layers[-1].attrs["weight_names"])[-1]].shape[-1])
+            return int(layers[-1][listed(layers[-1], "weight_names")[-1]].shape[-1])
     alike = [layer for layer in model.layers if type(layer) is type(last)]
     kind = type(last).__name__.lower()
-    place = f"layers/{kind}_{len(alike) - 1}/vars" if len(alike) > 1 else f"layers/{kind}/vars"
+    bias = f"layers/{kind}_{len(alike) - 1}/vars/1" if len(alike) > 1 else f"layers/{kind}/vars/1"
     with weights_file(path) as file:
-        return int(file[f"{place}/1"].shape[-1]) if place in file else None
+        return int(file[bias].shape[-1]) if bias in file else None
 
 
 @contextlib.contextmanager
@@ -113,8 +114,12 @@ def weights_file(path: str) -> Iterator[h5py.File]:
             yield file
 
 
-def _texts(values) -> list[str]:
-    return [value.decode() if isinstance(value, bytes) else value for value in values]
+def listed(group: h5py.Group, name: str) -> list[str]:
+    """The names in an attribute of an .h5 of Keras, "layer_names" or "weight_names"; none where it is not there.
+
+    Some versions of Keras write them as bytes, all of them part a long list into several attributes.
+    """
+    return hdf5_format.load_attributes_from_hdf5_group(group, name)
 
 
 @contextlib.contextmanager

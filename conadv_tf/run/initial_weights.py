@@ -20,11 +20,13 @@ from conadv_tf import paths
 from conadv_tf.errors import ConfigError, file_errors, one_line
 from conadv_tf.models import applications, keras_split
 from conadv_tf.models.network import Network
+from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.run import checkpoint
 from conadv_tf.run.model_settings import NetworkMaker
 from conadv_tf.training.trainer import ConAdvModel
 
+_OWN = {kind.__name__ for kind in (ConAdvModel, ResNet, keras_split.SplitNetwork)}
 _EXPORTED, _OF_KERAS = "saved_model.pb", (".keras", ".h5")
 # In the keys of a checkpoint, where .S stands for a slash of a name.
 _BRANCH = re.compile(r"^network/.*/(\w+)\.Smoving_mean/")
@@ -57,7 +59,7 @@ def start(model: ConAdvModel, path: str, make: NetworkMaker) -> str:
     text = f"starting from {place}: {count:,} numbers of {network.architecture}"
     if classes == network.num_classes:
         return text
-    there = f"{classes} classes there, {network.num_classes} here" if classes else "there is none in the file"
+    there = f"{classes} classes there, {network.num_classes} here" if classes else "the file has none like it"
     return f"{text}; the classifier begins anew ({there})"
 
 
@@ -125,6 +127,8 @@ def _check_shapes(found: Network, there: dict[str, tuple[int, ...]]) -> None:
 
 def _of_export(network: Network, place: str, make: NetworkMaker) -> Network:
     loaded = tf.saved_model.load(place)
+    if not hasattr(loaded, "network_variables"):
+        raise ValueError("the SavedModel is none of a run: save a .keras in its place")
     classes = loaded.signatures["serving_default"].structured_outputs["logits"].shape[-1]
     found = make(int(classes), (MAIN,)).create_variables()
     _set(found.leaf_variables(), [variable.numpy() for variable in loaded.network_variables])
@@ -145,34 +149,56 @@ def _of_keras(network: Network, place: str, make: NetworkMaker) -> tuple[Network
 
 
 def _holds_model(place: str) -> bool:
-    """Tells whether a file of Keras holds a ConAdvModel."""
+    """Tells whether a file of Keras holds a ConAdvModel or, as a .keras, a Network."""
     if place.endswith(".keras"):
         with zipfile.ZipFile(place) as archive:
-            return json.loads(archive.read("config.json"))["class_name"] == ConAdvModel.__name__
+            return json.loads(archive.read("config.json"))["class_name"] in _OWN
     with h5py.File(place) as file:
-        return any(name.startswith("shadow") for name in file.attrs.get("layer_names", ())) or "network" in file
+        return len(_networks(file)) == 1 or "network" in file
+
+
+def _networks(file: h5py.File) -> list[str]:
+    """The layers of the model in an .h5 but for shadow copies: of a ConAdvModel one, its network."""
+    return [name for name in applications.listed(file, "layer_names") if not name.startswith("shadow")]
 
 
 def _of_model(network: Network, place: str, make: NetworkMaker) -> Network:
-    """The network of a ConAdvModel; of a file of weights alone, with the branches of `network` or the main one."""
+    """The network of a ConAdvModel, or that is saved itself; of weights alone with `network`'s branches or the main."""
     if place.endswith(".keras"):
-        return tf_keras.models.load_model(place, compile=False).network
+        loaded = tf_keras.models.load_model(place, compile=False)
+        return loaded if isinstance(loaded, Network) else loaded.network
     with h5py.File(place) as file:
-        names = [name for name in file.attrs.get("layer_names", ()) if not name.startswith("shadow")]
-        group = file[names[0]] if names else file["network"]
-        values = [group[name][()] for name in group.attrs["weight_names"]] if names else _arrays(group)
+        networks = _networks(file)
+        group = file[networks[0]] if networks else file["network"]
+        names = applications.listed(group, "weight_names")
+        values = [group[name][()] for name in names] if networks else _arrays(group)
     for branches in dict.fromkeys([tuple(network.branches), (MAIN,)]):
         found = make(network.num_classes, branches).create_variables()
         if len(found.leaf_variables()) != len(values):
             continue
         if names:
-            _set([*found.trainable_weights, *found.non_trainable_weights], values)
+            _set(_in_order(found, names), values)
         else:
             holder = tf_keras.Model()
             holder.network, holder.built = found, True
             holder.load_weights(place)
         return found
     raise ValueError(f"{len(found.leaf_variables())} variables here, {len(values)} there")
+
+
+def _in_order(network: Network, names: Sequence[str]) -> list[tf.Variable]:
+    """The variables of a network in the order of an .h5, in which what was not trained comes last."""
+    variables = [*network.trainable_weights, *network.non_trainable_weights]
+    by_name = dict(zip(_below([variable.name for variable in variables]), variables, strict=True))
+    wanted = _below(names)
+    # Keras counts layers without a name of their own in each process: there the order has to tell.
+    return [by_name[name] for name in wanted] if by_name.keys() == set(wanted) else variables
+
+
+def _below(names: Sequence[str]) -> list[str]:
+    """Names without the first part where all have the same, that of the network."""
+    alone = len({name.partition("/")[0] for name in names}) == 1
+    return [name.partition("/")[2] if alone else name for name in names]
 
 
 def _arrays(group: h5py.Group) -> list[h5py.Dataset]:
@@ -185,15 +211,21 @@ def _set(variables: Sequence[tf.Variable], values: Sequence[np.ndarray]) -> None
     for variable, value in zip(variables, values, strict=False):
         if tuple(variable.shape) != value.shape:
             raise ValueError(f"{variable.name} has shape {tuple(variable.shape)} here, {value.shape} there")
-        variable.assign(value)
     if len(variables) != len(values):
         raise ValueError(f"{len(variables)} variables here, {len(values)} there")
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _assign(source: Network, networks: Sequence[Network]) -> None:
     """Gives networks the weights of a source, but for a classifier of other classes."""
     for network in networks:
+        alike = source.num_classes == network.num_classes
         last = {variable.ref() for variable in network.parts()[-1].weights}
-        pairs = list(zip(network.leaf_variables(), source.leaf_variables(), strict=True))
-        kept = [pair for pair in pairs if pair[0].ref() not in last or source.num_classes == network.num_classes]
-        _set([ours for ours, _ in kept], [theirs.numpy() for _, theirs in kept])
+        ours, theirs = network.leaf_variables(), source.leaf_variables()
+        kept = [index for index, one in enumerate(ours) if alike or one.ref() not in last]
+        kept += range(len(ours), len(theirs))  # too many of theirs: `_set` says so
+        _set(
+            [ours[index] for index in kept if index < len(ours)],
+            [theirs[index].numpy() for index in kept if index < len(theirs)],
+        )

@@ -13,6 +13,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf import __version__, methods
+from conadv_tf.models.network import Network
 from conadv_tf.run import leak
 from conadv_tf.run.build import Run
 from conadv_tf.training import sizes
@@ -72,7 +73,7 @@ def arithmetic(run: Run, of_replicas: bool = True) -> str:
     lines = [
         ("recipe", run.recipe),
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
-        ("network", f"{network.architecture}, {sizes.count_numbers(network.trainable_variables):,} parameters"),
+        ("network", f"{network.architecture}, {_parameters_text(network)}"),
         ("method", _method_text(method)),
         ("global batch", f"{plan.global_batch_size:,} clean images"),
         ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{lasting}"),
@@ -91,6 +92,12 @@ def arithmetic(run: Run, of_replicas: bool = True) -> str:
     lines += [("remainder", note)] if note else []
     left_out = () if of_replicas else ("replicas", "micro-batches", "batch statistics", "carried memory")
     return "\n".join(f"  {name:<18}{text}" for name, text in lines if name not in left_out)
+
+
+def _parameters_text(network: Network) -> str:
+    total = sizes.count_numbers(variable for variable in network.leaf_variables() if variable.trainable)
+    trained = sizes.count_numbers(network.trainable_variables)
+    return f"{total:,} parameters" + ("" if trained == total else f", {trained:,} of them trained")
 
 
 def _method_text(method: methods.Method) -> str:

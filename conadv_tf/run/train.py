@@ -60,15 +60,15 @@ def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Finger
     update = checkpoints.restore()
     if not run.settings.accept_changed_data:
         resuming.check_data(folder.file("checkpoints"), checkpoints.data, data)
+    if not update and run.initial_weights and run.make_network:
+        # Before anything says whose the folder is: a mistake in the path would keep the folder.
+        terminal.say(initial_weights.start(run.model, run.initial_weights, run.make_network))
     folder.write_data(data)  # first: a folder without it passes for one of an earlier version
     folder.write_config(config.operative_config())
     if update:
         terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, spread))
-    else:
-        if run.initial_weights and run.make_network:
-            terminal.say(initial_weights.start(run.model, run.initial_weights, run.make_network))
-        if run.divergence.retries and folder.writes:
-            checkpoints.save()  # a run that diverges in its first epoch goes back to it
+    elif run.divergence.retries and folder.writes:
+        checkpoints.save()  # a run that diverges in its first epoch goes back to it
     folder.write_layout(spread)
     _fit_to_the_end(run, folder, checkpoints, update)
     result = _result(run, folder)
