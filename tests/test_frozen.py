@@ -119,8 +119,16 @@ def freeze_inside(network: ResNet) -> ConAdvModel:
     return ConAdvModel(network, methods.vanilla())
 
 
-def freeze_all(network: ResNet) -> ConAdvModel:
+def freeze_network(network: ResNet) -> ConAdvModel:
     network.trainable = False
+    for part in network.parts()[1:]:
+        part.trainable = True
+    return ConAdvModel(network, methods.vanilla())
+
+
+def freeze_all(network: ResNet) -> ConAdvModel:
+    for part in network.parts():
+        part.trainable = False
     return ConAdvModel(network, methods.vanilla())
 
 
@@ -129,6 +137,10 @@ def freeze_all(network: ResNet) -> ConAdvModel:
     [
         (freeze_after, r"3 variables of the network were frozen or released \(trainable\) after the model was made"),
         (freeze_inside, r"layer 'stage1_block1' is frozen \(trainable=False\) in a part of it: freeze all"),
+        (
+            freeze_network,
+            r"the network is frozen \(network.trainable=False\), and with it all layers: leave it at True",
+        ),
         (freeze_all, r"all layers are frozen"),
     ],
 )
@@ -140,6 +152,19 @@ def test_what_cannot_be_frozen_is_refused(freeze, named):
 
     with pytest.raises(ConfigError, match=named):
         fit_frozen()
+
+
+def test_a_program_made_before_a_part_was_released_does_not_run_on():
+    model = ConAdvModel(resnet("classifier", ("main",)), methods.vanilla())
+    model.compile("sgd")
+    images, labels = (value[0] for value in batches(1, (8, 8, 1)))
+    model.train_on_batch(images, labels)
+    model.network.train_only("all")
+    before = values(model.network)
+    for call in (model.train_on_batch, model.fit):
+        with pytest.raises(ConfigError, match="released"):
+            call(images, labels)
+    assert_identical(values(model.network), before)
 
 
 @pytest.mark.parametrize("selection", ["last", "from", "from stage9", "stage2", "from "])

@@ -1,6 +1,7 @@
 """Weights to start from: every kind of file, branches and classes that it lacks, and what does not fit."""
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -217,11 +218,15 @@ def test_efficientnet_for_imagenet_is_what_keras_makes_of_its_weights(tmp_path, 
 
 def other_files(folder) -> dict[str, str]:
     wide = ResNet("digits_resnet", 10, SHAPE, ("main",), width=2, name="network").create_variables()
+    same = resnet(10, ("main",)).create_variables()
     (folder / "text.h5").write_text("no weights")
     (folder / "empty").mkdir()
     with zipfile.ZipFile(folder / "zip.keras", "w") as archive:
         archive.writestr("config.json", json.dumps({"class_name": "Functional"}))
+    torn = saved(model_of(same, methods.vanilla()), "ckpt-0", folder / "torn")
+    os.truncate(f"{torn}.data-00000-of-00001", 1000)
     return {
+        "torn": torn,
         **{kind: saved(model_of(wide, methods.vanilla()), kind, folder) for kind in KINDS},
         **{name: str(folder / name) for name in ("text.h5", "empty", "zip.keras", "none.h5", "none")},
         "gs": "gs://bucket/w.h5",

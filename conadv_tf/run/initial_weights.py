@@ -50,7 +50,7 @@ def start(model: ConAdvModel, path: str, make: NetworkMaker) -> str:
         found, classes = _read(network, place, make)
         source = found.twin(branches=network.branches)
         _assign(source, [network, *model.shadows])
-    except file_errors(ValueError, KeyError, TypeError, AttributeError, AssertionError, zipfile.BadZipFile) as error:
+    except file_errors(ValueError, LookupError, TypeError, AttributeError, AssertionError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"model.initial_weights={path!r} does not fit {network.architecture} ({one_line(error)}): give weights of "
             "that network, or choose the network that they are of by model.name"

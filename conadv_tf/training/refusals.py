@@ -97,6 +97,11 @@ def check_parts(network: Network) -> None:
             raise ConfigError(
                 f"layer {part.name!r} is frozen (trainable=False) in a part of it: freeze all of it, or nothing"
             )
+    if not network.trainable:
+        raise ConfigError(
+            "the network is frozen (network.trainable=False), and with it all layers: leave it at True, and freeze "
+            "those of network.parts() that are to stay"
+        )
     if not trained:
         raise ConfigError("all layers are frozen (trainable=False): leave at least the last one trainable")
 

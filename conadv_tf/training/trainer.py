@@ -138,6 +138,11 @@ class ConAdvModel(CheckedModel, SavableModel):
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
         return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)
 
+    def train_on_batch(self, *args, **kwargs):
+        # The program of an earlier call trains what was trained then.
+        refusals.check_still_trained(self.network, self._trained)
+        return super().train_on_batch(*args, **kwargs)
+
     def _bars(self, callbacks: list) -> list[tf_keras.callbacks.Callback]:
         """Keras' progress bar, unless it is given: logs are means already, of which Keras' own would show the mean."""
         if any(isinstance(callback, tf_keras.callbacks.ProgbarLogger) for callback in callbacks):
