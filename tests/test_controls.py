@@ -123,7 +123,11 @@ def test_sam_without_a_step_is_plain_training():
         assert_close(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize("method", [methods.sam(Ascent(RHO), stale=True), methods.noise()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [methods.sam(Ascent(RHO), stale=True), pytest.param(methods.noise(), marks=pytest.mark.long)],
+    ids=lambda m: m.name,
+)
 def test_two_replicas_are_two_micro_batches(method):
     images, labels = random_batches(4, 2 * ROWS)
     branches = ("main", "adversarial")
@@ -162,7 +166,11 @@ def test_noise_equals_the_formulas(norm):
         assert_close({"a": logs["adversarial_loss"]}, {"a": other[0]}, 1e-5)
 
 
-@pytest.mark.parametrize("method", [methods.sam(), methods.sam(stale=True), methods.noise()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [methods.sam(), pytest.param(methods.sam(stale=True), marks=pytest.mark.long), methods.noise()],
+    ids=lambda m: m.name,
+)
 def test_the_whole_update_is_an_xla_program(method):
     model = make_model(method, microbatches=2, network={"dtype": "mixed_bfloat16"}, branches=method.branches)
     model.create_optimizer_variables()

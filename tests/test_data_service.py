@@ -66,7 +66,7 @@ def services(tmp_path_factory):
     assert all(process.log.read_text().endswith("stopped\n") for process in started)
 
 
-@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("hosts", "host"), [(1, 0), pytest.param(2, 1, marks=pytest.mark.long)])
 def test_batches_are_the_same(tmp_path, services, hosts, host):
     flip_byte(make_folder(tmp_path) / "train-00001-of-00003", 2)
     settings = {"augmentation": "resized_crop_flip"}

@@ -252,6 +252,7 @@ def test_xla_trains_it_the_same():
     assert_close(compiled, plain, 1e-4)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_to_the_same_bits_with_the_masks_it_had(tmp_path):
     """`lookahead` makes its attack again when it goes on, in a program of its own."""
     method = methods.conadv(schedule="lookahead")

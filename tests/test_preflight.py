@@ -94,6 +94,7 @@ def test_an_interruption_ends_the_compilations_under_way(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.json")), "it was waited for"
 
 
+@pytest.mark.long
 def test_passes_add_up_to_what_is_compiled_whole():
     built = build(8)
     result = preflight.run_preflight(built, compiler())
@@ -120,6 +121,7 @@ def test_a_batch_that_does_not_fit_gets_the_largest_micro_batch_that_does(cache)
     assert row_of(result, "vanilla").images_per_second > 0
 
 
+@pytest.mark.long
 def test_vanilla_and_methods_that_the_settings_exclude():
     built = build(16, "train.method = 'vanilla'", "attack.steps = 2")
     result = preflight.run_preflight(built, compiler("v5e"))

@@ -44,6 +44,7 @@ def lowered(monkeypatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.long
 def test_a_program_serves_all_slices_of_a_generation_that_have_its_micro_batch(tmp_path, lowered, monkeypatch):
     text = slices.report(build(), str(tmp_path / "run"), ONE)
     assert lowered == [2, 1]

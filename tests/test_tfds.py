@@ -116,7 +116,7 @@ def test_streamed_files_hold_what_tfds_reads(prepared):
         assert len(set(found)) == loaded.sizes[split]
 
 
-@pytest.mark.parametrize("config", ["square", "png"])
+@pytest.mark.parametrize("config", [pytest.param("square", marks=pytest.mark.long), "png"])
 def test_streamed_and_in_memory_have_one_order(prepared, config):
     streamed, in_memory = stream(config, prepared, image_size=16), load(config, prepared)
     for split in ("train", "test"):
