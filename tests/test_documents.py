@@ -30,8 +30,12 @@ WORDS_OF_THE_README = 900
 SH = [pytest.param(command, id=f"{block} {command}") for block in all_blocks("sh") for command in commands_of(block)]
 TRAIN = ("python train.py", "conadv-train")
 TPU_COMMANDS = commands("docs/tpu.md")
-PREFLIGHT = [command for command in TPU_COMMANDS if "--preflight" in command]
-ON_A_TPU = [command for command in TPU_COMMANDS if command.startswith(TRAIN) and "--preflight" not in command]
+PREFLIGHT = [command for command in TPU_COMMANDS if "--preflight" in command and "--tpu=all" not in command]
+ON_A_TPU = [
+    command
+    for command in TPU_COMMANDS
+    if command.startswith(TRAIN) and not re.search("--preflight|--strategy=rehearsal", command)
+]
 VANILLA = 'python train.py --gin_file=digits_conadv.gin --gin_file=method/vanilla.gin --gin_param="train.seed=1"'
 # Text blocks: how they begin, and the test that holds them.
 KNOWN_TEXTS = {
