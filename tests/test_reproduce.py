@@ -227,6 +227,24 @@ def test_the_estimate_of_table_3_leaves_no_process(tmp_path):
     assert not processes_of(tmp_path)
 
 
+AT_ITS_START = """
+import os, signal, subprocess, time
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+subprocess.Popen = Popen
+"""
+
+
+def test_a_signal_while_it_is_started_leaves_no_process_either(tmp_path):
+    command = [sys.executable, "-c", AT_ITS_START + ESTIMATE, tmp_path]
+    process = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    assert process.returncode
+    assert not processes_of(tmp_path)
+
+
 @pytest.mark.long
 def test_without_data_and_where_no_estimate_can_be_made_table_3_is_printed_all_the_same(tmp_path, capsys):
     taken = tmp_path / "imagenet" / "preflight" / "16k"

@@ -261,6 +261,21 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Holds signals back to the end of the block: one that comes while a process is started would lose the process."""
+    came: list[int] = []
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(number))]
+    previous = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for late in came:
+        signal.raise_signal(late)
+
+
 def _interrupt(signal_number: int, frame) -> None:
     raise KeyboardInterrupt
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from conadv_tf.errors import RunError
+from conadv_tf.experiments import jobs
 from conadv_tf.experiments.labels import TABLE3_ESTIMATES
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES
 
@@ -36,12 +37,15 @@ def estimate(folder: str, batch: str) -> None:
     files = [f"--gin_file={file}" for file in SCALES["imagenet"].gin_files(batch, METHOD_ROWS["conadv"])]
     where = [f"--tpu={GENERATION}-{cores}", "--preflight", f"--model_dir={_folder(folder, batch)}"]
     command = [sys.executable, "-m", "conadv_tf", *files, *where]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    process: subprocess.Popen | None = None
     try:
+        with jobs.signals_held_back():
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         process.wait()
     except BaseException:
-        process.terminate()  # it ends its compilers
-        process.wait()
+        if process:
+            process.terminate()  # it ends its compilers
+            process.wait()
         raise
     if process.returncode or not seconds(folder, batch):
         raise RunError(
