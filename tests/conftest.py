@@ -25,6 +25,15 @@ def _no_state_between_tests():
     gin.clear_config()
 
 
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    """A cache of compiled programs in the place of the user's; what tests of a module share is compiled once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 def pytest_itemcollected(item):
     """Tests that share what a module makes once, such as a trained run, go to one process: else each would make it."""
     fixtures = item._fixtureinfo.name2fixturedefs.values()

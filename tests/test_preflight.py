@@ -17,6 +17,7 @@ from conadv_tf.preflight.tpu_generations import GENERATIONS
 from conadv_tf.run.build import Run
 from conadv_tf.run.build import build as build_run
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 SETTINGS = ["train.global_batch_size = 128", "train.microbatch_size = 8", "model.replicas_per_group = 1"]
 KINDS = set(methods.SCHEDULES)
 
@@ -24,17 +25,6 @@ KINDS = set(methods.SCHEDULES)
 def build(replicas: int, *settings: str) -> Run:
     config.configure(["digits_conadv.gin"], [*SETTINGS, *settings])
     return build_run("digits_conadv", tf.distribute.OneDeviceStrategy("CPU:0"), None, replicas)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One for the module: programs that tests share are compiled once."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _no_cache_of_the_user(cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 def compiler(name: str = "v3") -> Compiler:
@@ -108,7 +98,7 @@ def test_passes_add_up_to_what_is_compiled_whole():
 
 
 @pytest.mark.long
-def test_a_batch_that_does_not_fit_gets_the_largest_micro_batch_that_does(cache):
+def test_a_batch_that_does_not_fit_gets_the_largest_micro_batch_that_does():
     # Divisors of a replica's share: 1, 2, 4, 8 and those times a prime, which are all too large.
     built = build(16)
     rows = 8 * 5_000_011

@@ -15,6 +15,7 @@ from conadv_tf.preflight.tpu_generations import GENERATIONS, OFFERED
 from conadv_tf.run.build import Run
 from conadv_tf.run.build import build as build_run
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
 SETTINGS = ["train.global_batch_size = 128", "train.microbatch_size = 2"]
 ONE = ["v5litepod"]  # of its eight slices the largest has more chips than the batch has images
 
@@ -23,16 +24,6 @@ def build() -> Run:
     config.configure(["digits_conadv.gin"], SETTINGS)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     return build_run("digits_conadv", strategy, None, slices.least_replicas())
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _no_cache_of_the_user(cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture

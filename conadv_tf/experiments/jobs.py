@@ -154,7 +154,8 @@ class Runner:
             if len(self._running) == self._jobs:
                 break
             epochs = self._folders.setting(cell, "train.epochs")
-            self._running[cell] = _Running(self._launched(cell), time.monotonic(), epochs, self._epochs(cell))
+            with signals_held_back():
+                self._running[cell] = _Running(self._launched(cell), time.monotonic(), epochs, self._epochs(cell))
 
     def _launched(self, cell: Cell) -> subprocess.Popen:
         os.makedirs(os.path.dirname(self._folders.log(cell)), exist_ok=True)

@@ -84,27 +84,26 @@ def _rectify(layer: tf_keras.layers.Normalization) -> None:
     layer.finalize_state()
 
 
-def held_classes(name: str, image_shape: Sequence[int], path: str) -> int | None:
-    """The classes of a weights file of Keras' model `name`; None for one without its last layers ("notop")."""
-    model = getattr(tf_keras.applications, name)(weights=None, input_shape=image_shape)
-    last = cloning.weighted_layers(model)[-1]
+def held_classes(network: SplitNetwork, path: str) -> int | None:
+    """The classes of a weights file of the Keras model that a network is of; None where it ends before ("notop")."""
+    parts = network.parts()
     if not path.endswith((".keras", ".weights.h5")):
         with h5py.File(path) as file:
             groups = file.get("model_weights", file)
             layers = [groups[layer] for layer in listed(groups, "layer_names")]
             layers = [layer for layer in layers if listed(layer, "weight_names")]
-            if len(layers) < len(cloning.weighted_layers(model)):
+            if len(layers) < len(parts):
                 return None
             return int(layers[-1][listed(layers[-1], "weight_names")[-1]].shape[-1])
-    alike = [layer for layer in model.layers if type(layer) is type(last)]
-    kind = type(last).__name__.lower()
+    alike = [layer for layer in network.graph.layers if type(layer) is type(parts[-1])]
+    kind = type(parts[-1]).__name__.lower()
     bias = f"layers/{kind}_{len(alike) - 1}/vars/1" if len(alike) > 1 else f"layers/{kind}/vars/1"
-    with weights_file(path) as file:
+    with _weights_file(path) as file:
         return int(file[bias].shape[-1]) if bias in file else None
 
 
 @contextlib.contextmanager
-def weights_file(path: str) -> Iterator[h5py.File]:
+def _weights_file(path: str) -> Iterator[h5py.File]:
     """The weights in a ….weights.h5 or ….keras, by the paths that Keras gives them."""
     if path.endswith(".keras"):
         with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as part, h5py.File(part) as file:

@@ -90,6 +90,10 @@ class Network(tf_keras.Model):
             part.trainable = index >= first
         self.settle()
 
+    def trained(self) -> frozenset:
+        """References to the variables that are trained."""
+        return frozenset(variable.ref() for variable in self.trainable_variables)
+
     def settle(self) -> None:
         """Makes batch norm follow what is trained, after `trainable` of layers was set."""
         for norm in self.all_norms():

@@ -108,8 +108,8 @@ class Run:
     model: ConAdvModel
     monitor: MonitorSettings
     divergence: DivergenceSettings
-    initial_weights: str | None = None
-    make_network: NetworkMaker | None = None
+    initial_weights: str | None
+    make_network: NetworkMaker
 
 
 def plan_for(settings: TrainSettings, method: methods.Method, num_train: int, replicas: int) -> Plan:

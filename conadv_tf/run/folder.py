@@ -13,6 +13,9 @@ from conadv_tf.errors import RunError, file_errors, one_line
 # TensorFlow is imported where it is used: a tool that only reads local folders does without.
 
 
+EXPORT, SAVED_MODEL = "export", "saved_model.pb"
+
+
 class RunFolder:
     """`model_dir`: local or gs://. Every text file is replaced whole, never half written.
 
@@ -121,6 +124,14 @@ class RunFolder:
                 f"--model_dir={self.path} cannot be written ({one_line(error)}): make room, or choose a folder you may "
                 "write"
             ) from error
+
+
+def export_in(path: str) -> str | None:
+    """The folder of the SavedModel that a path names: its own, or that of the run there; None where there is none."""
+    for folder in (path, os.path.join(path, EXPORT)):
+        if paths.exists(os.path.join(folder, SAVED_MODEL)):
+            return folder
+    return None
 
 
 def recorded(value: float) -> float:

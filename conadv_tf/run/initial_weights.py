@@ -4,6 +4,7 @@ What is read becomes a network with the branches and classes that it was saved w
 lacks begins as its main branch. A classifier of other classes, or of none, begins anew.
 """
 
+import itertools
 import json
 import os
 import re
@@ -23,11 +24,13 @@ from conadv_tf.models.network import Network
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.run import checkpoint
+from conadv_tf.run.folder import export_in
 from conadv_tf.run.model_settings import NetworkMaker
+from conadv_tf.training import sizes
 from conadv_tf.training.trainer import ConAdvModel
 
 _OWN = {kind.__name__ for kind in (ConAdvModel, ResNet, keras_split.SplitNetwork)}
-_EXPORTED, _OF_KERAS = "saved_model.pb", (".keras", ".h5")
+_OF_KERAS = (".keras", ".h5")
 # In the keys of a checkpoint, where .S stands for a slash of a name.
 _BRANCH = re.compile(r"^network/.*/(\w+)\.Smoving_mean/")
 _LAST_BIAS = re.compile(r"^network/(?:classifier|graph/layer_with_weights-(\d+))/bias/")
@@ -55,7 +58,7 @@ def start(model: ConAdvModel, path: str, make: NetworkMaker) -> str:
             f"model.initial_weights={path!r} does not fit {network.architecture} ({one_line(error)}): give weights of "
             "that network, or choose the network that they are of by model.name"
         ) from error
-    count = sum(np.prod(variable.shape, dtype=int) for variable in network.leaf_variables())
+    count = sizes.count_numbers(network.leaf_variables())
     text = f"starting from {place}: {count:,} numbers of {network.architecture}"
     if classes == network.num_classes:
         return text
@@ -75,9 +78,9 @@ def _place(path: str) -> str:
     checkpoints = os.path.join(path, "checkpoints")
     for newest in checkpoint.numbers(checkpoints)[:1]:
         return checkpoint.path_of(checkpoints, newest)
-    for folder in (path, os.path.join(path, "export")):
-        if paths.exists(os.path.join(folder, _EXPORTED)):
-            return folder
+    export = export_in(path)
+    if export:
+        return export
     raise ConfigError(
         f"model.initial_weights={path!r} holds no weights: name the folder of a run, a checkpoint (….ckpt-N without "
         ".index), an export/, or a .keras or .h5 file"
@@ -141,7 +144,8 @@ def _of_keras(network: Network, place: str, make: NetworkMaker) -> tuple[Network
         return found, found.num_classes
     if network.architecture not in applications.names():
         raise ValueError("the file is of a Keras model, not of a ConAdvModel")
-    classes = applications.held_classes(network.architecture, network.image_shape, place)
+    assert isinstance(network, keras_split.SplitNetwork)
+    classes = applications.held_classes(network, place)
     found = make(classes or network.num_classes, (MAIN,))
     assert isinstance(found, keras_split.SplitNetwork)
     applications.load_weights(found, place, classes)
@@ -219,13 +223,11 @@ def _set(variables: Sequence[tf.Variable], values: Sequence[np.ndarray]) -> None
 
 def _assign(source: Network, networks: Sequence[Network]) -> None:
     """Gives networks the weights of a source, but for a classifier of other classes."""
+    values = [variable.numpy() for variable in source.leaf_variables()]
     for network in networks:
-        alike = source.num_classes == network.num_classes
-        last = {variable.ref() for variable in network.parts()[-1].weights}
-        ours, theirs = network.leaf_variables(), source.leaf_variables()
-        kept = [index for index, one in enumerate(ours) if alike or one.ref() not in last]
-        kept += range(len(ours), len(theirs))  # too many of theirs: `_set` says so
-        _set(
-            [ours[index] for index in kept if index < len(ours)],
-            [theirs[index].numpy() for index in kept if index < len(theirs)],
-        )
+        ours, theirs = network.leaf_variables(), values
+        if source.num_classes != network.num_classes and len(ours) == len(theirs):  # else `_set` says what differs
+            last = {variable.ref() for variable in network.parts()[-1].weights}
+            kept = [variable.ref() not in last for variable in ours]
+            ours, theirs = (list(itertools.compress(each, kept)) for each in (ours, theirs))
+        _set(ours, theirs)

@@ -28,12 +28,13 @@ import numpy as np
 from conadv_tf import paths, terminal
 from conadv_tf.data.image_files import SUFFIXES, LeftOut, image_files, left_out_lines, shown
 from conadv_tf.errors import ConfigError, DataError, RunError
+from conadv_tf.run.folder import EXPORT, SAVED_MODEL, export_in
 
 if TYPE_CHECKING:  # takes TensorFlow with it, which --help and a misspelt path do without
     from conadv_tf.data import augment
     from conadv_tf.run.export import Classifier
 
-_SAVED_MODEL, _EXPORT, _CONFIG = "saved_model.pb", "export", "config.gin"
+_CONFIG = "config.gin"
 _IMAGES_AT_A_TIME = 32
 _COLUMNS = ("image", "rank", "label", "class", "probability")
 
@@ -67,16 +68,16 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _export_of(run: str) -> str:
     """The folder of the SavedModel of RUN."""
-    for folder in (run, os.path.join(run, _EXPORT)):
-        if paths.exists(os.path.join(folder, _SAVED_MODEL)):
-            return folder
+    found = export_in(run)
+    if found:
+        return found
     if paths.exists(os.path.join(run, _CONFIG)):
         raise RunError(
-            f"RUN={run} has not finished (there is no {_EXPORT}/): start the command that began it again, which trains "
+            f"RUN={run} has not finished (there is no {EXPORT}/): start the command that began it again, which trains "
             "it to its end"
         )
     raise ConfigError(
-        f"RUN={run} holds neither a run nor an export (there is no {_SAVED_MODEL}): name the --model_dir of a finished "
+        f"RUN={run} holds neither a run nor an export (there is no {SAVED_MODEL}): name the --model_dir of a finished "
         "run, or its export/"
     )
 

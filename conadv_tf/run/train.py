@@ -25,7 +25,7 @@ from conadv_tf.run import (
 )
 from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
-from conadv_tf.run.folder import RunFolder, recorded
+from conadv_tf.run.folder import EXPORT, RunFolder, recorded
 from conadv_tf.run.strategy import is_chief
 from conadv_tf.run.tensorboard import TensorBoard
 from conadv_tf.training.learning_rate import peak_of, warmup_poly_decay
@@ -60,7 +60,7 @@ def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Finger
     update = checkpoints.restore()
     if not run.settings.accept_changed_data:
         resuming.check_data(folder.file("checkpoints"), checkpoints.data, data)
-    if not update and run.initial_weights and run.make_network:
+    if not update and run.initial_weights:
         # Before anything says whose the folder is: a mistake in the path would keep the folder.
         terminal.say(initial_weights.start(run.model, run.initial_weights, run.make_network))
     folder.write_data(data)  # first: a folder without it passes for one of an earlier version
@@ -75,7 +75,7 @@ def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Finger
     if folder.writes:
         names = run.data.class_names
         result |= {"classes": list(names)} if names else {}
-        export(run.model.network, folder.file("export"), names, run.data.view)
+        export(run.model.network, folder.file(EXPORT), names, run.data.view)
     folder.write_result(result)
     if run.data.bad_records.count:
         terminal.say(run.data.bad_records.report())

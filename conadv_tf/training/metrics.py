@@ -122,7 +122,7 @@ def drift(network: Network, stale: Network) -> tf.Tensor:
 
 def distance(network: Network, stale: Network) -> tf.Tensor:
     """‖θ_t − θ_{t−τ}‖ over all variables that the network trains, float32 scalar."""
-    trained = {variable.ref() for variable in network.trainable_variables}
+    trained = network.trained()
     pairs = zip(network.leaf_variables(), stale.leaf_variables(), strict=True)
     return tf.linalg.global_norm(
         [tf.convert_to_tensor(now) - tf.convert_to_tensor(then) for now, then in pairs if now.ref() in trained]

@@ -1,6 +1,5 @@
 """Refusals: what Keras lets through and training here could not do, or would do as something else."""
 
-from collections.abc import Collection
 from typing import Any
 
 import tensorflow as tf
@@ -90,7 +89,7 @@ def check_rate(optimizer: Any, callbacks: Any) -> None:
 
 def check_parts(network: Network) -> None:
     """Raises ConfigError for a network of which nothing is trained, or a part in part only."""
-    trained = _trained(network)
+    trained = network.trained()
     for part in network.parts():
         could = [variable for variable in part.weights if variable.trainable]
         if {variable.ref() in trained for variable in could} == {True, False}:
@@ -106,18 +105,14 @@ def check_parts(network: Network) -> None:
         raise ConfigError("all layers are frozen (trainable=False): leave at least the last one trainable")
 
 
-def check_still_trained(network: Network, trained: Collection) -> None:
-    """Raises ConfigError unless a network trains what it did when its model was made; `trained`: references."""
-    changed = len(_trained(network) ^ set(trained))
+def check_still_trained(network: Network, trained: frozenset) -> None:
+    """Raises ConfigError unless a network trains what it did when its model was made; `trained`: `Network.trained`."""
+    changed = len(network.trained() ^ trained)
     if changed:
         raise ConfigError(
             f"{changed} variables of the network were frozen or released (trainable) after the model was made: do so "
             "before, or make a new ConAdvModel of model.network"
         )
-
-
-def _trained(network: Network) -> set:
-    return {variable.ref() for variable in network.trainable_variables}
 
 
 def _is_of_other_keras(value: Any) -> bool:

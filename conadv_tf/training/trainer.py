@@ -77,7 +77,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         self.network = network.create_variables()
         self.network.settle()
         refusals.check_parts(self.network)
-        self._trained = frozenset(variable.ref() for variable in network.trainable_variables)
+        self._trained = network.trained()
         self.method = method
         self.microbatches = microbatches
         self.seed = seed
