@@ -101,7 +101,7 @@ def by_turns(images, labels, replicas: int):
 
 @pytest.mark.parametrize(
     ("replicas", "label"),
-    some_of([(2, None), (2, "predicted"), (4, None), (8, None)], (2, None), long=[(2, "predicted")]),
+    some_of([(2, "smoothed"), (2, "auto"), (4, "smoothed"), (8, "auto")], (2, "smoothed"), long=[(2, "auto")]),
 )
 def test_phased_equals_paired_on_half_the_replicas(replicas, label):
     images, labels = global_batches(UPDATES, replicas // 2 * ROWS)
@@ -334,10 +334,23 @@ def test_bytes_and_floats_train_alike(attack):
 
 def test_costs_are_those_of_the_specification():
     units = {schedule: methods.conadv(schedule=schedule).forward_units for schedule in methods.schedules_of("conadv")}
-    assert units == {"shadow": 8, "lookahead": 8, "paired": 6, "phased": 3}
-    for settings in ({"label": "predicted"}, {"label": "hard"}, {"goal": "random_target"}):
-        apart = [methods.conadv(Attack(**settings), schedule=schedule) for schedule in ("paired", "phased")]
-        assert [method.forward_units for method in apart] == [7, 4], settings
+    assert units == {"shadow": 8, "lookahead": 8, "paired": 7, "phased": 4}
+    for settings, expected in (
+        ({"label": "smoothed"}, [6, 3]),
+        ({"label": "predicted"}, [7, 4]),
+        ({"label": "hard"}, [7, 4]),
+        ({"goal": "random_target"}, [7, 4]),
+    ):
+        within = [methods.conadv(Attack(**settings), schedule=schedule) for schedule in ("paired", "phased")]
+        assert [method.forward_units for method in within] == expected, settings
+
+
+def test_a_label_that_a_recipe_does_not_name_never_leaks_within_the_clean_pass():
+    labels = {name: methods.conadv(schedule=name).attack.label for name in methods.schedules_of("conadv")}
+    assert labels == {"shadow": "hard", "lookahead": "hard", "paired": "predicted", "phased": "predicted"}
+    target = Attack(goal="random_target")
+    assert {methods.conadv(target, schedule=name).attack.label for name in labels} == {"hard"}
+    assert methods.conadv(Attack(label="smoothed"), schedule="paired").attack.label == "smoothed"
 
 
 @pytest.mark.parametrize("schedule", ["paired", "phased"])

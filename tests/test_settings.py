@@ -119,6 +119,21 @@ def test_a_kept_configuration_is_read_under_the_names_of_now():
     assert kept_config.difference(STREAMED, again.replace("cache = 'memory'", "cache = 'none'")) is None
 
 
+def test_a_label_that_was_left_to_the_schedule_keeps_its_meaning():
+    """attack.label=None was "smoothed" for the untargeted attack of "paired" and "phased", else "hard"."""
+    text = "attack.label = {}\nattack.goal = {}\nconadv.schedule = {}\ntrain.method = 'conadv'\n"
+    old = text.replace("{}", "None", 1).format
+    for schedule in ("'paired'", "'phased'"):
+        kept, now = old("'untargeted'", schedule), text.format("'smoothed'", "'untargeted'", schedule)
+        assert kept_config.difference(kept, now) is None
+        automatic = text.format("'auto'", "'untargeted'", schedule)
+        assert kept_config.difference(kept, automatic) == ("attack.label", "'smoothed'", "'auto'")
+        assert kept_config.contradiction(kept, {"attack.label": "smoothed"}) is None
+        assert kept_config.contradiction(kept, {"attack.label": "predicted"}) is not None
+    for goal, schedule in (("'untargeted'", "'shadow'"), ("'random_target'", "'paired'")):
+        assert kept_config.difference(old(goal, schedule), text.format("'auto'", goal, schedule)) is None
+
+
 @pytest.mark.parametrize(
     ("source", "kept"),
     [
@@ -241,7 +256,7 @@ def test_settings_of_a_source_that_a_later_file_replaces_are_no_news(capsys):
     files = ["--gin_file=cifar10_conadv.gin", "--gin_file=data/digits.gin", "--gin_file=method/vanilla.gin"]
     call_command_line(*files, *(f"--gin_param={size}" for size in sizes), "--preflight")
     [line] = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
-    assert line == "  not used by this run: conadv.schedule, conadv.tau, attack.epsilon_pixels"
+    assert line == "  not used by this run: conadv.schedule, conadv.tau, attack.epsilon_pixels, attack.label"
 
 
 def test_without_files_their_settings_count_as_used():

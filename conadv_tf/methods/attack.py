@@ -12,7 +12,7 @@ from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
 NORMS = ("linf", "l2")
 GOALS = ("untargeted", "random_target")
-LABELS = (None, "hard", "smoothed", "predicted")
+LABELS = ("auto", "hard", "smoothed", "predicted")
 UNITS = ("pixels", "release_units")
 BATCH_NORMS = ("main", "aux", "moving")
 COMPUTE_DTYPES = (None, "bfloat16")
@@ -37,8 +37,8 @@ class Attack:
         wrong label.
       label: the cross-entropy that the goal is about: "hard"; "smoothed", the training loss; "predicted", "hard" of the
         class that the attacked network itself predicts where the attack begins, so that x̂ cannot tell the true one
-        (docs/method.md, label leaking). None: "smoothed" for the untargeted attack of "paired" and "phased", else
-        "hard".
+        (docs/method.md, label leaking). "auto": "predicted" for the untargeted attack of "paired" and "phased", which
+        would leak the true label, else "hard".
       random_start_probability: the probability, drawn per batch, that δ_0 ~ U(−ε, ε) rather than 0, in [0, 1]; None: 0
         for the schedules "paired" and "phased", else 1.
       batch_norm: what the attack looks through, never updating it: "main" or "aux" (that branch with
@@ -55,7 +55,7 @@ class Attack:
     steps: int = 1
     norm: str = "linf"
     goal: str = "untargeted"
-    label: str | None = None
+    label: str = "auto"
     random_start_probability: float | None = None
     batch_norm: str = "main"
     units: str = "pixels"

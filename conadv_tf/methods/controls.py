@@ -107,7 +107,7 @@ def _noise_passes(attack: Attack, mixture: Mixture) -> Passes:
 _NO_ATTACK = Requirement(
     {
         "attack.random_start_probability": (None,),
-        "attack.label": (None,),
+        "attack.label": ("auto",),
         "attack.steps": (1,),
         "attack.goal": ("untargeted",),
         "attack.batch_norm": ("main",),

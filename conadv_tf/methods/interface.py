@@ -74,7 +74,7 @@ class Schedule:
       method: "conadv" where `conadv.schedule` chooses it; None for a schedule that is a method of its own.
       settings: the kinds of its settings, by their name in a recipe: dataclasses that gin configures. With an Attack
         there are adversarial examples, and a branch of batch norm for them.
-      label: what attack.label is for an untargeted attack where a recipe does not say it.
+      label: what "auto" of attack.label is for an untargeted attack.
       delay: updates that the attacked weights are old; None where `conadv.tau` says it.
       carries: (*settings, spec of a micro-batch's images) → what one update leaves to the next; None: nothing.
       begin: (*settings) → what makes the first carry, where a run begins or goes on; see `batches_ahead`.

@@ -256,9 +256,10 @@ def _method(
 def _resolved(record: Schedule, attack: Attack) -> Attack:
     """The attack with a value for what a recipe leaves to the schedule."""
     start = attack.random_start_probability
+    automatic = record.label if attack.goal == "untargeted" else "hard"
     return dataclasses.replace(
         attack,
-        label=attack.label or (record.label if attack.goal == "untargeted" else "hard"),
+        label=automatic if attack.label == "auto" else attack.label,
         random_start_probability=record.default("attack.random_start_probability", 1.0) if start is None else start,
     )
 

@@ -40,7 +40,7 @@ def kept_settings(text: str) -> dict[str, str]:
     Settings that they lacked have the values that were in effect.
     """
     config.register()
-    found = config.parse_settings(text)
+    found = _spelled(config.parse_settings(text))
     source = _source(found)
     if source not in config.sources():
         return found
@@ -64,6 +64,15 @@ def value(text: str, name: str) -> str | None:
 def _value(found: Mapping[str, str], name: str) -> str | None:
     written = found.get(name)
     return None if written is None else found.get(written.removeprefix("%"), written)
+
+
+def _spelled(found: dict[str, str]) -> dict[str, str]:
+    """Settings with a name for what attack.label=None meant before it was called "auto" and chose otherwise."""
+    if found.get("attack.label") != "None":
+        return found
+    trains = _value(found, "conadv.schedule") in ("'paired'", "'phased'") and found.get("train.method") == "'conadv'"
+    by_loss = trains and found.get("attack.goal") == "'untargeted'"
+    return {**found, "attack.label": "'smoothed'" if by_loss else "'auto'"}
 
 
 def _source(found: Mapping[str, str]) -> str:
@@ -101,7 +110,7 @@ def contradiction(saved: str, wanted: Mapping[str, Any]) -> tuple[str, str, str]
     Returns:
       (name, saved value, the recipe's value), or None; settings without effect on the run are not compared.
     """
-    found = config.parse_settings(saved)
+    found = _spelled(config.parse_settings(saved))
     old = {config.MOVED.get(name, name).format(source=_source(found)): value for name, value in found.items()}
     for name in sorted(old.keys() & wanted.keys()):
         new = config.as_written(wanted[name])
