@@ -126,6 +126,7 @@ SCALES = {
         ),
         Scale("cifar10", _LARGE, **_CIFAR10 | {"control": (24.0, 4.0)}),
         Scale("cifar10_crop_flip", _LARGE, **_CIFAR10),
+        Scale("cifar10_crop_flip_wide", ("96k",), **_CIFAR10),
         # The largest rate was added when plain training, on validation images, was best at the largest of those before.
         Scale(
             "cifar10_sgd",
