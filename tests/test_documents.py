@@ -182,7 +182,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_results():
         "plain": "ResNet",
         "DisAdv": "+ DisAdv",
         "ConAdv, shadow": "+ ConAdv",
-        "ConAdv, paired": "+ ConAdv, paired",
+        "ConAdv, paired, true label": "+ ConAdv, paired",
         "plain + AutoAugment": "+ AA",
     }
     for label, row in names.items():

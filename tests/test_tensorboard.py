@@ -110,7 +110,7 @@ def test_the_table_of_runs_has_their_settings_beside_test_top1(shown):
         "schedule": "paired",
         "epsilon": 4.0,
         "goal": "untargeted",
-        "label": "smoothed",
+        "label": "predicted",
         "rate": 2.5,
         "batch": 110.0,
         "seed": 0.0,
