@@ -22,7 +22,8 @@ def test_paired_equals_the_formulas():
     """Row r of micro-batch m trains on what micro-batch m + r (mod 3) crafted an update before, or m − r, by turns."""
     recipe = Recipe(smoothed=True)
     images, labels = random_batches(UPDATES * COUNT, ROWS, seed=7)
-    model = make_model(methods.conadv(mixture=SHUFFLED, schedule="paired"), lars.LARS(RATE), microbatches=COUNT)
+    method = methods.conadv(Attack(label="smoothed"), SHUFFLED, "paired")
+    model = make_model(method, lars.LARS(RATE), microbatches=COUNT)
     model.create_optimizer_variables()
     states, iterator = [state_of(model)], iter(tf.data.Dataset.from_tensor_slices((images, labels)))
     train = model.make_train_function()
