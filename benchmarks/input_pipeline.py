@@ -13,6 +13,7 @@ import argparse
 import json
 import resource
 import statistics
+import tempfile
 import time
 
 import tensorflow as tf
@@ -20,10 +21,12 @@ from official.vision.configs import common
 from official.vision.dataloaders import classification_input
 
 from conadv_tf import data, paths, terminal
+from conadv_tf.data import shrink_records
 
 SIZE, ROWS = 224, 16
 PARSER, PARSER_AA = "tf-models parser", "tf-models parser, AutoAugment"
 OURS, OURS_AA, EVALUATION = "train", "train, AutoAugment", "evaluation"
+OURS_SHRUNK = f"train, photos shrunk to {shrink_records.MAX_SIDE} pixels"
 OURS_CACHED, EVALUATION_CACHED = "train, cached", "evaluation, cached"
 
 
@@ -52,13 +55,14 @@ def ours(data_dir: str, autoaugment: str, cache: str = "none") -> data.ImageData
     )
 
 
-def contestants(data_dir: str) -> dict[str, tf.data.Dataset]:
+def contestants(data_dir: str, shrunk_dir: str) -> dict[str, tf.data.Dataset]:
     files = paths.matching(data_dir, "train-*")
     records = list(tf.data.TFRecordDataset(files).as_numpy_iterator())
     plain, cached = ours(data_dir, "none"), ours(data_dir, "none", "memory")
     return {
         PARSER: tf_models(records, None),
         OURS: plain.train_batches(ROWS, 1),
+        OURS_SHRUNK: ours(shrunk_dir, "none").train_batches(ROWS, 1),
         OURS_CACHED: cached.train_batches(ROWS, 1),
         EVALUATION: evaluation(plain),
         EVALUATION_CACHED: evaluation(cached),
@@ -124,7 +128,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory_images", type=int, default=10_240)
     arguments = parser.parse_args()
-    pipelines = contestants(arguments.data_dir)
+    shrunk = tempfile.TemporaryDirectory()
+    shrink_records.shrink_records(arguments.data_dir, shrunk.name)
+    pipelines = contestants(arguments.data_dir, shrunk.name)
     rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(arguments.rounds):
         for name, batches in pipelines.items():

@@ -222,6 +222,8 @@ TABLE = ["--table=1", "--figure=gain", "--jobs=0", "--runs=results/digits/runs"]
         ("cli", ["train.epochs=3"], 2),
         ("data.import_images", ["--help"], 0),
         ("data.import_images", ["no_such_folder", "no_such_place"], 1),
+        ("data.shrink_records", ["--help"], 0),
+        ("data.shrink_records", ["src", "gs://bucket/dst"], 2),
         ("data.service", ["--help"], 0),
         ("experiments.analyze", ["--help"], 0),
         ("experiments.analyze", ["run", "--images=none"], 2),

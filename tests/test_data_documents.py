@@ -69,6 +69,7 @@ def place(tmp_path_factory) -> Path:
     cifar.mkdir(parents=True)
     for shard in (DATA / "cifar10").glob("*-00000-of-*"):
         (cifar / shard.name).symlink_to(shard)
+    (folder / "imagenet").symlink_to(DATA / "imagenet_sample")
     random = np.random.default_rng(0)
     for kind in ("cats", "dogs"):
         (folder / "photos" / kind).mkdir(parents=True)
@@ -87,7 +88,7 @@ def run(arguments: list[str], place: Path) -> str:
 
 
 def test_there_are_commands_and_programs():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     assert len(PROGRAMS) == 2
 
 
@@ -104,13 +105,15 @@ def more_flags(command: str, place: Path) -> list[str]:
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, place):
-    if "data/cifar10" in command and not (DATA / "cifar10").is_dir():
-        pytest.skip(f"{DATA / 'cifar10'} is not here; set CONADV_TEST_DATA")
+    for named, folder in {"data/cifar10": "cifar10", "imagenet-258": "imagenet_sample"}.items():
+        if named in command and not (DATA / folder).is_dir():
+            pytest.skip(f"{DATA / folder} is not here; set CONADV_TEST_DATA")
     program, *arguments = shlex.split(command)
     found = {"python": sys.executable}.get(program) or shutil.which(program, path=str(Path(sys.executable).parent))
     assert found, f"{program} is not installed"
     out = run([found, *arguments, *more_flags(command, place)], place)
-    expected = r"--gin_file=\w+/data\.gin" if program == "conadv-import-images" else r"updates +|test top-1"
+    expected = {"conadv-import-images": r"--gin_file=\w+/data\.gin", "conadv-shrink-records": "60 records"}
+    expected = expected.get(program, r"updates +|test top-1")
     assert re.search(expected, out.replace('"', "")), out
 
 

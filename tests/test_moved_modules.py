@@ -169,7 +169,8 @@ def test_console_scripts_answer(helps, name):
     printed, errors = helps[name].communicate(timeout=120)
     assert helps[name].returncode == 0, errors
     assert printed.startswith(f"usage: {name} ")
-    without_data = ("conadv-data-service", "conadv-import-images", "conadv-predict", "conadv-tpu-worker")
+    of_data = ("conadv-data-service", "conadv-import-images", "conadv-shrink-records")
+    without_data = (*of_data, "conadv-predict", "conadv-tpu-worker")
     assert "--data_dir" in printed or name in without_data
     assert "Traceback" not in errors
 

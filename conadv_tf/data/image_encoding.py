@@ -63,10 +63,34 @@ def _encoded(content: bytes, image_size: int | None, form: str) -> Encoded:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
         converted = _reencoded(image, image_size)
+    return Encoded(_saved(converted, form), converted.size, converted.mode, False, digest)
+
+
+def shrunk(content: bytes, max_side: int) -> tuple[bytes, tuple[int, int]] | None:
+    """Makes a JPEG of an image of a record whose shorter side is longer than `max_side`.
+
+    Args:
+      content: the image as it is stored. As in training, what its EXIF says of its orientation does not count.
+      max_side: pixels.
+
+    Returns:
+      (the JPEG, (width, height)); None for an image that is small enough, or of colours that a JPEG cannot hold.
+
+    Raises:
+      Exception: what decoders raise of a broken image.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        if min(image.size) <= max_side or image.mode not in MODES or "transparency" in image.info:
+            return None
+        smaller = _resized(image, max_side)
+    return _saved(smaller, "JPEG"), smaller.size
+
+
+def _saved(image: Image.Image, form: str) -> bytes:
     with _file() as file:
-        converted.save(file, form, **_SAVED[form])
+        image.save(file, form, **_SAVED[form])
         file.seek(0)
-        return Encoded(file.read(), converted.size, converted.mode, False, digest)
+        return file.read()
 
 
 def _file() -> BinaryIO:
@@ -85,8 +109,10 @@ def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
         white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
         upright = Image.alpha_composite(white, upright.convert("RGBA"))
     upright = upright.convert("RGB")
-    if image_size and min(upright.size) > image_size:
-        scale = image_size / min(upright.size)
-        width, height = (max(image_size, round(scale * side)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.BICUBIC)
-    return upright
+    return _resized(upright, image_size) if image_size and min(upright.size) > image_size else upright
+
+
+def _resized(image: Image.Image, shorter: int) -> Image.Image:
+    scale = shorter / min(image.size)
+    width, height = (max(shorter, round(scale * side)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
