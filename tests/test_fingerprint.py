@@ -80,6 +80,7 @@ def test_a_user_trains_one_fold_and_then_another(tmp_path):
     assert f"error: {run} holds a run on the data that {folds[0]} had then, {folds[1]} has others (t" in other.stderr
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_with_its_own_data_alone(tmp_path, capfd):
     place = make_data(tmp_path / "data")
     run = interrupted(tmp_path / "run", place)

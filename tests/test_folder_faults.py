@@ -133,7 +133,10 @@ def goes_on_after_epoch_1(folder: Path, whole: Path, capfd) -> None:
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("leave", "what"), [(0, "--model_dir={} cannot be written"), (16384, "cannot write a checkp")])
+@pytest.mark.parametrize(
+    ("leave", "what"),
+    [(0, "--model_dir={} cannot be written"), pytest.param(16384, "cannot write a checkp", marks=pytest.mark.long)],
+)
 def test_a_disk_that_fills_up_keeps_what_it_has(leave, what, whole, small_disk, monkeypatch, capfd):
     folder = small_disk / "run"
     with monkeypatch.context() as patched:

@@ -138,7 +138,7 @@ def keras_files(tmp_path_factory):
 FILES = [f"{name}{suffix}" for suffix in (".h5", ".weights.h5", ".keras") for name in ("whole", "other", "notop")]
 
 
-@pytest.mark.parametrize("file", some_of(FILES, "whole.h5", "other.weights.h5", long=FILES))
+@pytest.mark.parametrize("file", some_of(FILES, "other.weights.h5", long=FILES))
 def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_files):
     folder, theirs = keras_files
     kind, _, suffix = file.partition(".")

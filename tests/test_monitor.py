@@ -10,7 +10,7 @@ import reference
 import tensorflow as tf
 import tf_keras
 from commands import call_command_line
-from helpers import assert_close, assert_identical, make_model, mirrored, random_batches, snapshot
+from helpers import assert_close, assert_identical, make_model, mirrored, random_batches, snapshot, some_of
 from test_update import SAFE_MARGIN, state_of
 
 from conadv_tf import methods
@@ -109,7 +109,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_of(CASES, "tau 1", "aux, l2", otherwise="long"))
 def test_values_equal_an_independent_computation(case):
     tau, attack, recipe = CASES[case]
     # A random start and a second step in training leave the monitor's one step from the clean image as it is.
@@ -141,7 +141,13 @@ def test_equal_weights_have_no_drift_and_equal_signs():
     assert values["theory_fresh_loss"] == values["theory_stale_loss"] > 0
 
 
-@pytest.mark.parametrize("method", [methods.conadv(tau=2), methods.vanilla()], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(methods.conadv(tau=2), id="conadv"),
+        pytest.param(methods.vanilla(), id="vanilla", marks=pytest.mark.long),
+    ],
+)
 def test_it_changes_no_bit_of_the_run(method):
     watched, alone = make_model(method, lars.LARS(RATE)), make_model(method, lars.LARS(RATE))
     seen, *_ = train(watched, every=1)
@@ -168,6 +174,7 @@ def test_replicas_give_the_values_of_one_and_stay_alike():
     assert_close(two, one, 1e-5)
 
 
+@pytest.mark.long
 def test_it_is_an_xla_program_with_the_same_values():
     model = make_model(methods.conadv(Attack(epsilon_pixels=EPSILON, goal="random_target")))
     model.shadows[0].classifier.kernel.assign(-0.5 * model.shadows[0].classifier.kernel)

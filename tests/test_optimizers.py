@@ -44,7 +44,9 @@ def weights_of(model) -> dict:
     return reference_names(named_variables(model.network), moving=False)
 
 
-@pytest.mark.parametrize(("kind", "replicas"), [("adamw", 1), ("lamb", 2), ("rmsprop", 2)])
+@pytest.mark.parametrize(
+    ("kind", "replicas"), [("adamw", 1), ("lamb", 2), pytest.param("rmsprop", 2, marks=pytest.mark.long)]
+)
 def test_updates_equal_the_formulas(kind, replicas):
     images, labels = random_batches(3, ROWS * replicas)
     strategy = mirrored(replicas) if replicas > 1 else None
@@ -68,7 +70,10 @@ def test_updates_equal_the_formulas(kind, replicas):
 
 @pytest.mark.parametrize(
     ("make", "replicas"),
-    [pytest.param(optimizers.make_lamb, 1, id="lamb"), pytest.param(tf_keras.optimizers.Adam, 2, id="keras' Adam")],
+    [
+        pytest.param(optimizers.make_lamb, 1, id="lamb"),
+        pytest.param(tf_keras.optimizers.Adam, 2, id="keras' Adam", marks=pytest.mark.long),
+    ],
 )
 def test_an_update_that_is_not_finite_changes_nothing(make, replicas):
     """Neither weights nor slots nor the count of updates."""

@@ -52,6 +52,7 @@ def test_every_photo_comes_once_an_epoch_on_any_number_of_hosts(hosts):
     assert [label for _, label in first] != [label for _, label in second]
 
 
+@pytest.mark.long
 @needs_photos
 def test_crops_are_drawn_by_seed_and_epoch():
     loaded = load(augmentation="resized_crop_flip")

@@ -66,7 +66,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", some_of(CASES, "paired from epoch 1", long=["phased, odd and even"]))
+@pytest.mark.parametrize(
+    "case", some_of(CASES, "five updates a call", long=["paired from epoch 1", "phased, odd and even"])
+)
 def test_a_run_preempted_within_an_epoch_ends_with_the_same_weights_and_metrics(case, tmp_path):
     bindings, updates = CASES[case]
     result = trained(tmp_path / "whole", *bindings)
@@ -138,6 +140,7 @@ def test_a_negative_number_of_updates_is_refused(tmp_path):
         trained(tmp_path, "train.checkpoint_every_steps=-1")
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_too(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with signalled(20, signal.SIGINT), pytest.raises(KeyboardInterrupt):
@@ -175,6 +178,7 @@ def test_the_command_line_ends_with_a_code_of_its_own_and_one_line_and_goes_on(t
     assert f"resuming {tmp_path} after update 20" in capfd.readouterr().out
 
 
+@pytest.mark.long
 def test_a_reader_of_its_output_that_ends_with_it_loses_nothing(tmp_path):
     """As `train.py 2>&1 | tee log` when Ctrl-C reaches both."""
     reader, writer = os.pipe()
@@ -189,6 +193,7 @@ def test_a_reader_of_its_output_that_ends_with_it_loses_nothing(tmp_path):
     assert max(checkpoints(tmp_path)) == 20
 
 
+@pytest.mark.long
 def test_a_signal_while_a_checkpoint_is_read_ends_the_run_and_is_no_damage(tmp_path, monkeypatch):
     with signalled(20), pytest.raises(Preempted):
         trained(tmp_path)

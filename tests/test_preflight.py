@@ -69,6 +69,7 @@ def test_a_second_preflight_compiles_nothing_and_says_the_same(monkeypatch):
     assert preflight.report(build(8), "v3-8", None) == first
 
 
+@pytest.mark.long
 def test_an_interruption_ends_the_compilations_under_way(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lower = Programs.update

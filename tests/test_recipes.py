@@ -56,9 +56,7 @@ def batches_for_two_updates(built: Run) -> tf.data.Dataset:
     return first_batches[key]
 
 
-@pytest.mark.parametrize(
-    "recipe", some_of(RECIPES, "digits_conadv.gin", "cifar10_conadv.gin", "96k_conadv_aa.gin", otherwise="long")
-)
+@pytest.mark.parametrize("recipe", some_of(RECIPES, "digits_conadv.gin", otherwise="long"))
 def test_recipe_trains_two_steps(recipe):
     built = build(recipe)
     model, branches = built.model, built.model.method.branches
@@ -91,7 +89,11 @@ def test_autoaugment_changes_what_it_is_to_change():
 
 @pytest.mark.parametrize(
     ("recipe", "parameters"),
-    [("96k_vanilla.gin", 25_557_032), ("96k_conadv.gin", 25_610_152), ("96k_conadv_aa_release.gin", 25_663_272)],
+    [
+        pytest.param("96k_vanilla.gin", 25_557_032, marks=pytest.mark.long),
+        ("96k_conadv.gin", 25_610_152),
+        pytest.param("96k_conadv_aa_release.gin", 25_663_272, marks=pytest.mark.long),
+    ],
 )
 def test_full_size_network_of_each_number_of_branches(recipe, parameters):
     """53,120 γ and β each branch."""

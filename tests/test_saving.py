@@ -138,6 +138,7 @@ def test_weights_are_loaded_where_the_optimizer_is_another_or_none(model, tmp_pa
         np.testing.assert_array_equal(loaded.network.classifier.kernel, model.network.classifier.kernel)
 
 
+@pytest.mark.long
 def test_a_checkpoint_callback_writes_what_loads(model, tmp_path):
     path = str(tmp_path / "epoch{epoch}.keras")
     run = other()

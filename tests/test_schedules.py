@@ -146,7 +146,7 @@ AIMS = {
         ("untargeted", 1, 0.5, 1.0),
         ("untargeted", 2, 0.3, 0.5),
         ("predicted", 2, 0.3, 0.5),
-        ("random_target", 2, 0.3, 0.5),
+        pytest.param("random_target", 2, 0.3, 0.5, marks=pytest.mark.long),
         pytest.param("hard", 1, 0.5, 1.0, marks=pytest.mark.long),
         pytest.param("untargeted", 2, 0.5, 1.0, marks=pytest.mark.long),
         pytest.param("untargeted", 1, 0.3, 0.5, marks=pytest.mark.long),
@@ -222,6 +222,7 @@ def paired_update(recipe: Recipe, state: State, stale: State, images, labels, st
     return State(weights, moving, velocity), logs
 
 
+@pytest.mark.long
 def test_lookahead_equals_the_formulas():
     updates, recipe = 3, Recipe(tau=1)
     images, labels = global_batches(updates + 1, 6, seed=3)
@@ -266,6 +267,7 @@ def test_without_a_perturbation_it_trains_like_clean_images_through_both_branche
     assert seen[1]["loss"] == pytest.approx(0.5 * (seen[1]["clean_loss"] + seen[1]["adversarial_loss"]), rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", some_of(CARRYING, "phased"))
 def test_a_carry_goes_on_over_epochs_and_fits(schedule):
     """One fit of three epochs, and three fits of one, are the same updates."""
@@ -284,6 +286,7 @@ def test_a_carry_goes_on_over_epochs_and_fits(schedule):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", some_of(CARRYING, "phased"))
 def test_the_whole_update_is_an_xla_program(schedule):
     """What a TPU compiles, carry included, in bfloat16."""
@@ -319,7 +322,7 @@ def test_whole_pixels_are_carried_as_bytes_and_others_as_they_are():
 @pytest.mark.parametrize(
     "attack",
     [
-        {"epsilon_pixels": 3.0, "step_size_pixels": 2.0},
+        pytest.param({"epsilon_pixels": 3.0, "step_size_pixels": 2.0}, marks=pytest.mark.long),
         pytest.param({"epsilon_pixels": 2.5}, marks=pytest.mark.long),
         pytest.param({"norm": "l2"}, marks=pytest.mark.long),
     ],

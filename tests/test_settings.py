@@ -177,6 +177,7 @@ def cell_of(path: Path) -> Cell:
     return Cell(scale, batch, found["row"], int(found["seed"]), float(found["rate"]), epsilon, int(found["tau"] or 1))
 
 
+@pytest.mark.long
 def test_every_kept_run_is_the_run_of_its_recipe():
     assert len(KEPT) > 300
     for path in KEPT:

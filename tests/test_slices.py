@@ -67,6 +67,7 @@ def test_a_program_serves_all_slices_of_a_generation_that_have_its_micro_batch(t
     assert lowered == []
 
 
+@pytest.mark.long
 def test_a_micro_batch_that_does_not_fit_gives_way_to_one_that_does(monkeypatch):
     monkeypatch.setattr(preflight, "fits", lambda built, rows, cost, generation: rows < 2)
     found, _ = slices.compare(build(), ONE)

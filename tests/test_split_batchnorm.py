@@ -193,7 +193,7 @@ def test_a_group_of_replicas_equals_one_replica_on_its_rows(group):
             np.testing.assert_allclose(copy, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.1])
+@pytest.mark.parametrize("spread", [pytest.param(0.0, marks=pytest.mark.long), 0.1])
 def test_groups_keep_the_variance_of_values_far_from_zero(spread):
     strategy = mirrored(4)
     with strategy.scope():

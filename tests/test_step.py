@@ -49,7 +49,7 @@ def batches(updates: int):
     return random_batches(updates, 6, seed=3)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_fifty_updates_are_traced_once(traces, microbatches):
     model = make_model(methods.conadv(tau=2), microbatches=microbatches)
     images, labels = batches(4)
@@ -59,6 +59,7 @@ def test_fifty_updates_are_traced_once(traces, microbatches):
     assert model.optimizer.iterations == 50
 
 
+@pytest.mark.long
 def test_updates_on_replicas_are_traced_once_for_each(traces):
     model = make_model(methods.conadv(), strategy=mirrored(2))
     images, labels = batches(2)
@@ -67,6 +68,7 @@ def test_updates_on_replicas_are_traced_once_for_each(traces):
     assert traces["conadv"] == 2
 
 
+@pytest.mark.long
 def test_a_start_epoch_makes_two_programs_and_runs_vanilla_before(traces):
     model = make_model(methods.conadv(mixture=methods.Mixture(start_epoch=2)))
     images, labels = batches(4)
@@ -78,6 +80,7 @@ def test_a_start_epoch_makes_two_programs_and_runs_vanilla_before(traces):
     assert traces == {"vanilla": 1, "conadv": 1}
 
 
+@pytest.mark.long
 def test_several_updates_in_one_call_are_traced_once(traces):
     model = make_model(methods.conadv(), steps_per_execution=5)
     images, labels = batches(4)
@@ -164,6 +167,7 @@ def test_a_run_is_reproduced_bit_for_bit_and_another_seed_is_another_run():
     assert any(not np.array_equal(runs[0][name], runs[2][name]) for name in runs[0])
 
 
+@pytest.mark.long
 def test_random_starts_differ_between_updates_and_between_micro_batches():
     images, labels = random_batches(1, 6)
     seen = []
@@ -223,6 +227,7 @@ def test_trust_ratios_and_gradient_norm_are_those_of_the_update():
     np.testing.assert_allclose(logged, [ratios[0], np.median(ratios), ratios[-1]], rtol=1e-3)
 
 
+@pytest.mark.long
 def test_a_late_half_logs_zeros_until_it_begins():
     model = make_model(methods.conadv(mixture=methods.Mixture(start_epoch=1)))
     images, labels = batches(2)

@@ -11,7 +11,8 @@ from conadv_tf import terminal
 from conadv_tf.run import callbacks
 
 QUICK = ["--gin_param=train.evaluate_every_epochs=100", "--gin_param=train.checkpoint_every_epochs=100"]
-THIRTY = ["--gin_param=train.epochs=30", "--gin_param=learning_rate.warmup_epochs=1", *QUICK]
+FEW = ["--gin_param=subset.train_images=220"]  # two updates an epoch
+THIRTY = ["--gin_param=train.epochs=30", "--gin_param=learning_rate.warmup_epochs=1", *QUICK, *FEW]
 
 
 class Screen(io.StringIO):

@@ -205,7 +205,7 @@ def test_a_second_tensorflow_is_said(machine):
     assert "--force-reinstall --no-deps 'tensorflow-tpu>=2.20,<2.21'" in line
 
 
-@pytest.mark.parametrize(("chip", "initialised"), [("0x0063", 0), ("0x0027", 2)])
+@pytest.mark.parametrize(("chip", "initialised"), [("0x0063", 0), pytest.param("0x0027", 2, marks=pytest.mark.long)])
 def test_a_strategy_says_why_tensorflow_sees_none(machine, chip, initialised):
     """TensorFlow itself, which has no TPU here. To initialise none through PJRT ends the process."""
     calls, initialise = [], tf.tpu.experimental.initialize_tpu_system

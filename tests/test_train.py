@@ -120,6 +120,7 @@ def test_tensorboard_has_every_promised_tag(finished):
     assert [event.step for event in events.Tensors("clean/loss")] == [13, 26, 39, 52, 65, 78]
 
 
+@pytest.mark.long
 def test_exported_network_predicts_without_conadv_tf(finished, tmp_path):
     """A bare TensorFlow process, the package out of reach, gets the run's own test accuracy."""
     script = tmp_path / "predict.py"
@@ -300,9 +301,9 @@ def test_preflight_builds_and_trains_nothing(tmp_path, monkeypatch, capsys):
     ("tpu", "layout"),
     [
         ("v3-512", ("512 × 192 images", "3 × 64 images")),
-        ("v3-8", ("8 × 12,288 images", "192 × 64 images")),
-        ("v4-1024", ("512 × 192 images", "3 × 64 images")),
-        ("v5litepod-256", ("256 × 384 images", "6 × 64 images")),
+        pytest.param("v3-8", ("8 × 12,288 images", "192 × 64 images"), marks=pytest.mark.long),
+        pytest.param("v4-1024", ("512 × 192 images", "3 × 64 images"), marks=pytest.mark.long),
+        pytest.param("v5litepod-256", ("256 × 384 images", "6 × 64 images"), marks=pytest.mark.long),
     ],
 )
 def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from helpers import assert_close, draws, fit, make_model, microbatch_seed, named_variables, random_batches
+from helpers import assert_close, draws, fit, make_model, microbatch_seed, named_variables, random_batches, some_of
 from reference import Recipe, Rows, State
 
 from conadv_tf import methods
@@ -135,7 +135,26 @@ def build(name: str):
     return model, fed, labels, [[rows(u, place) for place in range(count)] for u in range(updates)]
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of each kind one; what an attack is in further variants is a matter of the operations in x̂, below.
+QUICK = (
+    "vanilla",
+    "disadv",
+    "conadv_random_start",
+    "conadv_tau2",
+    "l2",
+    "random_target",
+    "smoothed",
+    "predicted",
+    "moving",
+    "aux",
+    "weight",
+    "microbatches",
+    "concat3_microbatches",
+    "sgd",
+)
+
+
+@pytest.mark.parametrize("name", some_of(CASES, *QUICK, otherwise="long"))
 def test_updates_equal_the_reference(name):
     model, images, labels, rows = build(name)
     recipe, rate = CASES[name][0], CASES[name][-1].get("rate", RATE)
@@ -178,6 +197,7 @@ def test_adversarial_examples_equal_the_reference(name):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 if recipe.norm == "linf" else 1e-3)
 
 
+@pytest.mark.long
 def test_no_perturbation_trains_like_a_clean_batch_through_both_batch_norms():
     attack = Attack(epsilon_pixels=0.0, random_start_probability=0.0)
     model = make_model(methods.conadv(attack, tau=1), lars.LARS(RATE))

@@ -35,12 +35,12 @@ def trained(name: str, replicas: int, microbatches: int):
     return logs, {name: v.numpy() for name, v in named_variables(model.network).items()}, model
 
 
-LAYOUTS = [(name, *layout) for name in METHODS for layout in ((4, 2), (8, 1))]
+LAYOUTS = [(name, *layout) for name in METHODS for layout in ((2, 4), (4, 2), (8, 1))]
 
 
 @pytest.mark.parametrize(
     ("name", "replicas", "microbatches"),
-    some_of(LAYOUTS, ("disadv", 4, 2), long=[("conadv_tau2", 4, 2), ("paired_predicted", 4, 2)]),
+    some_of(LAYOUTS, ("disadv", 2, 4), long=[("disadv", 4, 2), ("conadv_tau2", 4, 2), ("paired_predicted", 4, 2)]),
 )
 def test_replicas_equal_eight_microbatches_of_one(name, replicas, microbatches):
     expected_logs, expected, _ = trained(name, 1, 8)
@@ -82,6 +82,7 @@ def test_a_large_batch_is_not_its_micro_batches_because_batch_norm_sees_fewer_ro
     np.testing.assert_allclose(split, whole, rtol=0.1)
 
 
+@pytest.mark.long
 def test_several_updates_in_one_call_equal_one_by_one():
     images, labels = random_batches(8, ROWS, seed=7)
     models = [make_model(methods.conadv(), microbatches=2, steps_per_execution=n) for n in (1, 4)]
@@ -93,6 +94,7 @@ def test_several_updates_in_one_call_equal_one_by_one():
     assert models[1].optimizer.iterations == 4
 
 
+@pytest.mark.long
 def test_leftover_micro_batches_do_not_leak_into_the_next_epoch():
     """Five micro-batches of two an update: the fifth is no update, and no part of a later one."""
     images, labels = random_batches(5, ROWS, seed=8)

@@ -12,7 +12,7 @@ from commands import train, weights, workers
 from helpers import some_of
 
 
-@pytest.mark.parametrize("rows", some_of([54, 27], 27))
+@pytest.mark.parametrize("rows", some_of([54, 27], long=[27]))
 def test_two_workers_equal_two_replicas_of_one_process(rows, tmp_path):
     """With one and with two micro-batches a worker; the first worker alone keeps the files."""
     layout = ["--gin_param=train.global_batch_size=108", f"--gin_param=train.microbatch_size={rows}"]
