@@ -171,6 +171,6 @@ def test_a_program_made_before_a_part_was_released_does_not_run_on():
 def test_a_part_that_is_none_is_refused(selection):
     near = r".*such as (stage2_block1|stem, )"
     with pytest.raises(
-        ConfigError, match=rf"trainable='{selection}': choose 'all', 'classifier', or 'from NAME'{near}"
+        ConfigError, match=rf"model.trainable='{selection}' .*: choose 'all', 'classifier', or 'from NAME'{near}"
     ):
         resnet(selection)

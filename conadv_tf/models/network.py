@@ -156,8 +156,8 @@ def _first_trained(selection: str, names: Sequence[str]) -> int:
     if keyword != "from" or not start or not found:
         near = difflib.get_close_matches(start or selection, names, cutoff=0.4) or [names[0], names[len(names) // 2]]
         raise ConfigError(
-            f"trainable={selection!r}: choose 'all', 'classifier', or 'from NAME' of one of the {len(names)} layers "
-            f"with weights, such as {', '.join(near)}"
+            f"model.trainable={selection!r} (in Python train_only): choose 'all', 'classifier', or 'from NAME' of one "
+            f"of the {len(names)} layers with weights, such as {', '.join(near)}"
         )
     return found[0]
 
