@@ -42,7 +42,7 @@ CONFIGURATIONS = {
     ],
     "lookahead, random start": ["conadv.schedule='lookahead'", "attack.random_start_probability=0.5"],
     "lookahead from epoch 1": ["conadv.schedule='lookahead'", "adversarial.start_epoch=1"],
-    "paired": ["conadv.schedule='paired'"],
+    "paired": ["conadv.schedule='paired'", "attack.label='smoothed'"],
     "paired from epoch 1": ["conadv.schedule='paired'", "adversarial.start_epoch=1"],
     "paired, random target": ["conadv.schedule='paired'", "attack.goal='random_target'"],
     "paired, predicted, exchanged": [
@@ -54,7 +54,7 @@ CONFIGURATIONS = {
     "noise": ["train.method='noise'"],
     "sam": ["train.method='sam'"],
     "sam_stale": ["train.method='sam_stale'"],
-    "phased": ["conadv.schedule='phased'", "train.microbatch_size=55"],
+    "phased": ["conadv.schedule='phased'", "attack.label='smoothed'", "train.microbatch_size=55"],
     "phased, predicted": ["conadv.schedule='phased'", "attack.label='predicted'", "train.microbatch_size=55"],
     "phased, odd": ["conadv.schedule='phased'"],
 }
