@@ -57,7 +57,9 @@ def opened(path: str) -> BinaryIO:
 
 
 def read_text(path: str) -> str | None:
-    """The text of a file, local or gs://; None where there is none. A local one takes no TensorFlow.
+    """The text of a file, local or gs://, without Windows' mark before UTF-8; None where there is no file.
+
+    A local one takes no TensorFlow.
 
     Raises:
       OSError, tf.errors.OpError: if the file cannot be read.
@@ -66,7 +68,7 @@ def read_text(path: str) -> str | None:
     if not exists(path):
         return None
     with opened(path) as file:
-        return file.read().decode()
+        return file.read().decode("utf-8-sig")
 
 
 def exists(path: str) -> bool:
