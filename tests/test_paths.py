@@ -17,7 +17,7 @@ from helpers import make_model, mirrored, snapshot
 from record_data import example_bytes, jpeg, load, make_folder, stream, take, write
 from test_import_images import make_folder as make_image_folder
 
-from conadv_tf import ResNet, cli, methods, paths
+from conadv_tf import ResNet, cli, data, methods, paths
 from conadv_tf.data import import_images, record_files
 from conadv_tf.errors import ConfigError, DataError, RunError
 from conadv_tf.experiments import analyze, reproduce
@@ -287,6 +287,16 @@ def test_tools_know_home_folders(home, capfd):
     assert analyze.main(["~/nothing", "--out=~no_such_user/a"]) == 2
     assert "--out: no user no_such_user" in capfd.readouterr().err
     assert list((home.parent / "work").iterdir()) == []
+
+
+def test_data_are_loaded_from_a_home_folder_in_a_notebook_too(home):
+    """Seen to fail: "is no directory"."""
+    (home / "set").mkdir()
+    make_folder(home / "set", size=8)
+    settings = {"num_classes": 1000, "image_size": 8}
+    for folder in ("~/set", home / "set"):
+        found = data.load("tfrecords", folder, **settings)
+        assert (found.fingerprint.place, found.num_train) == (str(home / "set"), 21)
 
 
 @pytest.mark.long
