@@ -15,6 +15,7 @@ from conadv_tf.preflight.tpu_generations import GENERATIONS
 
 
 def main() -> None:
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generation", choices=sorted(GENERATIONS), default="v3")
     parser.add_argument("--gin_file", type=terminal.path, default="96k_conadv.gin")

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf import ConAdvModel, ResNet, make_lars, methods, split
+from conadv_tf import ConAdvModel, ResNet, make_lars, methods, split, terminal
 from conadv_tf.models.network import Network
 from conadv_tf.models.resnet import CIFAR_MEAN, CIFAR_STDDEV
 
@@ -62,6 +62,7 @@ def milliseconds(model: ConAdvModel, data: tf.data.Dataset, steps: int) -> tuple
 
 
 def main() -> None:
+    terminal.take_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("size", 32), ("batch", 128), ("steps", 6), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)

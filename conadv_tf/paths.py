@@ -1,15 +1,16 @@
 """Paths are names of files and folders, never patterns.
 
 TensorFlow's file functions take names, with two exceptions: tf.io.gfile.glob, and whatever reads a checkpoint, which
-looks for the checkpoint's index as for a pattern. `matching` and `readable` stand in their place. A pattern with
-brackets or a backslash does not find the name that it is; one with a star or a question mark finds other names too.
+looks for the checkpoint's index as for a pattern. `matching`, and `readable` and `readable_folder`, stand in their
+place. A pattern with brackets or a backslash does not find the name that it is; one with a star or a question mark
+finds other names too.
 """
 
 import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from conadv_tf.errors import ConfigError, RunError, one_line
@@ -56,7 +57,9 @@ def opened(path: str) -> BinaryIO:
 
 
 def read_text(path: str) -> str | None:
-    """The text of a file, local or gs://; None where there is none. A local one takes no TensorFlow.
+    """The text of a file, local or gs://, without Windows' mark before UTF-8; None where there is no file.
+
+    A local one takes no TensorFlow.
 
     Raises:
       OSError, tf.errors.OpError: if the file cannot be read.
@@ -65,7 +68,7 @@ def read_text(path: str) -> str | None:
     if not exists(path):
         return None
     with opened(path) as file:
-        return file.read().decode()
+        return file.read().decode("utf-8-sig")
 
 
 def exists(path: str) -> bool:
@@ -112,21 +115,40 @@ def readable(checkpoint: str) -> Iterator[str]:
     Raises:
       RunError: if a checkpoint cannot be given another name.
     """
-    if not _SPECIAL.search(checkpoint):
-        yield checkpoint
+    with _renamed(checkpoint, lambda plain: _give_checkpoint(checkpoint, plain)) as plain:
+        yield plain
+
+
+@contextlib.contextmanager
+def readable_folder(folder: str) -> Iterator[str]:
+    """Gives a name by which TensorFlow reads a folder with a checkpoint in it, such as a SavedModel; see `readable`.
+
+    Raises:
+      RunError: if the folder cannot be given another name.
+    """
+    with _renamed(folder, lambda plain: _give_folder(folder, plain)) as plain:
+        yield plain
+
+
+@contextlib.contextmanager
+def _renamed(path: str, give: Callable[[str], None]) -> Iterator[str]:
+    """Gives a path; of one with special characters a temporary one, to which `give` brings what is there."""
+    if not _SPECIAL.search(path):
+        yield path
         return
     import tensorflow as tf
 
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(tempfile.TemporaryDirectory(dir=_temporary_folder()))
-            name = (_copied if is_remote(checkpoint) else _linked)(checkpoint, place)
+            plain = os.path.join(place, "plain")
+            give(plain)
         except (OSError, tf.errors.OpError) as error:
             raise RunError(
-                f"{checkpoint}, whose name TensorFlow reads as a pattern, cannot be given another one below TMPDIR "
+                f"{path}, whose name TensorFlow reads as a pattern, cannot be given another one below TMPDIR "
                 f"({one_line(error)}): make room there, or take * ? [ and \\ out of its folder's name"
             ) from error
-        yield name
+        yield plain
 
 
 def _temporary_folder() -> str:
@@ -134,18 +156,33 @@ def _temporary_folder() -> str:
     return os.path.join(os.sep, "tmp") if _SPECIAL.search(folder) else folder
 
 
-def _linked(checkpoint: str, place: str) -> str:
-    folder, name = os.path.split(checkpoint)
-    link = os.path.join(place, "folder")
-    os.symlink(os.path.realpath(folder), link, target_is_directory=True)
-    return os.path.join(link, name)
-
-
-def _copied(checkpoint: str, place: str) -> str:
+def _give_checkpoint(checkpoint: str, plain: str) -> None:
     import tensorflow as tf
 
     folder, name = os.path.split(checkpoint)
-    for file in tf.io.gfile.listdir(folder):
+    for file in tf.io.gfile.listdir(folder or ".") if tf.io.gfile.isdir(folder or ".") else ():
         if file.startswith(f"{name}."):
-            tf.io.gfile.copy(os.path.join(folder, file), os.path.join(place, file))
-    return os.path.join(place, name)
+            _give(os.path.join(folder, file), plain + file[len(name) :])
+
+
+def _give_folder(folder: str, plain: str) -> None:
+    import tensorflow as tf
+
+    if not is_remote(folder):
+        _give(folder, plain)
+        return
+    for found, _, files in tf.io.gfile.walk(folder):
+        place = os.path.join(plain, found[len(folder) :].strip("/"))
+        os.makedirs(place)
+        for file in files:
+            _give(os.path.join(found, file), os.path.join(place, file))
+
+
+def _give(path: str, plain: str) -> None:
+    """Links a file or folder to another path; a remote file is copied."""
+    import tensorflow as tf
+
+    if is_remote(path):
+        tf.io.gfile.copy(path, plain)
+    else:
+        os.symlink(os.path.realpath(path), plain)

@@ -50,6 +50,22 @@ def test_the_seed_alone_decides_the_initial_weights():
     assert network.architecture == "RegNetX002"
 
 
+def test_in_bfloat16_logits_are_float32_from_float32_kernels():
+    """Seen to fail: logits of 8 bits, which made ties. What follows them is float32 too."""
+    random = np.random.default_rng(0)
+    network = applications.application("MobileNet", 50, (32, 32, 3), ("main",), 0, "mixed_bfloat16")
+    logits = network.graph.get_layer("conv_preds")
+    logits.set_weights([random.normal(size=weight.shape) for weight in logits.get_weights()])
+    features, images = [], random.integers(0, 256, (3, 32, 32, 3))
+    logits.call = lambda inputs, call=logits.call: features.append(inputs) or call(inputs)
+    found = network(images)
+    kernel, bias = map(np.float64, logits.get_weights())
+    np.testing.assert_allclose(found, np.float64(features[0])[:, 0, 0] @ kernel[0, 0] + bias, rtol=1e-5, atol=1e-5)
+    assert network.dtype_policy.name == "mixed_bfloat16"
+    assert {layer.dtype_policy.name for layer in network.parts()[:-1]} == {"mixed_bfloat16"}
+    assert network.twin(dtype="float32")(images).shape == (3, 50)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

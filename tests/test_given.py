@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras
 from helpers import assert_identical, make_model, mirrored, named_variables, random_batches, snapshot
 
-from conadv_tf import methods
+from conadv_tf import ConAdvModel, ResNet, methods
 from conadv_tf.errors import ConfigError, DataError
 from conadv_tf.run import divergence
 from conadv_tf.training import given
@@ -375,6 +375,12 @@ def test_a_callback_of_another_keras_is_refused(where, model):
     [
         ({"optimizer": keras.optimizers.SGD(0.1)}, r"^compile\(optimizer=…\): keras\.\S+SGD is not of tf_keras"),
         ({"loss": keras.losses.SparseCategoricalCrossentropy()}, r"^compile\(loss=…\): keras\.\S+ is not of tf_keras"),
+        # Seen to fail: trained on, by the logarithm of a logit.
+        ({"loss": tf_keras.losses.SparseCategoricalCrossentropy()}, r"^compile\(loss=…\): \w+ takes probabilities"),
+        ({"loss": tf_keras.losses.sparse_categorical_crossentropy}, r"^compile\(loss=…\): \w+ takes probabilities"),
+        ({"loss": tf_keras.losses.CategoricalCrossentropy(True)}, r"^compile\(loss=…\): \w+ takes one-hot labels"),
+        ({"loss": tf_keras.losses.BinaryFocalCrossentropy(True)}, r"^compile\(loss=…\): \w+ takes one-hot labels"),
+        ({"loss": [tf_keras.losses.SparseCategoricalCrossentropy(True)]}, r"^compile\(loss=…\): .* is no loss"),
         (
             {"optimizer": tf_keras.mixed_precision.LossScaleOptimizer(tf_keras.optimizers.SGD(0.1))},
             r"^compile\(optimizer=LossScaleOptimizer\): ",
@@ -384,6 +390,21 @@ def test_a_callback_of_another_keras_is_refused(where, model):
 def test_an_optimizer_or_loss_of_another_kind_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         make_model(methods.vanilla(), **{"optimizer": "sgd", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("network", "method", "message"),
+    [
+        (lambda: tf_keras.Sequential(), methods.vanilla(), r"^network is a Sequential: .* split\("),
+        (lambda: keras.Sequential(), methods.vanilla(), r"^network is a Sequential: .* split\("),
+        (lambda: ResNet("digits_resnet", 10, (8, 8, 1)), "conadv", r"^method is a str: .* methods.conadv\("),
+        (lambda: ResNet("digits_resnet", 10, (8, 8, 1)), methods.Attack(), r"^method is a Attack: "),
+    ],
+)
+def test_a_model_is_made_of_a_network_and_a_method(network, method, message):
+    """Seen to fail: "object has no attribute 'branches'"."""
+    with pytest.raises(ConfigError, match=message):
+        ConAdvModel(network(), method)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import itertools
 import shlex
 import threading
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_an_import_is_repeated_byte_for_byte(tmp_path, capsys):
     paths = sorted(str(path) for path in (tmp_path / "one/dst").glob("*-of-*"))
     for payload in tf.data.TFRecordDataset(paths).as_numpy_iterator():  # else each process has an order of its own
         assert payload == tf.train.Example.FromString(payload).SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("parted", [True, False])
+def test_files_hold_a_mixture_of_all_classes(tmp_path, capsys, parted):
+    """Not one class after the other, of which a stream would make batches of few classes."""
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    for folder in (src / "train", src / "val") if parted else (src,):
+        make_folder(folder, 10)
+    run(src, dst, "--shards=2", *([] if parted else ["--validation=0.4"]), capsys=capsys)
+    for path in dst.glob("*-of-*"):
+        payloads = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+        labels = [
+            number(tf.train.Example.FromString(payload).features.feature, "image/class/label") for payload in payloads
+        ]
+        changes = sum(one != other for one, other in itertools.pairwise(labels))
+        assert changes >= len(labels) / 3, labels  # 2 in a sorted file, 2/3 of all pairs by chance
 
 
 def test_every_format_becomes_a_jpeg_that_training_reads(tmp_path, capsys):

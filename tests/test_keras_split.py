@@ -412,3 +412,21 @@ def test_what_training_cannot_do_with_it_is_refused_in_one_line():
         ConAdvModel(split(half), methods.vanilla())
     with pytest.raises(ValueError, match=r"8, 8, 3"):
         trained(split(small()), methods.vanilla(), *batches(1, (9, 9, 3)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layer_normalization_far_from_zero_is_that_of_float64(compiled):
+    """Seen to fail: under XLA the variance was a difference of moments, which float32 does not hold."""
+
+    def far(images):
+        return images / 128.0 + 1000.0
+
+    model = tf_keras.Sequential(
+        [L.Input((8, 8, 3)), L.LayerNormalization(axis=[1, 2, 3]), L.Flatten(), L.Dense(CLASSES)]
+    )
+    network, images = split(model, preprocess=far), np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3))
+    logits = tf.function(network, jit_compile=compiled, autograph=False)(tf.constant(images, tf.float32))
+    values = np.float64(far(np.float32(images))).reshape(5, -1)
+    normal = (values - values.mean(1, keepdims=True)) / np.sqrt(values.var(1, keepdims=True) + 1e-3)
+    kernel, bias = model.layers[-1].get_weights()
+    np.testing.assert_allclose(logits, normal @ np.float64(kernel) + bias, atol=5e-3)

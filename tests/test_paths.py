@@ -17,12 +17,12 @@ from helpers import make_model, mirrored, snapshot
 from record_data import example_bytes, jpeg, load, make_folder, stream, take, write
 from test_import_images import make_folder as make_image_folder
 
-from conadv_tf import cli, methods, paths
+from conadv_tf import ResNet, cli, data, methods, paths
 from conadv_tf.data import import_images, record_files
 from conadv_tf.errors import ConfigError, DataError, RunError
 from conadv_tf.experiments import analyze, reproduce
 from conadv_tf.preflight import step_program
-from conadv_tf.run import checkpoint
+from conadv_tf.run import checkpoint, export, initial_weights
 
 SHORT = ["--gin_param=train.epochs=2", "--gin_param=learning_rate.warmup_epochs=1"]
 # "run [lr=1]", read as a pattern, is one of "run l", "run r", "run =", "run 1".
@@ -165,6 +165,37 @@ def test_a_remote_checkpoint_is_restored_on_every_replica():
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize("name", ["run [lr=1]/w", "plain/w [1]", "a*b/c?d\\"])
+def test_a_checkpoint_may_have_any_name_itself(name, parent):
+    path = f"{parent}/{name}"
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    tf.train.Checkpoint(kept=tf.Variable(3.0)).write(path)
+    read = tf.Variable(0.0)
+    with paths.readable(path) as readable:
+        tf.train.Checkpoint(kept=read).read(readable).assert_consumed()
+    assert read.numpy() == 3.0
+
+
+def test_an_export_in_a_folder_of_any_name_is_loaded_and_started_from(model, parent):
+    """Seen to fail: of a run's export by `model.initial_weights`, and of a remote one by all that load it."""
+    folder = f"{parent}/run [lr=1]/export [*]"
+    export.export(model.network, folder)
+    if paths.is_remote(folder):
+        tf.io.gfile.remove(f"{folder}/assets")  # it is empty, and ram:// lists assets.extra as ".extra" in it
+    images = np.full((1, 8, 8, 1), 99, np.uint8)
+    assert export.load(folder).probabilities(images).shape == (1, 10)
+    before = weights(model)
+    changed(model)
+
+    def make(classes, branches):
+        return ResNet("digits_resnet", classes, (8, 8, 1), branches)
+
+    assert f"starting from {folder}: " in initial_weights.start(model, folder, make)
+    kernels = [name for name in before if name.startswith("network") and name.endswith("kernel")]
+    for name in kernels:
+        np.testing.assert_array_equal(weights(model)[name], before[name])
+
+
 def test_a_checkpoint_of_a_folder_that_a_name_would_match_is_not_taken(model, tmp_path):
     for name in ("run [lr=1]", "run l"):
         (tmp_path / name).mkdir()
@@ -256,6 +287,16 @@ def test_tools_know_home_folders(home, capfd):
     assert analyze.main(["~/nothing", "--out=~no_such_user/a"]) == 2
     assert "--out: no user no_such_user" in capfd.readouterr().err
     assert list((home.parent / "work").iterdir()) == []
+
+
+def test_data_are_loaded_from_a_home_folder_in_a_notebook_too(home):
+    """Seen to fail: "is no directory"."""
+    (home / "set").mkdir()
+    make_folder(home / "set", size=8)
+    settings = {"num_classes": 1000, "image_size": 8}
+    for folder in ("~/set", home / "set"):
+        found = data.load("tfrecords", folder, **settings)
+        assert (found.fingerprint.place, found.num_train) == (str(home / "set"), 21)
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fast_python
 import pytest
+from test_fingerprint import SMALL, make_data
 
 from conadv_tf.experiments import paper, tables
 from conadv_tf.experiments.reproduce import main
@@ -106,6 +107,29 @@ def test_runs_of_another_recipe_are_refused(reproduced, capsys):
     code, _, error = printed_by(capsys, results, "--table=1", "--gin_param=lars.momentum=0.5")
     assert code == 2
     assert re.search(r"was run with lars.momentum = 0.9, its recipe now says 0.5: pass another --results", error)
+
+
+@pytest.mark.long
+def test_runs_on_other_data_are_refused(tmp_path, capsys):
+    """Seen to fail: the tables of the first fold, as if they were the second's."""
+    folds = [make_data(tmp_path / name, seed) for seed, name in enumerate(("fold1", "fold2"))]
+    own = ("data.source", "tfrecords.", "model.name", "train.global_", "train.microbatch_")
+    params = [param for param in SMALL if param.startswith(tuple(f"--gin_param={name}" for name in own))]
+    params += ["--gin_param=subset.train_images=30", "--gin_param=subset.validation_images=10"]
+    given = ["--table=1", "--seeds=1", *params, f"--results={tmp_path}/results"]
+
+    def code(fold: Path) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([*ARGUMENTS[1:], *given, f"--data_dir={fold}"])
+        return ended.value.code
+
+    assert code(folds[0]) == 0
+    capsys.readouterr()
+    assert code(folds[1]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"holds a run on the data that {folds[0]} had then, {folds[1]} has others (t" in line
+    assert line.endswith("here another --results, and --runs where it is given")
+    assert code(folds[0].rename(tmp_path / "moved")) == 0
 
 
 def keep(reproduced: tuple[Path, str], results: Path, rate: int) -> None:

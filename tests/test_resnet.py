@@ -172,6 +172,18 @@ def test_any_numeric_images_give_the_same_float32_logits(dtype):
     assert np.array_equal(logits, network(tf.cast(images, tf.float32)))
 
 
+def test_a_format_of_images_that_keras_was_told_changes_nothing():
+    """As ~/.keras/keras.json may say. Seen to fail: channels of [16] beside [1, 16, 8, 1]."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1))
+    usual = ResNet("digits_resnet", 10, (8, 8, 1), seed=1)(images)
+    tf_keras.backend.set_image_data_format("channels_first")
+    try:
+        told = ResNet("digits_resnet", 10, (8, 8, 1), seed=1)(images)
+    finally:
+        tf_keras.backend.set_image_data_format("channels_last")
+    np.testing.assert_array_equal(told, usual)
+
+
 def test_bfloat16_networks_keep_float32_variables_and_logits():
     network = ResNet("digits_resnet", 10, (8, 8, 1), dtype="mixed_bfloat16").create_variables()
     plain = ResNet("digits_resnet", 10, (8, 8, 1)).create_variables()

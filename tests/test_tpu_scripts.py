@@ -250,6 +250,22 @@ def test_a_tpu_that_is_not_ready_is_refused(cloud, script):
     assert cloud.changes() == []
 
 
+@pytest.mark.parametrize(
+    ("data_dir", "listed"),
+    [
+        ("gs://bucket/set", "gs://bucket/set/"),
+        ("gs://bucket/sets/fold [1]", "gs://bucket/sets/"),
+        ("gs://bucket/a*b/c", "gs://bucket/"),
+    ],
+)
+def test_data_of_a_folder_that_gcloud_would_read_as_a_pattern_are_trained_on(cloud, data_dir, listed):
+    """gcloud has no way to say such a name. Seen to fail: "cannot be listed", or another folder was looked at."""
+    cloud.set(tpu_vm="READY", ssh_answer="IDLE")
+    outcome = cloud.run("run", *PLACE, "--", *TRAIN, f"--data_dir={data_dir}")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert ["storage", "ls", listed] in cloud.calls()
+
+
 @pytest.mark.parametrize("script", ["run", "resume"])
 def test_buckets_are_looked_into_first(cloud, script):
     prepare(cloud, script)

@@ -169,13 +169,16 @@ check_train_flags() {
 }
 
 check_buckets() {
-  local model_dir data_dir bucket listing
+  local model_dir data_dir bucket folder listing
   model_dir=$(train_flag model_dir) data_dir=$(train_flag data_dir)
   bucket=${model_dir#gs://}
   listing=$(gcloud storage ls "gs://${bucket%%/*}" 2>&1) || fail \
     "--model_dir=$(quote "$model_dir"): its bucket cannot be listed (${listing%%$'\n'*}): make it, or ask for access"
   [[ -n $data_dir ]] || return 0
-  listing=$(gcloud storage ls "${data_dir%/}/" 2>&1) || fail \
+  # gcloud reads * ? [ as patterns, and has no way to say a name with them: the folder above is looked at.
+  folder=${data_dir%/}/
+  [[ $folder != *[*?[]* ]] || { folder=${folder%%[*?[]*} && folder=${folder%/*}/; }
+  listing=$(gcloud storage ls "$folder" 2>&1) || fail \
     "--data_dir=$(quote "$data_dir") cannot be listed (${listing%%$'\n'*}): correct it, or ask for access"
   [[ -n $listing ]] || fail "--data_dir=$(quote "$data_dir") is empty: copy the TFRecords there first"
 }

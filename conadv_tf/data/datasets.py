@@ -1,10 +1,12 @@
 """Data sets by name: `load` takes the source that gin or the caller chooses, and hands over its images and labels."""
 
 import dataclasses
+import os
 from typing import Any
 
 import gin
 
+from conadv_tf import paths
 from conadv_tf.data import augment
 from conadv_tf.data.pipeline import ImageData
 from conadv_tf.data.sources import SOURCES, Demand
@@ -52,8 +54,8 @@ def load(source: str | None = None, data_dir: str | None = None, **settings: Any
 
     Args:
       source: "digits", "tfrecords", "tfds" or "synthetic"; None takes gin's data.source, "digits" where gin has none.
-      data_dir: directory of the TFRecord files, or TFDS' data directory (None: TFDS' default), local or gs://. It is a
-        flag of the command line, never a setting of gin.
+      data_dir: directory of the TFRecord files, or TFDS' data directory (None: TFDS' default), local or gs://; `~` is
+        the home folder. It is a flag of the command line, never a setting of gin.
       **settings: settings of the source, by the names of its attributes in sources.py; `max_bad_records`; `autoaugment`
         (a policy: "none", "imagenet" or "cifar10") and `autoaugment_mode` ("replace" or "concat3"); for sources of
         files `shuffle_buffer`, `cache` and `service`, see `Stream`. What is not given gin says, or the default.
@@ -69,6 +71,7 @@ def load(source: str | None = None, data_dir: str | None = None, **settings: Any
     if "max_bad_records" in settings:
         named["max_bad_records"] = settings.pop("max_bad_records")
     choice = Choice(**named)
+    data_dir = None if data_dir is None else paths.given(os.fspath(data_dir))
     check_source(choice.source, data_dir)
     own, autoaugment, stream = _divided(choice.source, settings)
     chosen = SOURCES[choice.source](**own)

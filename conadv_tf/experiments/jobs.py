@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
@@ -76,6 +76,10 @@ class Folders:
             self._results[cell] = {**leak.kept_leak_result(self.metrics(cell), saved or ""), **result}
         return self._results[cell]
 
+    def knows_its_data(self, cell: Cell) -> bool:
+        """Tells whether a cell has finished and keeps a fingerprint of its data, as runs of 0.1.0 did not."""
+        return bool(self.result(cell) and RunFolder(self.model_dir(cell), writes=False).read_data())
+
     def metrics(self, cell: Cell) -> list[dict]:
         """The metrics of a cell, one dict an epoch; see callbacks.Recorder."""
         return RunFolder(self.model_dir(cell), writes=False).read_metrics()
@@ -131,6 +135,21 @@ class Runner:
         self._done, self._began = 0.0, time.monotonic()  # cost of what this call has run to its end, and since when
         self.failed: dict[Cell, str] = {}
 
+    def check_data(self, cells: Iterable[Cell]) -> None:
+        """Starts one of the finished runs again, which ends at once, to see that it was trained on this call's data.
+
+        Raises:
+          ConfigError: if it was not, or does not start.
+        """
+        cell = next(filter(self._folders.knows_its_data, cells), None)
+        if cell is None:
+            return
+        with open(os.devnull, "wb") as nothing:
+            done = subprocess.run(self._command(cell), stdin=nothing, stdout=nothing, stderr=subprocess.PIPE)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("error: ")
+            raise ConfigError(f"{said}; here another --results, and --runs where it is given")
+
     def run(self, more: Callable[[], list[Cell]]) -> None:
         """Runs the cells that `more` names. It is asked again whenever a run has ended: results name further cells."""
         self._bar = tqdm.tqdm(total=0.0, unit="", bar_format=_BAR, mininterval=1.0, dynamic_ncols=True, disable=None)
@@ -162,7 +181,7 @@ class Runner:
         _remove(os.path.join(self._folders.local, cell.name, _FAILED))
         with open(self._folders.log(cell), "a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "conadv_tf", *self._folders.arguments(cell), *self._flags],
+                self._command(cell),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -170,6 +189,9 @@ class Runner:
                 # A terminal's Ctrl-C is for this process, which passes it on: a second one would end a run unsaved.
                 start_new_session=True,
             )
+
+    def _command(self, cell: Cell) -> list[str]:
+        return [sys.executable, "-m", "conadv_tf", *self._folders.arguments(cell), *self._flags]
 
     def _collect(self) -> bool:
         """Records the runs that have ended; returns whether any has."""

@@ -177,6 +177,8 @@ class Reproduction:
         given = [f"--{flag}={value}" for flag, value in flags.items() if value]
         runner = jobs.Runner(self._folders, self._arguments.jobs, given, self._cost_left)
         self._failed = runner.failed
+        if self._arguments.data_dir:
+            runner.check_data(self._study.needed(self._groups()))
         runner.run(lambda: self._unsettled(guess=False))
 
     def _compile(self) -> None:

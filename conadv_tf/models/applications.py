@@ -49,9 +49,17 @@ def application(
                 f"model.name={name!r} does not take images of {height} × {width} × {channels} ({one_line(error)}): "
                 "choose larger images, or another network"
             ) from error
+    _compute_logits_in_float32(model)
     network = split(model, branches, sys.modules[make.__module__].preprocess_input)
     network.architecture = name
     return network
+
+
+def _compute_logits_in_float32(model: tf_keras.Model) -> None:
+    """Sets the policy of the last layer with weights and of what follows it, as Keras asks of a mixed policy's end."""
+    last = max(place for place, layer in enumerate(model.layers) if layer.weights)
+    for layer in model.layers[last:]:
+        layer._set_dtype_policy("float32")
 
 
 def load_weights(network: SplitNetwork, path: str, held: int | None) -> None:

@@ -73,6 +73,13 @@ def is_stochastic_depth(layer: tf_keras.layers.Layer) -> bool:
     return type(layer).__name__ == "StochasticDepth" and hasattr(layer, "drop_path_rate")
 
 
+def normalize_layers_in_two_passes(model: tf_keras.Model) -> None:
+    """Makes LayerNormalization take its variance around the mean: the kernel that Keras chooses does not under XLA."""
+    for layer in all_layers(model):
+        if isinstance(layer, tf_keras.layers.LayerNormalization):
+            layer._fused = False
+
+
 def all_layers(model: tf_keras.Model) -> Iterator[tf_keras.layers.Layer]:
     """Every layer of a graph once, those within models and layers behind what they are in."""
     seen: set[int] = set()

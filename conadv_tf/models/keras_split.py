@@ -106,6 +106,7 @@ class SplitNetwork(Network):
             # The first call is not one of a program: Keras' own keep constants from it.
             split_checks.check_preprocessed(preprocess(tf.zeros((1, *self.image_shape))), self.image_shape)
         randomness.draw_by_pass(list(cloning.all_layers(graph)))
+        cloning.normalize_layers_in_two_passes(graph)
         self.built = True
 
     def call(

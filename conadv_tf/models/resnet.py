@@ -90,6 +90,7 @@ class ConvBatchNorm(tf_keras.layers.Layer):
             kernel_size,
             strides,
             padding="same",
+            data_format="channels_last",  # whatever ~/.keras/keras.json says
             use_bias=False,
             kernel_initializer=tf_keras.initializers.VarianceScaling(seed=seed),
             dtype=self.variable_dtype,  # under a mixed policy the kernel would read as already rounded

@@ -110,7 +110,7 @@ def fingerprint(built: Run, generation: Generation) -> str:
     parts += [built.model.method.kind, built.model.method.tau, run_versions(), tpu_compiler.versions()]
     text = repr(parts)
     for path in sorted(pathlib.Path(conadv_tf.__file__).parent.rglob("*.py")):
-        text += path.read_text()
+        text += path.read_text(encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -1,10 +1,10 @@
 """The trained network to take away: a SavedModel of the main branch, written and loaded."""
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -83,6 +83,12 @@ class Classifier:
     view: augment.View | None
 
 
+def load_saved_model(directory: str) -> Any:
+    """Loads a SavedModel from a folder of any name, local or gs://; raises what tf.saved_model.load does."""
+    with paths.readable_folder(directory) as name:
+        return tf.saved_model.load(name)
+
+
 def load(directory: str) -> Classifier:
     """Loads what `export` has written.
 
@@ -94,8 +100,7 @@ def load(directory: str) -> Classifier:
     """
     damaged = "bring it back, or train the run again"
     try:
-        with _loadable(directory) as name:
-            loaded = tf.saved_model.load(name)
+        loaded = load_saved_model(directory)
         signature = loaded.signatures["serving_default"]
         shape = tuple(signature.structured_input_signature[1]["images"].shape[1:])
         classes = int(signature.structured_outputs["probabilities"].shape[-1])
@@ -113,13 +118,3 @@ def load(directory: str) -> Classifier:
         return served["probabilities"].numpy()
 
     return Classifier(probabilities, shape, names, kept)
-
-
-@contextlib.contextmanager
-def _loadable(directory: str) -> Iterator[str]:
-    """Gives a name of a folder by which TensorFlow loads the SavedModel in it; see `paths.readable`."""
-    if paths.is_remote(directory):
-        yield directory
-        return
-    with paths.readable(os.path.join(os.path.abspath(directory), "variables")) as name:
-        yield os.path.dirname(name)

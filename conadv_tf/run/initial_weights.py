@@ -24,6 +24,7 @@ from conadv_tf.models.network import Network
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.run import checkpoint
+from conadv_tf.run.export import load_saved_model
 from conadv_tf.run.folder import export_in
 from conadv_tf.run.model_settings import NetworkMaker
 from conadv_tf.training import sizes
@@ -129,7 +130,7 @@ def _check_shapes(found: Network, there: dict[str, tuple[int, ...]]) -> None:
 
 
 def _of_export(network: Network, place: str, make: NetworkMaker) -> Network:
-    loaded = tf.saved_model.load(place)
+    loaded = load_saved_model(place)
     if not hasattr(loaded, "network_variables"):
         raise ValueError("the SavedModel is none of a run: save a .keras in its place")
     classes = loaded.signatures["serving_default"].structured_outputs["logits"].shape[-1]

@@ -80,8 +80,8 @@ def _chips() -> list[str]:
     chips = []
     for vendor in sorted(SYSTEM.glob("sys/bus/pci/devices/*/vendor")):
         try:
-            if vendor.read_text().strip() == VENDOR:
-                chips.append(CHIPS.get((vendor.parent / "device").read_text().strip(), ""))
+            if vendor.read_text(encoding="utf-8").strip() == VENDOR:
+                chips.append(CHIPS.get((vendor.parent / "device").read_text(encoding="utf-8").strip(), ""))
         except OSError:  # a device may go while one looks
             continue
     return [chip for chip in chips if chip]

@@ -12,6 +12,21 @@ from conadv_tf.training.learning_rate import has_schedule
 from conadv_tf.training.savable_model import check_saves
 
 PRECISIONS = ("float32", "mixed_bfloat16")
+_ONE_HOT = (
+    *(tf_keras.losses.CategoricalCrossentropy, tf_keras.losses.CategoricalFocalCrossentropy),
+    *(tf_keras.losses.BinaryCrossentropy, tf_keras.losses.BinaryFocalCrossentropy),
+)
+
+
+def check_kinds(network: Any, method: Any) -> None:
+    """Raises ConfigError unless they are a Network and a Method."""
+    if not isinstance(network, Network):
+        raise ConfigError(
+            f"network is a {type(network).__name__}: give a ResNet, or what split(model, method.branches) makes of a "
+            "model of tf_keras"
+        )
+    if not isinstance(method, Method):
+        raise ConfigError(f"method is a {type(method).__name__}: give what methods.conadv() or methods.vanilla() makes")
 
 
 def check_network(network: Network, method: Method, microbatches: int) -> None:
@@ -59,10 +74,25 @@ def check_compiled(optimizer: Any, loss: Any, unusable: dict[str, Any]) -> None:
     for name, value in (("optimizer", optimizer), ("loss", loss)):
         if _is_of_other_keras(value):
             raise ConfigError(_other_keras(f"compile({name}=…)", value))
+    if loss is not None:
+        check_loss(loss)
     if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
         raise ConfigError(
             "compile(optimizer=LossScaleOptimizer): the loss has no scale here: pass the optimizer inside it"
         )
+
+
+def check_loss(loss: Any) -> None:
+    """Raises ConfigError for a loss that is none of (labels, logits), where Keras' own say what they are of."""
+    kind = getattr(loss, "__name__", type(loss).__name__)
+    if not callable(loss):
+        raise ConfigError(f"compile(loss=…): a {kind} is no loss: pass one object or function of (labels, logits)")
+    remedy = "pass tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True), or none for the smoothed one"
+    if isinstance(loss, _ONE_HOT):
+        raise ConfigError(f"compile(loss=…): {kind} takes one-hot labels, and labels here are numbers: {remedy}")
+    of_probabilities = isinstance(loss, tf_keras.losses.Loss) and loss.get_config().get("from_logits") is False
+    if of_probabilities or loss is tf_keras.losses.sparse_categorical_crossentropy:
+        raise ConfigError(f"compile(loss=…): {kind} takes probabilities, and the network gives logits: {remedy}")
 
 
 def check_callbacks(callbacks: Any) -> None:

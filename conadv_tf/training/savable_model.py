@@ -1,11 +1,15 @@
 """Keras' saving: `model.save("m.keras")` and back, with all that training goes on from except a carry."""
 
+import contextlib
+import os
+import weakref
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 from absl import logging
 
+from conadv_tf import paths
 from conadv_tf.errors import ConfigError
 from conadv_tf.models.network import Network
 
@@ -32,6 +36,16 @@ class SavableModel(tf_keras.Model):
         """Writes a SavedModel for serving, of the main branch: images [rows, H, W, C] in [0, 255] → logits."""
         self(tf.zeros((1, *self.network.image_shape)))  # Keras has to have seen a call
         super().export(filepath)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """Loads what `save_weights` has written, whatever the name."""
+        given = os.fspath(filepath)
+        if given.endswith((".h5", ".hdf5", ".keras")):
+            return super().load_weights(given, *args, **kwargs)
+        # Of TensorFlow's own format, what has no variable yet is read when it has one: the name stays good until then.
+        names = contextlib.ExitStack()
+        weakref.finalize(self, names.close)
+        return super().load_weights(names.enter_context(paths.readable(given)), *args, **kwargs)
 
     def compile_from_config(self, config: dict) -> None:
         self.compile(**tf_keras.saving.deserialize_keras_object(config))

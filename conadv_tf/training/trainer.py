@@ -70,6 +70,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         all_reduce_dtype: str = "float32",
         **kwargs,
     ):
+        refusals.check_kinds(network, method)
         refusals.check_network(network, method, microbatches)
         refusals.check_precision(network)
         # Not the global policy, which would round pixels on their way to the network; that has a policy of its own.
