@@ -173,7 +173,9 @@ def test_transparency_shows_white(tmp_path, capsys, kind):
     elif kind.startswith("RGB "):
         image, options = image.convert("RGB"), {"transparency": (0, 0, 0)}
     image.save(src / "ant/hidden.png", **options)
-    run(src, dst, "--validation=0.4", capsys=capsys)
+    Image.fromarray(np.full((16, 32, 4), 255, np.uint8)).save(src / "ant/opaque.png")
+    _, said = run(src, dst, "--validation=0.4", capsys=capsys)
+    assert f"1 images with transparent parts have white ones in the records, such as {src}/ant/hidden.png" in said
     found = decoded((stored(dst, "train") | stored(dst, "validation"))["ant/hidden.png"])
     np.testing.assert_allclose(found[:, :14], 255, atol=4)
     np.testing.assert_allclose(found[:, 18:], 100, atol=4)

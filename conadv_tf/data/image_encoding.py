@@ -24,6 +24,7 @@ class Encoded(NamedTuple):
       mode: one of MODES.
       copied: whether `image` is the file that was read; only its head has been looked at.
       digest: a hash of the file that was read.
+      whitened: whether parts were transparent, which are white now.
     """
 
     image: bytes
@@ -31,6 +32,7 @@ class Encoded(NamedTuple):
     mode: str
     copied: bool
     digest: bytes
+    whitened: bool
 
 
 def prepare(path: str, image_size: int | None, form: str) -> Encoded:
@@ -59,11 +61,11 @@ def _encoded(content: bytes, image_size: int | None, form: str) -> Encoded:
     with Image.open(io.BytesIO(content)) as image:
         fits = not image_size or min(image.size) <= image_size
         if content.startswith(_JPEG) and image.mode in MODES and fits and not _rotated(image):
-            return Encoded(content, image.size, image.mode, True, digest)
+            return Encoded(content, image.size, image.mode, True, digest, False)
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
-        converted = _reencoded(image, image_size)
-    return Encoded(_saved(converted, form), converted.size, converted.mode, False, digest)
+        converted, whitened = _reencoded(image, image_size)
+    return Encoded(_saved(converted, form), converted.size, converted.mode, False, digest, whitened)
 
 
 def shrunk(content: bytes, max_side: int) -> tuple[bytes, tuple[int, int]] | None:
@@ -102,14 +104,18 @@ def _rotated(image: Image.Image) -> bool:
     return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
-def _reencoded(image: Image.Image, image_size: int | None) -> Image.Image:
-    """Turns an image upright and into RGB on white, and shrinks its shorter side to image_size pixels."""
-    upright = ImageOps.exif_transpose(image)
+def _reencoded(image: Image.Image, image_size: int | None) -> tuple[Image.Image, bool]:
+    """Turns an image upright and into RGB on white, and shrinks its shorter side; tells whether white shows."""
+    upright, whitened = ImageOps.exif_transpose(image), False
     if upright.mode in _TRANSPARENT_MODES or "transparency" in upright.info:
         white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+        layered = upright.convert("RGBA")
+        whitened = any(layered.getchannel("A").histogram()[:255])
+        upright = Image.alpha_composite(white, layered)
     upright = upright.convert("RGB")
-    return _resized(upright, image_size) if image_size and min(upright.size) > image_size else upright
+    if image_size and min(upright.size) > image_size:
+        upright = _resized(upright, image_size)
+    return upright, whitened
 
 
 def _resized(image: Image.Image, shorter: int) -> Image.Image:

@@ -21,8 +21,8 @@ _IMAGES_AHEAD, _MORE_THREADS = 256, 4
 _IMAGES_PER_SHARD = 1000  # unless --shards says otherwise; ImageNet's 1,024 shards hold about as many
 
 
-Result = tuple[int, int, str] | str
-"""What became of an image: (width, height, hash of the file), or the fault of a broken one."""
+Result = tuple[int, int, str, bool] | str
+"""What became of an image: (width, height, hash of the file, whether white shows), or the fault of a broken one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Report:
       bad: the fault of each broken image, by its path.
       layout: a line on what the folders of SRC serve for; empty where they are classes.
       left_out: paths below SRC that are not imported, by the reason.
+      whitened: paths of images with transparent parts, which are white in the records.
       duplicates: (path of a validation image, path of a training image of the same bytes).
     """
 
@@ -50,6 +51,7 @@ class Report:
     bad: dict[str, str] = dataclasses.field(default_factory=dict)
     layout: str = ""
     left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    whitened: list[str] = dataclasses.field(default_factory=list)
     duplicates: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
@@ -190,7 +192,11 @@ class Writer:
             encoded = read(image.path, self._image_size)
         except DataError as error:
             return b"", str(error)
-        return _record(image, self._classes[image.label], encoded), (*encoded.size, encoded.digest.hex())
+        return _record(image, self._classes[image.label], encoded), (
+            *encoded.size,
+            encoded.digest.hex(),
+            encoded.whitened,
+        )
 
     def _write_shard(
         self, shard: Shard, results: Iterable[tuple[bytes, Result]], progress: terminal.Progress
@@ -211,8 +217,10 @@ class Writer:
         if isinstance(result, str):
             self._count_bad(image, result)
             return
-        width, height, digest = result
+        width, height, digest, whitened = result
         self._report.sizes[split].append((width, height))
+        if whitened:
+            self._report.whitened.append(image.path)
         if split == "train":
             self._train_paths.setdefault(digest, image.path)
         elif digest in self._train_paths:

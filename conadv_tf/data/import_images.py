@@ -120,6 +120,12 @@ def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
         print(f"left out: {shown(path)}: {fault}", file=sys.stderr)
     for line in left_out_lines(report.left_out):
         print(line, file=sys.stderr)
+    if report.whitened:
+        print(
+            f"{len(report.whitened):,} images with transparent parts have white ones in the records, such as "
+            f"{shown(report.whitened[0])}",
+            file=sys.stderr,
+        )
     if report.duplicates:
         validation_path, train_path = map(shown, report.duplicates[0])
         print(
