@@ -7,6 +7,8 @@ training step on a TPU (docs/method.md). Here it is a plain convolution onto 4 Ã
 import tensorflow as tf
 import tf_keras
 
+from conadv_tf.models import xla
+
 TAPS, STRIDE, BLOCK = 7, 2, 4
 _BEFORE = 2  # SAME padding ahead of the first pixel
 
@@ -50,4 +52,6 @@ def image_gradient(by_outputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     blocks = tf.nn.conv2d(by_outputs, placed, STRIDE, padding)
     height, width = (BLOCK * side for side in blocks.shape[1:3])
     blocks = tf.reshape(blocks, [-1, height // BLOCK, width // BLOCK, BLOCK, BLOCK, channels])
-    return tf.reshape(tf.transpose(blocks, [0, 1, 3, 2, 4, 5]), [-1, height, width, channels])
+    pixels = tf.reshape(tf.transpose(blocks, [0, 1, 3, 2, 4, 5]), [-1, height, width, channels])
+    # Whoever takes the gradient widens it to float32; without a barrier that would come before the change of order.
+    return xla.barrier([pixels], [])[0][0]
