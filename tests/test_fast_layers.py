@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from conadv_tf.errors import ConfigError
 from conadv_tf.models import expansion, moved, resnet, xla
 from conadv_tf.models.conv_batchnorm import ConvBatchNorm, PooledConvBatchNorm
 from conadv_tf.models.split_batchnorm import Turn, deferred_statistics
@@ -150,6 +151,12 @@ def test_a_pooled_stem_trains_on_images_of_little_contrast():
     for branch in ("main", "adversarial"):
         unit.norm.moving_means[branch].assign(tf.zeros(6))
     assert_equal_to(plain_stem(unit, images, "batch"), own_stem(unit, images, "batch", True), 1e-4)
+
+
+def test_a_branch_there_is_not_is_refused_where_a_layer_normalises_by_itself():
+    unit = pooled_stem()
+    with xla.compiling(True), pytest.raises(ConfigError, match="branch='other'"):
+        unit(tf.zeros((1, 16, 16, 3)), BATCH | {"branch": "other"})
 
 
 def stem_network_pass(compiled: bool, clean: bool | None) -> list[np.ndarray]:

@@ -168,7 +168,12 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         return outputs
 
     def gamma_and_beta(self, branch: str | Turn) -> tuple[tf.Variable | tf.Tensor, tf.Variable | tf.Tensor]:
-        """γ and β of a branch, float32 [channels]."""
+        """γ and β of a branch, float32 [channels].
+
+        Raises:
+          ConfigError: for a branch there is not.
+        """
+        self._check(branch, "batch")
         return _chosen(self.gammas, branch), _chosen(self.betas, branch)
 
     def learn(self, mean: tf.Tensor, variance: tf.Tensor, branch: str | Turn, learns: bool | tf.Tensor) -> None:
