@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conadv_tf.models import expansion, resnet, xla
-from conadv_tf.models.split_batchnorm import deferred_statistics
+from conadv_tf.errors import ConfigError
+from conadv_tf.models import expansion, moved, resnet, xla
+from conadv_tf.models.conv_batchnorm import ConvBatchNorm, PooledConvBatchNorm
+from conadv_tf.models.split_batchnorm import Turn, deferred_statistics
 from conadv_tf.models.stem_convolution import StemConvolution
 
 
@@ -27,7 +29,7 @@ def assert_equal_to(expected: list[np.ndarray], actual: list[np.ndarray], tolera
         np.testing.assert_allclose(other, one, rtol=0, atol=tolerance * np.abs(one).max())
 
 
-@pytest.mark.parametrize("size", [(32, 32), (8, 40), (4, 4)])
+@pytest.mark.parametrize("size", [(32, 32), (8, 40), (12, 4), (4, 12)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_stem_convolution_and_its_gradients_equal_the_plain_ones(size, channels):
     layer = StemConvolution(5, 7, 2, padding="same", use_bias=False)
@@ -42,6 +44,154 @@ def test_stem_convolution_and_its_gradients_equal_the_plain_ones(size, channels)
 
     kernel = random(2, 7, 7, channels, 5)
     assert_equal_to(outputs_and_gradients(plain, images, kernel), outputs_and_gradients(stem, images, kernel))
+
+
+STEM_SETTINGS = {"branches": ("main", "adversarial"), "momentum": 0.9, "epsilon": 1e-5}
+BATCH = {"branch": "main", "mode": "batch", "update_statistics": True, "synchronize": True}
+
+
+def pooled_stem(dtype=tf.float32, **settings) -> PooledConvBatchNorm:
+    """A stem of 6 channels with γ of either sign, and 0, and moving statistics far from those of a batch."""
+    unit = PooledConvBatchNorm(6, 7, 2, 0, STEM_SETTINGS | settings, convolution=StemConvolution)
+    unit(tf.zeros((1, 16, 16, 3), dtype), BATCH | {"mode": "moving"})
+    unit.norm.gammas["main"].assign([1.0, -1.5, 0.0, 0.3, -0.2, 2.0])
+    unit.norm.betas["main"].assign([0.1, 0.2, 0.3, -0.4, 0.5, -0.6])
+    unit.norm.moving_means["main"].assign(random(5, 6))
+    unit.norm.moving_variances["main"].assign(random(6, 6, low=0.5))
+    return unit
+
+
+def plain_stem(unit: PooledConvBatchNorm, images: tf.Tensor, mode: str) -> list[np.ndarray]:
+    """Convolution, batch norm, ReLU and pooling in float64, one after the other: outputs, gradients, mean, variance."""
+    norm, dtype = unit.norm, images.dtype
+    kernel = tf.cast(tf.cast(unit.conv.kernel, dtype), tf.float64)
+    # Where γ is 0 the outputs have no derivative by it; this is the one from above.
+    gamma = tf.where(norm.gammas["main"] == 0, tf.constant(1e-12, tf.float64), tf.cast(norm.gammas["main"], tf.float64))
+    beta, images = tf.cast(norm.betas["main"], tf.float64), tf.cast(images, tf.float64)
+    with tf.GradientTape() as tape:
+        inputs = [images, kernel, gamma, beta]
+        tape.watch(inputs)
+        values = tf.nn.conv2d(images, kernel, 2, "SAME")
+        values += tf.stop_gradient(tf.cast(tf.cast(values, dtype), tf.float64) - values)  # equal values are so in both
+        mean, variance = tf.nn.moments(values, [0, 1, 2])
+        if mode == "moving":
+            used = [tf.cast(norm.moving_means["main"], tf.float64), tf.cast(norm.moving_variances["main"], tf.float64)]
+        else:
+            used = [mean, variance]
+        normalized = (values - used[0]) / tf.sqrt(used[1] + 1e-5) * gamma + beta
+        outputs = tf.nn.max_pool2d(tf.nn.relu(normalized), 3, 2, "SAME")
+        loss = tf.reduce_sum(outputs * tf.cast(random(9, *outputs.shape), tf.float64))
+    count = float(np.prod(values.shape[:3]))
+    learnt = [mean, variance * count / (count - 1)] if mode == "batch" else []
+    return [value.numpy() for value in [outputs, *tape.gradient(loss, inputs), *learnt]]
+
+
+def own_stem(unit: PooledConvBatchNorm, images: tf.Tensor, mode: str, compiled: bool) -> list[np.ndarray]:
+    """What `plain_stem` gives, as the layer computes it."""
+    norm = unit.norm
+    variables = [unit.conv.kernel, norm.gammas["main"], norm.betas["main"]]
+
+    def step(images):
+        with deferred_statistics() as statistics, tf.GradientTape() as tape:
+            tape.watch(images)
+            outputs = unit(images, BATCH | {"mode": mode})
+            loss = tf.reduce_sum(tf.cast(outputs, tf.float32) * random(9, *outputs.shape))
+        learnt = [value for _, value in statistics]
+        return [outputs, *tape.gradient(loss, [images, *variables]), *learnt]
+
+    with xla.compiling(compiled):
+        values = tf.function(step, jit_compile=compiled, autograph=False)(images)
+    return [tf.cast(value, tf.float32).numpy() for value in values]
+
+
+# Elsewhere in bfloat16 what is pooled is rounded otherwise: other values become equal.
+@pytest.mark.parametrize(
+    ("mode", "dtype", "compiled", "tolerance"),
+    [
+        ("batch", tf.float32, True, 1e-5),
+        ("batch", tf.float32, False, 1e-5),
+        ("batch", tf.bfloat16, True, 1e-2),
+        ("moving", tf.float32, True, 1e-5),
+    ],
+)
+def test_a_pooled_stem_and_its_gradients_equal_convolution_batch_norm_relu_and_pooling(
+    mode, dtype, compiled, tolerance
+):
+    unit, images = pooled_stem(dtype), tf.cast(random(1, 4, 16, 24, 3, low=-1.5), dtype)
+    expected, actual = plain_stem(unit, images, mode), own_stem(unit, images, mode, compiled)
+    if mode == "moving" or not compiled:  # of equal values the first is taken: another derivative by a γ of 0
+        for values in (expected, actual):
+            values[3][2] = 0.0
+    assert_equal_to(expected, actual, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
+def test_pooling_ahead_of_a_folded_batch_norm_changes_no_bit(dtype):
+    unit, images = pooled_stem(dtype), tf.cast(random(1, 4, 16, 24, 3), dtype)
+    plain = ConvBatchNorm(6, 7, 2, 0, STEM_SETTINGS)
+    plain(images, BATCH | {"mode": "moving"})
+    plain.set_weights(unit.get_weights())
+    expected = tf.nn.max_pool2d(plain(images, BATCH | {"mode": "moving"}), 3, 2, "SAME")
+    np.testing.assert_array_equal(
+        *(tf.cast(v, tf.float32) for v in (unit(images, BATCH | {"mode": "moving"}), expected))
+    )
+
+
+def test_a_pooled_stem_of_replicas_that_share_statistics_equals_the_plain_one():
+    unit, images = pooled_stem(replicas_per_group=2), random(1, 4, 16, 24, 3)
+    *expected, variance = plain_stem(unit, images, "batch")
+    *actual, learnt = own_stem(unit, images, "batch", True)  # alone it is its own group
+    assert_equal_to(expected, actual)
+    count = 4 * 8 * 12  # places of one replica, of which two make a group
+    np.testing.assert_allclose(learnt, variance * (count - 1) / count * 2 * count / (2 * count - 1), rtol=1e-5)
+
+
+def test_a_pooled_stem_trains_on_images_of_little_contrast():
+    unit, images = pooled_stem(), random(1, 4, 16, 16, 3, low=250.0, high=255.0)
+    for branch in ("main", "adversarial"):
+        unit.norm.moving_means[branch].assign(tf.zeros(6))
+    assert_equal_to(plain_stem(unit, images, "batch"), own_stem(unit, images, "batch", True), 1e-4)
+
+
+def test_a_branch_there_is_not_is_refused_where_a_layer_normalises_by_itself():
+    unit = pooled_stem()
+    with xla.compiling(True), pytest.raises(ConfigError, match="branch='other'"):
+        unit(tf.zeros((1, 16, 16, 3)), BATCH | {"branch": "other"})
+
+
+def stem_network_pass(compiled: bool, clean: bool | None) -> list[np.ndarray]:
+    """Loss, gradients and statistics of a network with an ImageNet stem, moved, of a branch or of a turn."""
+    network = resnet.ResNet("tiny_stem", 10, (32, 32, 3), ("main", "adversarial"), seed=1).create_variables()
+    for index, branch in enumerate(network.branches):  # of either sign, and not the same in both
+        network.stem.norm.gammas[branch].assign(random(20 + index, 8))
+    values = [
+        variable + 0.1 * random(index, *variable.shape) for index, variable in enumerate(network.trainable_variables)
+    ]
+
+    def step(images, turn):
+        with deferred_statistics() as statistics, tf.GradientTape() as tape:
+            tape.watch([images, *values])
+            branch = "adversarial" if clean is None else Turn(turn)
+            with moved.moved(network.trainable_variables, values):
+                logits = network(images, branch=branch, mode="batch", update_statistics=True)
+            loss = tf.reduce_mean(logits * random(9, *logits.shape))
+        gradients = tape.gradient(loss, [images, *values], unconnected_gradients="zero")
+        return [loss, *gradients, *(value for _, value in statistics)]
+
+    with xla.compiling(compiled):
+        function = tf.function(step, jit_compile=compiled, autograph=False)
+        results = function(random(1, 6, 32, 32, 3, low=0.0, high=255.0), tf.constant(bool(clean)))
+    return [value.numpy() for value in results]
+
+
+@pytest.mark.parametrize("clean", [None, True, False])
+def test_a_moved_network_with_a_pooled_stem_computes_what_it_does_without(monkeypatch, clean):
+    tiny = resnet.Architecture((1,), (8,), False, True, resnet.CIFAR_MEAN, resnet.CIFAR_STDDEV)
+    monkeypatch.setitem(resnet.ARCHITECTURES, "tiny_stem", tiny)
+    plain, pooled = (stem_network_pass(compiled, clean) for compiled in (False, True))
+    assert sum(np.abs(value).max() > 0 for value in plain) > 10
+    for one, other in zip(plain, pooled, strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * np.abs(one).max() + 1e-7)
 
 
 def plain_expansion(inputs, kernel, gamma, beta):
@@ -99,7 +249,7 @@ def test_what_float32_channels_have_in_common_does_not_hide_their_difference():
     a = 100.0 * draw.normal(size=(8, 16, 16, 1)) + 0.1 * draw.normal(size=(8, 16, 16, 6))
     kernel = np.array([1, -1, 2, -2, 1, -1])[:, None] * np.arange(1, 21)  # each column has a sum of 0
     settings = {"branches": ("main",), "momentum": 0.9, "epsilon": 1e-5}
-    unit = resnet.ConvBatchNorm(20, 1, 1, 0, settings, relu=False)
+    unit = ConvBatchNorm(20, 1, 1, 0, settings, relu=False)
     call = {"branch": "main", "mode": "batch", "update_statistics": True, "synchronize": True}
     unit(np.float32(a), call)
     unit.conv.kernel.assign(kernel[None, None])

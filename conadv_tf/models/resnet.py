@@ -13,7 +13,8 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.errors import ConfigError
-from conadv_tf.models import expansion, moved, stem_convolution, xla
+from conadv_tf.models import moved, stem_convolution
+from conadv_tf.models.conv_batchnorm import ConvBatchNorm, PooledConvBatchNorm
 from conadv_tf.models.network import Network
 from conadv_tf.models.split_batchnorm import MAIN, SplitBatchNormalization, Turn
 
@@ -68,75 +69,6 @@ ARCHITECTURES = {
     **{f"cifar_resnet{depth}": _cifar(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "digits_resnet": Architecture((1, 1), (16, 32), False, False, GREY_MEAN, GREY_STDDEV),
 }
-
-
-class ConvBatchNorm(tf_keras.layers.Layer):
-    """Convolution without bias, split BN and, unless `relu` is False, a ReLU; in the dtype of its inputs."""
-
-    def __init__(
-        self,
-        filters: int,
-        kernel_size: int,
-        strides: int,
-        seed: int,
-        norm: dict,
-        relu: bool = True,
-        convolution: type[tf_keras.layers.Conv2D] = tf_keras.layers.Conv2D,
-        **kwargs,
-    ):
-        super().__init__(autocast=False, **kwargs)
-        self.conv = convolution(
-            filters,
-            kernel_size,
-            strides,
-            padding="same",
-            data_format="channels_last",  # whatever ~/.keras/keras.json says
-            use_bias=False,
-            kernel_initializer=tf_keras.initializers.VarianceScaling(seed=seed),
-            dtype=self.variable_dtype,  # under a mixed policy the kernel would read as already rounded
-            name="conv",
-        )
-        self.norm = SplitBatchNormalization(**norm, dtype=kwargs.get("dtype"), autocast=False, name="norm")
-        self.relu = relu
-
-    def build(self, input_shape) -> None:
-        with tf.name_scope(self.conv.name):
-            self.conv.build(input_shape)
-        with tf.name_scope(self.norm.name):
-            self.norm.build((*input_shape[:-1], self.conv.filters))
-        super().build(input_shape)
-
-    def _expands(self, inputs: tf.Tensor) -> bool:
-        """Tells whether the layer is a pointwise convolution to more channels, of inputs that expansion.py is for."""
-        conv = self.conv
-        widens = conv.kernel_size == conv.strides == (1, 1) and inputs.shape[-1] < conv.filters
-        return widens and inputs.dtype in expansion.DTYPES
-
-    def call(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        moving = self.norm.frozen or norm_call["mode"] == "moving"
-        through = self._folded if moving else self._normalized
-        outputs = through(inputs, norm_call)
-        return tf.nn.relu(outputs) if self.relu else outputs
-
-    def _normalized(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        kernel = tf.cast(moved.read(self.conv.kernel), inputs.dtype)
-        if self._expands(inputs) and self.norm.is_local(norm_call) and xla.is_compiling():
-            return self._expanded(inputs, kernel, norm_call)
-        return self.norm(self.conv.convolution_op(inputs, kernel), **norm_call)
-
-    def _expanded(self, inputs: tf.Tensor, kernel: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        """Convolution and batch norm in one, without the wide intermediate (expansion.py)."""
-        branch, norm = norm_call["branch"], self.norm
-        gamma, beta = norm.gamma_and_beta(branch)
-        outputs, mean, variance = expansion.expand_and_normalize(inputs, kernel, gamma, beta, norm.epsilon)
-        norm.learn(mean, variance, branch, norm_call["update_statistics"])
-        return outputs
-
-    def _folded(self, inputs: tf.Tensor, norm_call: dict) -> tf.Tensor:
-        """Convolution and batch norm with moving statistics: a scaled kernel and a bias, one pass less."""
-        scale, shift = self.norm.moving_affine(norm_call["branch"])
-        kernel = tf.cast(tf.cast(moved.read(self.conv.kernel), tf.float32) * scale, inputs.dtype)
-        return tf.nn.bias_add(self.conv.convolution_op(inputs, kernel), tf.cast(shift, inputs.dtype))
 
 
 class ResidualBlock(tf_keras.layers.Layer):
@@ -253,7 +185,8 @@ class ResNet(Network):
         seeds = itertools.count(1000 * seed)
         kernel_size, strides = (7, 2) if self._spec.large_stem else (3, 1)
         blocks = self._spec.large_stem and all(side % stem_convolution.BLOCK == 0 for side in self.image_shape[:2])
-        self.stem = ConvBatchNorm(
+        unit = PooledConvBatchNorm if self._spec.large_stem else ConvBatchNorm
+        self.stem = unit(
             self._spec.widths[0],
             kernel_size,
             strides,
@@ -303,8 +236,6 @@ class ResNet(Network):
             "synchronize": synchronize,
         }
         features = self.stem(self._normalized(images, activation_dtype or self.compute_dtype), norm_call)
-        if self._spec.large_stem:
-            features = tf.nn.max_pool2d(features, 3, 2, "SAME")
         for block in self.blocks:
             features = block(features, norm_call)
         return self._logits(features, evaluates=not training and mode is None)

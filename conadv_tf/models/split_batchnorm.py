@@ -156,7 +156,7 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
             scale, shift = self.moving_affine(branch)
             return tf.cast(tf.cast(inputs, tf.float32) * scale + shift, inputs.dtype)
         gamma, beta = self.gamma_and_beta(branch)
-        together = self.replicas_per_group if synchronize else 1
+        together = self._together(synchronize)
         if together > 1:
             outputs, mean, variance = self._group_batch(inputs, gamma, beta)
         else:
@@ -168,7 +168,12 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         return outputs
 
     def gamma_and_beta(self, branch: str | Turn) -> tuple[tf.Variable | tf.Tensor, tf.Variable | tf.Tensor]:
-        """γ and β of a branch, float32 [channels]."""
+        """γ and β of a branch, float32 [channels].
+
+        Raises:
+          ConfigError: for a branch there is not.
+        """
+        self._check(branch, "batch")
         return _chosen(self.gammas, branch), _chosen(self.betas, branch)
 
     def learn(self, mean: tf.Tensor, variance: tf.Tensor, branch: str | Turn, learns: bool | tf.Tensor) -> None:
@@ -176,6 +181,20 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
         if learns is not False:
             self._learn(self.moving_means, mean, branch, learns)
             self._learn(self.moving_variances, variance, branch, learns)
+
+    def measure(self, values: tf.Tensor, sign: tf.Tensor, call: dict) -> tuple[tf.Tensor, tf.Tensor]:
+        """Mean and variance of a batch, float32 [channels], for a layer that normalises by itself; gradients flow back.
+
+        Args:
+          values: [rows, height, width, channels], `sign` times what the layer normalises.
+          sign: 1 or −1, float32 [channels]. The moving averages learn the statistics of what is normalised.
+          call: the arguments of a call in mode "batch".
+        """
+        together, shift = self._together(call["synchronize"]), self._shift(call["branch"])
+        own_shift = None if shift is None else sign * shift
+        mean, variance = _moments(tf.cast(values, tf.float32), together, own_shift)
+        self.learn(sign * mean, variance * _bessel(values, together), call["branch"], call["update_statistics"])
+        return mean, variance
 
     def moving_affine(self, branch: str | Turn) -> tuple[tf.Tensor, tf.Tensor]:
         """The affine map that mode "moving" applies to each channel: (scale, shift), float32 [channels].
@@ -191,7 +210,11 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
 
     def is_local(self, call: dict) -> bool:
         """Tells whether a call with these arguments normalises with the statistics of its own batch alone."""
-        return call["mode"] == "batch" and not (self.replicas_per_group > 1 and call["synchronize"])
+        return call["mode"] == "batch" and self._together(call["synchronize"]) == 1
+
+    def _together(self, synchronize: bool) -> int:
+        """The number of replicas that share statistics."""
+        return self.replicas_per_group if synchronize else 1
 
     def _check(self, branch: str | Turn, mode: str) -> None:
         names = {MAIN, ADVERSARIAL} if isinstance(branch, Turn) else {branch}
@@ -216,13 +239,9 @@ class SplitBatchNormalization(tf_keras.layers.Layer):
     def _group_batch(self, inputs, gamma, beta):
         """Statistics over the group of replicas; same definitions as the fused local kernel."""
         values = tf.cast(inputs, tf.float32)
-        # Two exchanges: E[x²] − E[x]² in one would cancel where the mean is large, even below −epsilon.
-        mean = group_mean(tf.reduce_mean(values, [0, 1, 2]), self.replicas_per_group)
-        centered = values - mean
-        variance = group_mean(tf.reduce_mean(tf.square(centered), [0, 1, 2]), self.replicas_per_group)
-        outputs = centered * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
-        count = _places(inputs) * self.replicas_per_group
-        return tf.cast(outputs, inputs.dtype), mean, variance * count / (count - 1.0)
+        mean, variance = _moments(values, self.replicas_per_group, None)
+        outputs = (values - mean) * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
+        return tf.cast(outputs, inputs.dtype), mean, variance * _bessel(inputs, self.replicas_per_group)
 
     def _learn(self, moving: dict[str, tf.Variable], statistic: tf.Tensor, branch: str | Turn, learns) -> None:
         if isinstance(branch, Turn):
@@ -253,6 +272,27 @@ def _places(inputs: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.reduce_prod(tf.shape(inputs)[:3]), tf.float32)
 
 
+def _bessel(inputs: tf.Tensor, together: int) -> tf.Tensor:
+    """What makes the variance of a sample that of tf_keras' fused layer, float32 scalar."""
+    count = _places(inputs) * together
+    return count / tf.maximum(count - 1.0, 1.0)
+
+
+def _moments(values: tf.Tensor, together: int, shift: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance of float32 values over so many replicas, float32 [channels].
+
+    Shifted values are read once where they are a replica's own; a compiler fuses that with what computes them.
+    """
+    if together == 1 and shift is not None:
+        shifted = values - shift
+        mean = tf.reduce_mean(shifted, [0, 1, 2])
+        variance = tf.reduce_mean(tf.square(shifted), [0, 1, 2]) - tf.square(mean)
+        return mean + shift, tf.maximum(variance, 0.0)
+    # Two exchanges: E[x²] − E[x]² in one would cancel where the mean is large, even below −epsilon.
+    mean = group_mean(tf.reduce_mean(values, [0, 1, 2]), together)
+    return mean, group_mean(tf.reduce_mean(tf.square(values - mean), [0, 1, 2]), together)
+
+
 def _chosen(variables: dict[str, tf.Variable], branch: str | Turn) -> tf.Variable | tf.Tensor:
     if isinstance(branch, Turn):
         return tf.where(branch.clean, read(variables[MAIN]), read(variables[ADVERSARIAL]))
@@ -267,7 +307,7 @@ def group_mean(value: tf.Tensor, replicas_per_group: int) -> tf.Tensor:
     replicas only, so every group fills its own row of a matrix and reads that row back.
     """
     context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
+    if replicas_per_group == 1 or context is None or context.num_replicas_in_sync == 1:
         return value
     replicas = context.num_replicas_in_sync
     if isinstance(context.strategy, tf.distribute.TPUStrategy):
