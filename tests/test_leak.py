@@ -130,8 +130,8 @@ def test_a_network_that_learns_to_read_the_attack_is_reported_once(caplog):
     points = 100 * (logs[first - 1]["adversarial_top1"] - logs[first - 1]["clean_top1"])
     assert f"in epoch {first} the adversarial half's top-1 is {points:.1f} points above the clean half's" in line
     assert line.endswith(
-        "attack.label='predicted', attack.goal='random_target', attack.random_start_probability=1.0, "
-        "an attack.epsilon_pixels below 32"
+        "attack.label='predicted', or attack.goal='random_target', or attack.random_start_probability=1.0, "
+        "or an attack.epsilon_pixels below 32"
     )
     assert "\n" not in line
 
@@ -142,10 +142,16 @@ def test_the_warning_names_what_is_not_yet_done_and_the_schedule_can_have():
 
     mixture = methods.Mixture()
     shadow = methods.conadv(Attack(4.0, goal="random_target"), mixture)  # with a random start
-    assert remedies(shadow) == "attack.label='predicted', an attack.epsilon_pixels below 4"
+    assert remedies(shadow) == (
+        "attack.label='predicted' with attack.goal='untargeted', or an attack.epsilon_pixels below 4"
+    )
+    predicted = methods.conadv(Attack(4.0, label="predicted"), mixture)
+    assert remedies(predicted) == (
+        "attack.goal='random_target' with attack.label='auto', or an attack.epsilon_pixels below 4"
+    )
     paired = methods.conadv(Attack(4.0), mixture, schedule="paired")
     assert "random_start" not in remedies(paired)
-    assert remedies(paired).endswith("an attack.epsilon_pixels below 4")
+    assert remedies(paired) == remedies(predicted)  # what its recipe left to the schedule
     text = leak.warning(12.34, 7, paired)
     assert "in epoch 7 the adversarial half's top-1 is 12.3 points above" in text
     assert "\n" not in text

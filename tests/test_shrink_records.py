@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import uuid
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def _turned() -> Image.Exif:
     return exif
 
 
-def test_records_of_tensorflow_datasets_and_gzip_are_read(tmp_path):
+def test_records_of_tensorflow_datasets_and_gzip_are_read(tmp_path, capsys):
     src, dst = tmp_path / "src", tmp_path / "dst"
     write(src, "name-train.tfrecord-00000-of-00001", [example(jpeg(80, 80), "image", label=3)])
     (src / "dataset_info.json").write_text("{}")
@@ -99,6 +100,7 @@ def test_records_of_tensorflow_datasets_and_gzip_are_read(tmp_path):
     [found] = read(dst / "train-00000-of-00001.gz")  # JPEGs do not become smaller: written plain, read by its bytes
     assert Image.open(io.BytesIO(image_of(found))).size == (SIDE, SIDE)
     assert (dst / "dataset_info.json").read_text() == "{}"
+    assert "--data_dir below which it is NAME/VERSION" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("mode", "form"), [("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG")])
@@ -170,6 +172,32 @@ def test_what_cannot_be_shrunk_is_said_in_one_line(tmp_path, capsys):
     path.write_bytes(content[:-30])
     assert said(tmp_path / "damaged").startswith("1: ")
     assert not (tmp_path / "dst").exists()
+
+
+def test_a_remote_folder_is_read_and_nothing_is_written_to_it(tmp_path, capsys):
+    src = f"ram://{uuid.uuid4().hex}/src"
+    names = [f"train-{shard:05d}-of-00002" for shard in range(2)]
+    tf.io.gfile.makedirs(src)
+    for name in names:
+        write(tmp_path / "src", name, [example(jpeg(90, 90)), example(jpeg(30, 30))])
+        tf.io.gfile.copy(str(tmp_path / "src" / name), f"{src}/{name}")
+    assert shrink(src, tmp_path / "dst") == 0
+    assert shrink(tmp_path / "src", tmp_path / "local") == 0
+    assert sorted(tf.io.gfile.listdir(src)) == sorted(os.listdir(tmp_path / "dst")) == names
+    assert [(tmp_path / "dst" / name).read_bytes() for name in names] == [
+        (tmp_path / "local" / name).read_bytes() for name in names
+    ]
+    with tf.io.gfile.GFile(f"{src}/{names[0]}", "wb") as file:
+        file.write((tmp_path / "src" / names[0]).read_bytes()[:-30])
+    capsys.readouterr()
+    assert shrink(src, tmp_path / "damaged") == 1
+    assert f"{src}/{names[0]}" in capsys.readouterr().err
+
+
+def test_the_command_that_is_printed_can_be_pasted(tmp_path, capsys):
+    write(tmp_path / "src", "train-00000-of-00001", [example(jpeg(80, 80))])
+    assert shrink(tmp_path / "src", tmp_path / "my photos") == 0
+    assert f"--data_dir='{tmp_path}/my photos'" in capsys.readouterr().out
 
 
 @needs_photos

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from conadv_tf.errors import ConfigError, DataError, one_line
 RECORDS = "*-of-*"  # the files of records, by the names that all three writers give them
 IMAGE_FEATURES = ("image/encoded", "image")  # Cloud TPU script and conadv-import-images; TensorFlow Datasets
 MAX_SIDE = 258  # 1.15 × 224
+_COPY = ".copy"  # hidden: no pattern of records matches it
 _INDEX = "conadv_index_"  # see record_files.index_path: where the records of SRC lie
 
 
@@ -83,7 +86,9 @@ def shrink_records(src: str, dst: str, max_side: int = MAX_SIDE, workers: int | 
         ):
             for name, state in files.items():
                 if partial.whole.get(name, [])[-len(state) :] != state:  # else it has been made of this very file
-                    made = _shrink_file(os.path.join(src, name), os.path.join(partial.folder, name), max_side, pool)
+                    file = os.path.join(src, name)
+                    with _local(file, partial.folder) as local:
+                        made = _shrink_file(local, file, os.path.join(partial.folder, name), max_side, pool)
                     partial.add(name, [*made, *state])
                 progress.update()
         _copy_others(src, partial.folder, files)
@@ -111,25 +116,43 @@ def _state(path: str) -> list[int]:
     return [found.length, found.mtime_nsec]
 
 
-def _shrink_file(src: str, dst: str, max_side: int, pool: concurrent.futures.Executor) -> Outcome:
+@contextlib.contextmanager
+def _local(path: str, folder: str) -> Iterator[str]:
+    """Gives a local file of the same bytes; of a remote one a copy in `folder`, which is good within the context."""
+    if not paths.is_remote(path):
+        yield path
+        return
+    import tensorflow as tf
+
+    copy = os.path.join(folder, _COPY)
+    try:
+        tf.io.gfile.copy(path, copy, overwrite=True)
+        yield copy
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(copy)
+
+
+def _shrink_file(src: str, name: str, dst: str, max_side: int, pool: concurrent.futures.Executor) -> Outcome:
+    """Makes the file `dst` of the file `src`, which is called `name` in errors."""
     import tensorflow as tf
 
     outcomes, digest = [], hashlib.sha256()
     with tf.io.TFRecordWriter(dst) as file:
-        for record, outcome in pool.map(functools.partial(_shrunk_record, src, max_side), _payloads(src)):
+        for record, outcome in pool.map(functools.partial(_shrunk_record, name, max_side), _payloads(src, name)):
             file.write(record)
             digest.update(record)
             outcomes.append(outcome)
     read = hashlib.sha256()
-    for record in _payloads(dst):
+    for record in _payloads(dst, dst):
         read.update(record)
     if read.digest() != digest.digest():
         raise DataError(f"{dst} is not what was written: check the disk; the same command goes on")
     return _sum(outcomes)
 
 
-def _payloads(path: str) -> Iterator[bytes]:
-    """The records of a file, plain or GZIP."""
+def _payloads(path: str, name: str) -> Iterator[bytes]:
+    """The records of a local file, plain or GZIP, which is called `name` in errors."""
     import tensorflow as tf
 
     from conadv_tf.data import record_files
@@ -137,10 +160,10 @@ def _payloads(path: str) -> Iterator[bytes]:
     [file] = record_files.index_files([path], record_files.BadRecords(1))
     try:
         if file.damaged:
-            raise DataError(f"{path} ends within a record: fetch the file again, or take it out of SRC")
+            raise DataError(f"{name} ends within a record: fetch the file again, or take it out of SRC")
         yield from tf.data.TFRecordDataset(path, file.compression).as_numpy_iterator()
     except tf.errors.OpError as error:
-        raise DataError(f"{path}: {one_line(error)}: fetch the file again, or take it out of SRC") from error
+        raise DataError(f"{name}: {one_line(error)}: fetch the file again, or take it out of SRC") from error
 
 
 def _shrunk_record(path: str, max_side: int, payload: bytes) -> tuple[bytes, Outcome]:
@@ -195,8 +218,15 @@ def _shrink(parsed: argparse.Namespace) -> None:
     print(
         f"{parsed.dst}: {made.records:,} records, {made.shrunk:,} of them with an image shrunk to a shorter side of "
         f"{parsed.max_side} pixels, {made.broken:,} with a broken one; {made.before / 1e6:,.1f} MB became "
-        f"{made.after / 1e6:,.1f} MB. Train on it with --data_dir={parsed.dst}"
+        f"{made.after / 1e6:,.1f} MB. Train on it with {_train_on(parsed.dst)}"
     )
+
+
+def _train_on(dst: str) -> str:
+    """The flag of train.py, for a shell; TensorFlow Datasets looks for a folder of a version below the data set's."""
+    if os.path.exists(os.path.join(dst, "dataset_info.json")):
+        return "the --data_dir below which it is NAME/VERSION, as TensorFlow Datasets had it"
+    return f"--data_dir={shlex.quote(dst)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -74,8 +74,8 @@ class Attack:
                 raise ConfigError(f"attack.{name}={getattr(self, name)!r} is not known: choose one of {choices}")
         if self.label == "predicted" and self.goal != "untargeted":
             raise ConfigError(
-                f"attack.label='predicted' with attack.goal={self.goal!r}, which has labels of its own: leave out "
-                "one of the two"
+                f"attack.label='predicted' with attack.goal={self.goal!r}, which has labels of its own: set "
+                "attack.label='auto', or attack.goal='untargeted'"
             )
         if not 0 <= self.epsilon_pixels <= 255:
             raise ConfigError(f"attack.epsilon_pixels={self.epsilon_pixels} is outside [0, 255] pixel levels")

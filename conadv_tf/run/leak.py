@@ -70,12 +70,16 @@ def _remedies(method: "Method") -> str:
         "random_start_probability": 1.0,
     }
     left = {name: value for name, value in wanted.items() if getattr(attack, name) != value}
+    excludes = {
+        "label": " with attack.goal='untargeted'" if attack.goal != "untargeted" else "",
+        "goal": " with attack.label='auto'" if attack.label == "predicted" else "",
+    }
     possible = [
-        f"attack.{name}={value!r}"
+        f"attack.{name}={value!r}{excludes.get(name, '')}"
         for name, value in left.items()
         if all(value in requirement.allowed.get(f"attack.{name}", (value,)) for requirement in requirements)
     ]
-    return ", ".join([*possible, f"an attack.epsilon_pixels below {attack.epsilon_pixels:g}"])
+    return ", or ".join([*possible, f"an attack.epsilon_pixels below {attack.epsilon_pixels:g}"])
 
 
 def leaks(result: Mapping) -> bool:
