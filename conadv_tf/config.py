@@ -363,4 +363,6 @@ def _check_type(name: str, function: typing.Callable, parameter: str, value) -> 
     accepted = kinds + ((int,) if float in kinds else ())
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ConfigError(f"{name}={value!r} must be {wanted}")
+        default = inspect.signature(function).parameters[parameter].default
+        remedy = f"; the default is {default!r}" if isinstance(default, accepted) else ""
+        raise ConfigError(f"{name}={value!r} must be {wanted}{remedy}")

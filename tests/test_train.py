@@ -212,6 +212,7 @@ MISTAKES = {
     "no value": (["--gin_param=train.epochs="], 2, "train.epochs"),
     "bare word": (["--gin_param=train.method=conadv"], 2, "quotes"),
     "wrong type": (["--gin_param=train.epochs='90'"], 2, "must be int"),
+    "what 0.1.0 had": (["--gin_param=attack.label=None"], 2, "must be str; the default is 'auto'"),
     "setting without effect": (["--gin_param=sgd.momentum=0.5"], 2, "sgd.momentum"),
     "unknown method": (["--gin_param=train.method='conadw'"], 2, "vanilla, disadv, conadv"),
     "unknown schedule": (["--gin_param=conadv.schedule='shade'"], 2, "shadow"),

@@ -109,7 +109,10 @@ def _places(src: str, dst: str) -> tuple[str, str]:
 
 
 def _state(path: str) -> list[int]:
-    """What changes when the file changes."""
+    """What changes when the file changes. Of a local one TensorFlow tells whole seconds."""
+    if not paths.is_remote(path):
+        state = os.stat(path)
+        return [state.st_size, state.st_mtime_ns]
     import tensorflow as tf
 
     found = tf.io.gfile.stat(path)
