@@ -5,14 +5,21 @@ import io
 import os
 from typing import BinaryIO, NamedTuple
 
+import PIL
 from PIL import ExifTags, Image, ImageOps
 
+import conadv_tf
 from conadv_tf.errors import DataError
 
 MODES = ("RGB", "L")  # those in which a JPEG is stored, colour and grey
 _JPEG = b"\xff\xd8\xff"  # what a JPEG begins with
 _SAVED = {"JPEG": {"quality": 95}, "PNG": {"compress_level": 1}}
 _TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
+
+
+def version() -> str:
+    """What the bytes of images that are made anew depend on."""
+    return f"conadv_tf {conadv_tf.__version__} and Pillow {PIL.__version__}"
 
 
 class Encoded(NamedTuple):

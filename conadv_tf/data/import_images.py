@@ -20,11 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import PIL
-
-import conadv_tf
 from conadv_tf import terminal
-from conadv_tf.data import image_partial, image_recipe
+from conadv_tf.data import image_encoding, image_partial, image_recipe
 from conadv_tf.data.image_files import left_out_lines, shown
 from conadv_tf.data.image_folder import find
 from conadv_tf.errors import ConfigError
@@ -71,7 +68,7 @@ def import_images(
     src, dst = os.path.realpath(src), os.path.realpath(dst)
     _check_places(src, dst)
     arguments = {"SRC": src, "--image_size": image_size, "--shards": shards, "--validation": validation}
-    arguments |= {"--labels": labels and os.path.realpath(labels), "version": _version()}
+    arguments |= {"--labels": labels and os.path.realpath(labels), "version": image_encoding.version()}
     with image_partial.opened(dst) as partial:
         found = find(src, validation, labels)
         num_train = len(found.splits["train"])
@@ -91,11 +88,6 @@ def import_images(
         _describe(partial.folder, src, dst, found.classes, report)
         partial.move(dst)
     return found.classes, report
-
-
-def _version() -> str:
-    """What the bytes of images that are made anew depend on."""
-    return f"conadv_tf {conadv_tf.__version__} and Pillow {PIL.__version__}"
 
 
 def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: Report) -> None:

@@ -27,6 +27,7 @@ from conadv_tf.data.fingerprint import checksum
 from conadv_tf.errors import ConfigError, DataError
 from conadv_tf.paths import is_remote, matching, opened
 
+INDEX = "conadv_index_"  # what the names of kept indices begin with
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _HEADER_BYTES, _FRAME_BYTES = 12, 16  # length and its checksum; these and the checksum of the payload
 
@@ -232,7 +233,7 @@ def index_files(paths: Sequence[str], bad_records: BadRecords) -> list[RecordFil
 def index_path(paths: Sequence[str]) -> str:
     """The path at which the index of these files is kept."""
     folder, first = os.path.split(paths[0])
-    return os.path.join(folder, f"conadv_index_{first}.npz")
+    return os.path.join(folder, f"{INDEX}{first}.npz")
 
 
 def _read_index(paths: Sequence[str]) -> dict[str, RecordFile]:

@@ -21,9 +21,6 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import PIL
-
-import conadv_tf
 from conadv_tf import paths, terminal
 from conadv_tf.data import image_encoding, image_partial
 from conadv_tf.errors import ConfigError, DataError, one_line
@@ -32,7 +29,6 @@ RECORDS = "*-of-*"  # the files of records, by the names that all three writers 
 IMAGE_FEATURES = ("image/encoded", "image")  # Cloud TPU script and conadv-import-images; TensorFlow Datasets
 MAX_SIDE = 258  # 1.15 × 224
 _COPY = ".copy"  # hidden: no pattern of records matches it
-_INDEX = "conadv_index_"  # see record_files.index_path: where the records of SRC lie
 
 
 class Outcome(NamedTuple):
@@ -71,15 +67,17 @@ def shrink_records(src: str, dst: str, max_side: int = MAX_SIDE, workers: int | 
     src, dst = _places(src, dst)
     import tensorflow as tf
 
+    from conadv_tf.data import record_files
+
     if not tf.io.gfile.isdir(src):
         raise DataError(f"SRC={src!r} is no folder: name that of the TFRecord files")
     found = map(os.path.basename, paths.matching(src, RECORDS))
-    files = {name: _state(os.path.join(src, name)) for name in found if not name.startswith(_INDEX)}
+    files = {name: _state(os.path.join(src, name)) for name in found if not name.startswith(record_files.INDEX)}
     if not files:
         raise DataError(f"SRC={src!r} has no file of records, {RECORDS}: name the folder that holds them")
     with image_partial.opened(dst) as partial:
-        made_by = f"conadv_tf {conadv_tf.__version__} and Pillow {PIL.__version__}"
-        partial.begin({"SRC": src, "--max_side": max_side, "version": made_by}, repr(list(files)))
+        arguments = {"SRC": src, "--max_side": max_side, "version": image_encoding.version()}
+        partial.begin(arguments, repr(list(files)))
         with (
             concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool,
             terminal.Progress(len(files), "file") as progress,
@@ -200,9 +198,11 @@ def _shrunk_record(path: str, max_side: int, payload: bytes) -> tuple[bytes, Out
 def _copy_others(src: str, folder: str, files: Collection[str]) -> None:
     import tensorflow as tf
 
+    from conadv_tf.data import record_files
+
     for name in tf.io.gfile.listdir(src):
         path = os.path.join(src, name)
-        if name not in files and not name.startswith((_INDEX, ".")) and not tf.io.gfile.isdir(path):
+        if name not in files and not name.startswith((record_files.INDEX, ".")) and not tf.io.gfile.isdir(path):
             tf.io.gfile.copy(path, os.path.join(folder, name), overwrite=True)
 
 
