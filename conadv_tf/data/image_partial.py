@@ -113,6 +113,14 @@ class Partial:
                 os.remove(os.path.join(dst, name))
 
 
+def check_places(src: str, dst: str, because: str = "") -> None:
+    """Raises ConfigError unless DST may be made: it is new or empty, and outside SRC. Both are real paths."""
+    if os.path.lexists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
+        raise ConfigError(f"DST={dst!r} is not an empty folder: name another one, or empty it")
+    if os.path.commonpath([src, dst]) == src:
+        raise ConfigError(f"DST={dst!r} lies in SRC={src!r}{because}: name a folder outside it")
+
+
 @contextlib.contextmanager
 def opened(dst: str) -> Iterator[Partial]:
     """Holds DST.partial, new or of an import that was stopped. Where no file of it is whole at the end, it is removed.

@@ -66,7 +66,7 @@ def import_images(
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
     src, dst = os.path.realpath(src), os.path.realpath(dst)
-    _check_places(src, dst)
+    image_partial.check_places(src, dst, because=", whose subfolders are classes")
     arguments = {"SRC": src, "--image_size": image_size, "--shards": shards, "--validation": validation}
     arguments |= {"--labels": labels and os.path.realpath(labels), "version": image_encoding.version()}
     with image_partial.opened(dst) as partial:
@@ -97,14 +97,6 @@ def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: R
     recipe = image_recipe.text(os.path.basename(dst), src, classes, report.sizes, _left_out(report))
     with open(os.path.join(folder, image_recipe.FILE), "w", encoding="utf-8") as file:
         file.write(recipe)
-
-
-def _check_places(src: str, dst: str) -> None:
-    """Raises ConfigError unless DST may be made."""
-    if os.path.lexists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
-        raise ConfigError(f"DST={dst!r} is not an empty folder: name another one, or empty it")
-    if os.path.commonpath([src, dst]) == src:
-        raise ConfigError(f"DST={dst!r} lies in SRC={src!r}, whose subfolders are classes: name a folder outside it")
 
 
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:

@@ -99,10 +99,8 @@ def _places(src: str, dst: str) -> tuple[str, str]:
     if paths.is_remote(dst):
         raise ConfigError(f"DST={dst!r} is remote: name a local folder, and copy it when it is whole")
     src, dst = paths.absolute(src), os.path.realpath(dst)
-    if os.path.lexists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
-        raise ConfigError(f"DST={dst!r} is not an empty folder: name another one, or empty it")
-    if not paths.is_remote(src) and os.path.commonpath([os.path.realpath(src), dst]) == os.path.realpath(src):
-        raise ConfigError(f"DST={dst!r} lies in SRC={src!r}: name a folder outside it")
+    # Of a remote SRC, the path that its name would be here, in which no DST lies.
+    image_partial.check_places(os.path.realpath(src), dst)
     return src, dst
 
 
