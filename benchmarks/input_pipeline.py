@@ -4,21 +4,26 @@
 
 DIR holds ImageNet TFRecords (train-*), a few are enough: they are repeated. All contestants take turns in one process,
 each alone while it is measured; a rate is images over the processor seconds of the whole process, so what else the
-machine does weighs little. Ratios are medians over the rounds, quartiles beside them. Memory: the resident size of
+machine does weighs little. Ratios are medians over the rounds, quartiles beside them. Levels: how far JPEGs of shrunk
+photos are from what they store. Memory: the resident size of
 the process after the first and the last of --memory_images images of the training pipeline. Prints a Markdown table and
 writes input_pipeline.json.
 """
 
 import argparse
+import io
 import json
+import os
 import resource
 import statistics
 import tempfile
 import time
 
+import numpy as np
 import tensorflow as tf
 from official.vision.configs import common
 from official.vision.dataloaders import classification_input
+from PIL import Image
 
 from conadv_tf import data, paths, terminal
 from conadv_tf.data import shrink_records
@@ -26,7 +31,9 @@ from conadv_tf.data import shrink_records
 SIZE, ROWS = 224, 16
 PARSER, PARSER_AA = "tf-models parser", "tf-models parser, AutoAugment"
 OURS, OURS_AA, EVALUATION = "train", "train, AutoAugment", "evaluation"
-OURS_SHRUNK = f"train, photos shrunk to {shrink_records.MAX_SIDE} pixels"
+OURS_SHRUNK = {
+    quality: f"train, photos shrunk to {shrink_records.MAX_SIDE} pixels, quality {quality}" for quality in (95, 90)
+}
 OURS_CACHED, EVALUATION_CACHED = "train, cached", "evaluation, cached"
 
 
@@ -55,20 +62,39 @@ def ours(data_dir: str, autoaugment: str, cache: str = "none") -> data.ImageData
     )
 
 
-def contestants(data_dir: str, shrunk_dir: str) -> dict[str, tf.data.Dataset]:
+def contestants(data_dir: str, shrunk_dirs: dict[int, str]) -> dict[str, tf.data.Dataset]:
     files = paths.matching(data_dir, "train-*")
     records = list(tf.data.TFRecordDataset(files).as_numpy_iterator())
     plain, cached = ours(data_dir, "none"), ours(data_dir, "none", "memory")
     return {
         PARSER: tf_models(records, None),
         OURS: plain.train_batches(ROWS, 1),
-        OURS_SHRUNK: ours(shrunk_dir, "none").train_batches(ROWS, 1),
+        **{
+            OURS_SHRUNK[quality]: ours(folder, "none").train_batches(ROWS, 1) for quality, folder in shrunk_dirs.items()
+        },
         OURS_CACHED: cached.train_batches(ROWS, 1),
         EVALUATION: evaluation(plain),
         EVALUATION_CACHED: evaluation(cached),
         PARSER_AA: tf_models(records, "reduced_imagenet"),
         OURS_AA: ours(data_dir, "imagenet").train_batches(ROWS, 1),
     }
+
+
+def photos(data_dir: str) -> list[Image.Image]:
+    found = []
+    for record in tf.data.TFRecordDataset(paths.matching(data_dir, "train-*")).as_numpy_iterator():
+        encoded = tf.train.Example.FromString(record).features.feature["image/encoded"].bytes_list.value[0]
+        found.append(Image.open(io.BytesIO(encoded)))
+    return found
+
+
+def levels(data_dir: str, shrunk_dir: str) -> float:
+    """How far shrunk photos are from the same photos resized and not stored as JPEGs, in levels of 0..255."""
+    differences = []
+    for whole, stored in zip(photos(data_dir), photos(shrunk_dir), strict=True):
+        exact = whole.resize(stored.size, Image.Resampling.BICUBIC)
+        differences.append(np.abs(np.asarray(stored, float) - np.asarray(exact, float)).mean())
+    return float(np.mean(differences))
 
 
 def evaluation(loaded: data.ImageData) -> tf.data.Dataset:
@@ -128,9 +154,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory_images", type=int, default=10_240)
     arguments = parser.parse_args()
-    shrunk = tempfile.TemporaryDirectory()
-    shrink_records.shrink_records(arguments.data_dir, shrunk.name)
-    pipelines = contestants(arguments.data_dir, shrunk.name)
+    folder = tempfile.TemporaryDirectory()
+    shrunk = {quality: os.path.join(folder.name, str(quality)) for quality in OURS_SHRUNK}
+    for quality, shrunk_dir in shrunk.items():
+        shrink_records.shrink_records(arguments.data_dir, shrunk_dir, quality=quality)
+    pipelines = contestants(arguments.data_dir, shrunk)
     rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(arguments.rounds):
         for name, batches in pipelines.items():
@@ -140,6 +168,8 @@ def main() -> None:
     for row in rows:
         low, high = row["quartiles"]
         print(f"| {row['pipeline']} | {row['images_per_second']:.0f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
+    for quality, shrunk_dir in shrunk.items():
+        print(f"{OURS_SHRUNK[quality]}: {levels(arguments.data_dir, shrunk_dir):.2f} levels from what it stores")
     sizes = memory(pipelines[OURS_AA], arguments.memory_images)
     text = " ".join(f"{size:.0f}" for size in sizes)
     print(f"resident memory, MB, at each tenth of {arguments.memory_images:,} images: {text}")

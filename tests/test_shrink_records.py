@@ -86,6 +86,23 @@ def _turned() -> Image.Exif:
     return exif
 
 
+def test_the_quality_decides_how_large_and_how_exact_an_image_is(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    write(tmp_path / "src", "train-00000-of-00001", [example(file.getvalue())])
+    exact = np.asarray(Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC), float)
+    sizes, errors = [], []
+    for flags in ([], ["--quality=95"], ["--quality=90"], ["--quality=10"]):
+        dst = tmp_path / "".join(["dst", *flags])
+        assert shrink(tmp_path / "src", dst, *flags) == 0
+        [found] = read(dst / "train-00000-of-00001")
+        sizes.append(len(image_of(found)))
+        errors.append(np.abs(tf.io.decode_jpeg(image_of(found)).numpy() - exact).mean())
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3]
+    assert errors[0] == errors[1] < errors[2] < errors[3]
+
+
 def test_records_of_tensorflow_datasets_and_gzip_are_read(tmp_path, capsys):
     src, dst = tmp_path / "src", tmp_path / "dst"
     write(src, "name-train.tfrecord-00000-of-00001", [example(jpeg(80, 80), "image", label=3)])
@@ -120,11 +137,11 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(tmp_path, capsys, mon
     assert shrink(src, tmp_path / "whole", "--workers=1") == 0
     made, shrunk = [], image_encoding.shrunk
 
-    def stopping(content, side):
+    def stopping(content, **settings):
         made.append(content)
         if len(made) > 12:
             raise KeyboardInterrupt
-        return shrunk(content, side)
+        return shrunk(content, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(image_encoding, "shrunk", stopping)
@@ -136,7 +153,9 @@ def test_what_was_stopped_goes_on_and_gives_the_same_bytes(tmp_path, capsys, mon
     (src / "train-00001-of-00003").write_bytes(again)  # fetched anew: the others are not made a second time
     made.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(image_encoding, "shrunk", lambda *arguments: made.append(arguments) or shrunk(*arguments))
+        patch.setattr(
+            image_encoding, "shrunk", lambda *args, **settings: made.append(args) or shrunk(*args, **settings)
+        )
         assert shrink(src, tmp_path / "dst", "--workers=3") == 0
     assert len(made) == 10
     names = sorted(os.listdir(tmp_path / "whole"))
@@ -159,6 +178,8 @@ def test_what_cannot_be_shrunk_is_said_in_one_line(tmp_path, capsys):
     assert "2: " in said(src, src / "dst")
     assert "lies in SRC" in said(src, src / "dst")
     assert "--max_side=0 is too small" in said(src, tmp_path / "dst", "--max_side=0")
+    assert "--quality=0 is too small" in said(src, tmp_path / "dst", "--quality=0")
+    assert "--quality=101 is too large: JPEG has 1 to 100" in said(src, tmp_path / "dst", "--quality=101")
     assert "is no folder" in said(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "has no file of records" in said(tmp_path / "empty")

@@ -13,7 +13,8 @@ from conadv_tf.errors import DataError
 
 MODES = ("RGB", "L")  # those in which a JPEG is stored, colour and grey
 _JPEG = b"\xff\xd8\xff"  # what a JPEG begins with
-_SAVED = {"JPEG": {"quality": 95}, "PNG": {"compress_level": 1}}
+QUALITY = 95  # of a JPEG that is made anew
+_SAVED = {"JPEG": {"quality": QUALITY}, "PNG": {"compress_level": 1}}
 _TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
 
 
@@ -75,12 +76,13 @@ def _encoded(content: bytes, image_size: int | None, form: str) -> Encoded:
     return Encoded(_saved(converted, form), converted.size, converted.mode, False, digest, whitened)
 
 
-def shrunk(content: bytes, max_side: int) -> tuple[bytes, tuple[int, int]] | None:
+def shrunk(content: bytes, max_side: int, quality: int = QUALITY) -> tuple[bytes, tuple[int, int]] | None:
     """Makes a JPEG of an image of a record whose shorter side is longer than `max_side`.
 
     Args:
       content: the image as it is stored. As in training, what its EXIF says of its orientation does not count.
       max_side: pixels.
+      quality: of the JPEG, in 1..100.
 
     Returns:
       (the JPEG, (width, height)); None for an image that is small enough, or of colours that a JPEG cannot hold.
@@ -92,12 +94,12 @@ def shrunk(content: bytes, max_side: int) -> tuple[bytes, tuple[int, int]] | Non
         if min(image.size) <= max_side or image.mode not in MODES or "transparency" in image.info:
             return None
         smaller = _resized(image, max_side)
-    return _saved(smaller, "JPEG"), smaller.size
+    return _saved(smaller, "JPEG", quality=quality), smaller.size
 
 
-def _saved(image: Image.Image, form: str) -> bytes:
+def _saved(image: Image.Image, form: str, **settings: int) -> bytes:
     with _file() as file:
-        image.save(file, form, **_SAVED[form])
+        image.save(file, form, **_SAVED[form] | settings)
         file.seek(0)
         return file.read()
 

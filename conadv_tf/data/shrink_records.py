@@ -1,10 +1,10 @@
 """TFRecords of large photos become TFRecords of smaller ones, which training decodes faster.
 
-    conadv-shrink-records SRC DST [--max_side=258]
+    conadv-shrink-records SRC DST [--max_side=258] [--quality=95]
 
 SRC is a folder of records as Google's Cloud TPU script, TensorFlow Datasets or conadv-import-images writes it. DST gets
 files of the same names with the same records in the same order. An image whose shorter side is longer than --max_side
-is stored as a JPEG of quality 95 of that size; everything else of a record stays. Other files of SRC, such as
+is stored as a JPEG of that size; everything else of a record stays. Other files of SRC, such as
 classes.txt, are copied.
 """
 
@@ -18,7 +18,7 @@ import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from conadv_tf import paths, terminal
@@ -28,6 +28,7 @@ from conadv_tf.errors import ConfigError, DataError, one_line
 RECORDS = "*-of-*"  # the files of records, by the names that all three writers give them
 IMAGE_FEATURES = ("image/encoded", "image")  # Cloud TPU script and conadv-import-images; TensorFlow Datasets
 MAX_SIDE = 258  # 1.15 × 224
+_Shrunk = Callable[[bytes], tuple[bytes, tuple[int, int]] | None]  # image_encoding.shrunk of an image
 _COPY = ".copy"  # hidden: no pattern of records matches it
 
 
@@ -45,7 +46,13 @@ def _sum(outcomes: Iterable[Outcome]) -> Outcome:
     return Outcome(*map(sum, zip(*outcomes, strict=True)))
 
 
-def shrink_records(src: str, dst: str, max_side: int = MAX_SIDE, workers: int | None = None) -> Outcome:
+def shrink_records(
+    src: str,
+    dst: str,
+    max_side: int = MAX_SIDE,
+    quality: int = image_encoding.QUALITY,
+    workers: int | None = None,
+) -> Outcome:
     """Writes the records of a folder with smaller images. DST appears when all of them are whole.
 
     What has been stopped goes on when it is called again: files that are whole stay in DST.partial. A file is whole
@@ -55,15 +62,18 @@ def shrink_records(src: str, dst: str, max_side: int = MAX_SIDE, workers: int | 
       src: the folder, local or gs://.
       dst: the local folder to make.
       max_side: the longest shorter side that stays, pixels.
+      quality: of the JPEGs that are made, in 1..100; see Pillow's documentation of JPEG.
       workers: the number of threads that decode; None: one for each core.
 
     Raises:
       ConfigError: a number out of range, DST not empty or remote, or DST.partial of other records.
       DataError: no record, one that is damaged or without image.
     """
-    for name, value in {"max_side": max_side, "workers": workers}.items():
+    for name, value in {"max_side": max_side, "quality": quality, "workers": workers}.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{name}={value} is too small: give at least 1, or drop it")
+    if quality > 100:
+        raise ConfigError(f"--quality={quality} is too large: JPEG has 1 to 100")
     src, dst = _places(src, dst)
     import tensorflow as tf
 
@@ -76,7 +86,8 @@ def shrink_records(src: str, dst: str, max_side: int = MAX_SIDE, workers: int | 
     if not files:
         raise DataError(f"SRC={src!r} has no file of records, {RECORDS}: name the folder that holds them")
     with image_partial.opened(dst) as partial:
-        arguments = {"SRC": src, "--max_side": max_side, "version": image_encoding.version()}
+        arguments = {"SRC": src, "--max_side": max_side, "--quality": quality, "version": image_encoding.version()}
+        shrunk = functools.partial(image_encoding.shrunk, max_side=max_side, quality=quality)
         partial.begin(arguments, repr(list(files)))
         with (
             concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool,
@@ -86,7 +97,7 @@ def shrink_records(src: str, dst: str, max_side: int = MAX_SIDE, workers: int | 
                 if partial.whole.get(name, [])[-len(state) :] != state:  # else it has been made of this very file
                     file = os.path.join(src, name)
                     with _local(file, partial.folder) as local:
-                        made = _shrink_file(local, file, os.path.join(partial.folder, name), max_side, pool)
+                        made = _shrink_file(local, file, os.path.join(partial.folder, name), shrunk, pool)
                     partial.add(name, [*made, *state])
                 progress.update()
         _copy_others(src, partial.folder, files)
@@ -132,13 +143,13 @@ def _local(path: str, folder: str) -> Iterator[str]:
             os.remove(copy)
 
 
-def _shrink_file(src: str, name: str, dst: str, max_side: int, pool: concurrent.futures.Executor) -> Outcome:
+def _shrink_file(src: str, name: str, dst: str, shrunk: _Shrunk, pool: concurrent.futures.Executor) -> Outcome:
     """Makes the file `dst` of the file `src`, which is called `name` in errors."""
     import tensorflow as tf
 
     outcomes, digest = [], hashlib.sha256()
     with tf.io.TFRecordWriter(dst) as file:
-        for record, outcome in pool.map(functools.partial(_shrunk_record, name, max_side), _payloads(src, name)):
+        for record, outcome in pool.map(functools.partial(_shrunk_record, name, shrunk), _payloads(src, name)):
             file.write(record)
             digest.update(record)
             outcomes.append(outcome)
@@ -165,7 +176,7 @@ def _payloads(path: str, name: str) -> Iterator[bytes]:
         raise DataError(f"{name}: {one_line(error)}: fetch the file again, or take it out of SRC") from error
 
 
-def _shrunk_record(path: str, max_side: int, payload: bytes) -> tuple[bytes, Outcome]:
+def _shrunk_record(path: str, shrunk: _Shrunk, payload: bytes) -> tuple[bytes, Outcome]:
     import tensorflow as tf
 
     example = tf.train.Example.FromString(payload)
@@ -177,7 +188,7 @@ def _shrunk_record(path: str, max_side: int, payload: bytes) -> tuple[bytes, Out
             "only records with one of these can be shrunk"
         )
     try:
-        smaller = image_encoding.shrunk(features[name].bytes_list.value[0], max_side)
+        smaller = shrunk(features[name].bytes_list.value[0])
     except Exception:  # decoders raise whatever they stumble over
         return payload, Outcome(1, 0, 1, len(payload), len(payload))
     if smaller is None:
@@ -210,6 +221,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("dst", type=terminal.path, metavar="DST", help="folder to make; it appears when it is whole")
     size = f"shrink shorter sides beyond N pixels to N ({MAX_SIDE}, which is 1.15 × 224)"
     parser.add_argument("--max_side", type=int, default=MAX_SIDE, metavar="N", help=size)
+    quality = f"of the JPEGs that are made, 1 to 100 ({image_encoding.QUALITY}); 90 is read faster"
+    parser.add_argument("--quality", type=int, default=image_encoding.QUALITY, metavar="N", help=quality)
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode; default: one for each core")
     return parser.parse_args(arguments)
 
