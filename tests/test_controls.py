@@ -15,8 +15,10 @@ from helpers import (
     mirrored,
     random_batches,
     snapshot,
+    some_of,
 )
 from reference import Recipe, State
+from test_preemption import lines, trained
 from test_update import state_of
 
 from conadv_tf import ConAdvModel, methods, split
@@ -196,3 +198,13 @@ def test_costs_and_what_is_refused():
 def test_methods_survive_their_configuration():
     for method in (methods.sam(Ascent(0.1), stale=True), methods.noise(Attack(2.0)), methods.vanilla()):
         assert methods.Method.from_config(method.get_config()) == method
+
+
+@pytest.mark.parametrize("method", some_of(("noise", "sam", "sam_stale"), "sam_stale", otherwise="long"))
+def test_a_run_trains_it_to_its_end(method, tmp_path):
+    """With all that watches a run, some of which is about attacks and old weights."""
+    result = trained(tmp_path, f"train.method='{method}'", "train.epochs=2")
+    assert (result["method"], result["epochs"]) == (method, 2)
+    for line in lines(tmp_path):
+        assert line["theory_mean_squared_gradient_norm"] > 0
+        assert "theory_drift" not in line  # no weights are attacked that are old

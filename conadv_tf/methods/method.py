@@ -118,6 +118,11 @@ class Method:
         return self.record.updates_per_batch
 
     @property
+    def attacks_stale_weights(self) -> bool:
+        """Tells whether an attack is on older weights than those trained. `sam_stale` has such, and no attack."""
+        return self.attack is not None and self.tau > 0
+
+    @property
     def carries(self) -> bool:
         """Tells whether an update leaves anything to the next one."""
         return self.record.carries is not None

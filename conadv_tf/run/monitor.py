@@ -51,7 +51,7 @@ class TheoryMonitor(tf_keras.callbacks.Callback):
 
     theory_mean_squared_gradient_norm is the mean of ‖g_t‖² over all updates of the run so far, with the gradient g_t of
     update t's batch as the optimizer gets it: Theorem 1's left side plus the variance of g_t. It is left out where
-    the value of an earlier epoch is not known. The rest is for methods with tau ≥ 1.
+    the value of an earlier epoch is not known. The rest is for methods that attack old weights.
 
     Args:
       settings: how often, and on how many images.
@@ -80,7 +80,7 @@ class TheoryMonitor(tf_keras.callbacks.Callback):
             return
         if len(self._squares) == epoch + 1 and None not in self._squares:
             logs["theory_mean_squared_gradient_norm"] = float(np.mean(self._squares))
-        if self._examples is not None and self.model.method.tau:
+        if self._examples is not None and self.model.method.attacks_stale_weights:
             self._measure = self._measure or self.model.inspection(staleness_of(self.model.method.attack))
             logs.update({name: float(value) for name, value in self._measure(*self._examples).items()})
 

@@ -220,7 +220,7 @@ def _evaluate_last(run: Run, folder: RunFolder, update: int, request: preemption
 
 def _theory_monitor(run: Run, folder: RunFolder, first_epoch: int) -> monitor.TheoryMonitor:
     # Streamed data are read for the monitor's images: not for a method without stale weights.
-    examples = run.data.examples("train", run.monitor.images) if run.model.method.tau else None
+    examples = run.data.examples("train", run.monitor.images) if run.model.method.attacks_stale_weights else None
     return monitor.TheoryMonitor(run.monitor, run.plan.epochs, examples, folder.read_metrics()[:first_epoch])
 
 
