@@ -119,12 +119,13 @@ def _train() -> None:
         return
     from conadv_tf.run import report, resuming
     from conadv_tf.run.build import build
-    from conadv_tf.run.strategy import make_strategy
+    from conadv_tf.run.strategy import devices_text, make_strategy
     from conadv_tf.run.train import train
 
-    built = build(recipe, make_strategy(FLAGS.strategy, FLAGS.tpu), FLAGS.data_dir)
+    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
+    built = build(recipe, strategy, FLAGS.data_dir)
     _check_effect()
-    terminal.say(report.arithmetic(built))
+    terminal.say(report.arithmetic(built, devices=devices_text(strategy)))
     model_dir = FLAGS.model_dir or resuming.default_folder(recipe, FLAGS.data_dir, built.data.fingerprint)
     terminal.say(report.result_text(train(built, model_dir)))
 

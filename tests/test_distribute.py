@@ -16,7 +16,7 @@ from helpers import fit, make_model, mirrored, random_batches
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import split_batchnorm
-from conadv_tf.run.strategy import make_strategy
+from conadv_tf.run.strategy import devices_text, make_strategy
 from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training import collectives
 
@@ -26,6 +26,15 @@ def test_one_device_without_accelerators(monkeypatch):
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
     assert isinstance(make_strategy(), tf.distribute.OneDeviceStrategy)
+
+
+def test_what_a_run_trains_on_is_said(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert devices_text(tf.distribute.OneDeviceStrategy("CPU:0")) == "1 × CPU, as TensorFlow finds no GPU"
+    assert devices_text(mirrored(2)) == "2 × CPU, as TensorFlow finds no GPU"
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:0"])
+    assert devices_text(tf.distribute.OneDeviceStrategy("CPU:0")) == "1 × CPU"  # where it was asked for
+    assert devices_text(tf.distribute.OneDeviceStrategy("GPU:0")) == "1 × GPU"
 
 
 @pytest.mark.parametrize(

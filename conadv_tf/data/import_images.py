@@ -141,8 +141,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("src", type=any_path, metavar="SRC", help=images)
     parser.add_argument("dst", type=terminal.path, metavar="DST", help="folder to make; it appears when it is whole")
     parser.add_argument("--image_size", type=int, metavar="N", help="shrink shorter sides beyond N pixels to N")
-    parser.add_argument("--shards", type=int, metavar="N", help="training files; default: one for each 1,000 images")
-    parser.add_argument("--validation", type=float, metavar="SHARE", help="of each class, where SRC has no val/: 0.1")
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="number of training files; default: one for each 1,000 images"
+    )
+    parser.add_argument(
+        "--validation", type=float, metavar="SHARE", help="share of each class to set aside where SRC has no val/: 0.1"
+    )
     parser.add_argument("--labels", type=any_path, metavar="CSV", help="rows of path, label and perhaps split")
     parser.add_argument("--max_bad_images", type=int, default=10, metavar="N", help="broken images to leave out (10)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that read images; default: for all cores")

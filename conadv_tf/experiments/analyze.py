@@ -50,9 +50,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="conadv-analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=terminal.path, metavar="RUN", help="--model_dir of a finished run")
-    parser.add_argument("--data_dir", type=terminal.path, help="as of train.py; the same for every run")
+    parser.add_argument("--data_dir", type=terminal.path, help="as in train.py; the same for every run")
     parser.add_argument("--out", type=terminal.path, default="analysis", help="folder to write (analysis)")
-    parser.add_argument("--images", type=_positive(1), default=1000, metavar="N", help="of each split, at most (1000)")
+    parser.add_argument(
+        "--images", type=_positive(1), default=1000, metavar="N", help="images of each split, at most (1000)"
+    )
     parser.add_argument(
         "--epsilons", type=_epsilons, default=(1.0, 2.0, 4.0, 8.0), metavar="E,E,...", help="pixel levels (1,2,4,8)"
     )

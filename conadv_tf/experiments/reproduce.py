@@ -105,9 +105,9 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--runs", type=terminal.path, help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs"
     )
     parser.add_argument("--gin_param", **several, help="a setting of every run; repeatable")
-    parser.add_argument("--data_dir", type=terminal.path, help="as of train.py")
+    parser.add_argument("--data_dir", type=terminal.path, help="as in train.py")
     for flag in ("tpu", "strategy"):
-        parser.add_argument(f"--{flag}", help="as of train.py")
+        parser.add_argument(f"--{flag}", help="as in train.py")
     parsed = parser.parse_args(given)
     if parsed.seeds < 1 or parsed.jobs < 0:
         parser.error(f"--seeds={parsed.seeds} must be at least 1 and --jobs={parsed.jobs} at least 0")

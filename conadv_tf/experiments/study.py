@@ -52,13 +52,13 @@ class MethodRow:
 AUTOAUGMENT_UNITS = 1.5
 _PAIRED = "conadv.schedule='paired'"
 # The training gradient's own, in 6 forward units: what the paired schedule had when its runs were made.
-_TRUE_LABEL = "attack.label='smoothed'"
+TRUE_LABEL = "attack.label='smoothed'"
 METHOD_ROWS = {
     "vanilla": MethodRow("ResNet", "vanilla"),
     "aa": MethodRow("+ AA", "aa"),
     "disadv": MethodRow("+ DisAdv", "disadv"),
     "conadv": MethodRow("+ ConAdv", "conadv"),
-    "paired": MethodRow("+ ConAdv, paired", "conadv", (_PAIRED, _TRUE_LABEL)),
+    "paired": MethodRow("+ ConAdv, paired", "conadv", (_PAIRED, TRUE_LABEL)),
     "paired_predicted": MethodRow("+ ConAdv, paired, predicted label", "conadv", (_PAIRED, "attack.label='predicted'")),
     "paired_target": MethodRow("+ ConAdv, paired, random target", "conadv", (_PAIRED, "attack.goal='random_target'")),
     "conadv_predicted": MethodRow("+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",)),

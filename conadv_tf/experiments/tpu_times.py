@@ -8,7 +8,7 @@ import sys
 from conadv_tf.errors import RunError
 from conadv_tf.experiments import jobs
 from conadv_tf.experiments.labels import TABLE3_ESTIMATES
-from conadv_tf.experiments.study import METHOD_ROWS, SCALES
+from conadv_tf.experiments.study import METHOD_ROWS, SCALES, TRUE_LABEL
 
 GENERATION = "v3"  # the paper's
 IMAGES_PER_CORE = 64
@@ -35,8 +35,9 @@ def estimate(folder: str, batch: str) -> None:
     """
     cores = 1024 * int(batch.removesuffix("k")) // IMAGES_PER_CORE
     files = [f"--gin_file={file}" for file in SCALES["imagenet"].gin_files(batch, METHOD_ROWS["conadv"])]
+    params = [f"--gin_param={TRUE_LABEL}"]
     where = [f"--tpu={GENERATION}-{cores}", "--preflight", f"--model_dir={_folder(folder, batch)}"]
-    command = [sys.executable, "-m", "conadv_tf", *files, *where]
+    command = [sys.executable, "-m", "conadv_tf", *files, *params, *where]
     process: subprocess.Popen | None = None
     try:
         with jobs.signals_held_back():

@@ -33,8 +33,8 @@ class Attack:
       step_size_pixels: α > 0 of each step; None means ε. 1.25 ε is fast FGSM.
       steps: gradient steps, ≥ 1; 1 is the paper's. Each ends projected to the ε-ball and clipped to [0, 255].
       norm: "linf" (sign of the gradient, |δ| ≤ ε) or "l2" (gradient by its per-image RMS, RMS(δ) ≤ ε).
-      goal: "untargeted" ascends the loss of the true label; "random_target" descends the loss of a uniformly random
-        wrong label.
+      goal: "untargeted" ascends the loss of the label that `label` names; "random_target" descends the loss of a
+        uniformly random wrong label.
       label: the cross-entropy that the goal is about: "hard"; "smoothed", the training loss; "predicted", "hard" of the
         class that the attacked network itself predicts where the attack begins, so that x̂ cannot tell the true one
         (docs/method.md, label leaking). "auto": "predicted" for the untargeted attack of "paired" and "phased", which

@@ -44,9 +44,9 @@ def _export_recipe(arguments: argparse.Namespace) -> None:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = terminal.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=terminal.path, required=True, help="folder to write")
-    parser.add_argument("--gin_file", type=terminal.path, action="append", help="as of train.py")
-    parser.add_argument("--gin_param", action="append", default=[], help="as of train.py")
-    parser.add_argument("--data_dir", type=terminal.path, help="as of train.py")
+    parser.add_argument("--gin_file", type=terminal.path, action="append", help="as in train.py")
+    parser.add_argument("--gin_param", action="append", default=[], help="as in train.py")
+    parser.add_argument("--data_dir", type=terminal.path, help="as in train.py")
     parser.add_argument("--save_data", action="store_true", help="write data.npz too")
     parsed = parser.parse_args(arguments)
     parsed.gin_file = parsed.gin_file or [config.DEFAULT_RECIPE]

@@ -27,7 +27,7 @@ class TrainSettings:
     """Settings of training.
 
     Attributes:
-      method: "vanilla", "disadv" or "conadv".
+      method: "vanilla", "disadv", "conadv", "noise", "sam" or "sam_stale".
       optimizer: "lars", "sgd", "adamw", "lamb" or "rmsprop".
       global_batch_size: clean images per update, over all replicas and micro-batches; a recipe must set it.
       microbatch_size: images one replica holds at a time; BN statistics are over these.

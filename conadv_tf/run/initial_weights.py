@@ -42,7 +42,8 @@ def start(model: ConAdvModel, path: str, make: NetworkMaker) -> str:
 
     Args:
       model: the model.
-      path: a run's folder, a checkpoint without .index, an export, local or gs://; or a local ….keras or ….h5.
+      path: a run's folder, a checkpoint by its name without .index, or an export, local or gs://; or a local ….keras
+        or ….h5.
       make: makes the network of the model anew, with other classes or branches, and the same random weights.
 
     Raises:

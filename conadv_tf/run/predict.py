@@ -62,7 +62,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=terminal.path, metavar="RUN", help="--model_dir of a finished run, or its export/")
     parser.add_argument("images", nargs="+", type=_local, metavar="IMAGE_OR_FOLDER", help="local ones")
     parser.add_argument("--top", type=_at_least_one, default=5, metavar="N", help="classes of each image (5)")
-    parser.add_argument("--csv", type=_local, metavar="FILE", help="to write; it appears when it is whole")
+    parser.add_argument(
+        "--csv", type=_local, metavar="FILE", help="file to write in the place of lines; it appears when it is whole"
+    )
     return parser.parse_args(arguments)
 
 

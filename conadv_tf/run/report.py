@@ -60,12 +60,13 @@ def hyperparameters(run: Run) -> dict[str, str | float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def arithmetic(run: Run, of_replicas: bool = True) -> str:
+def arithmetic(run: Run, of_replicas: bool = True, devices: str | None = None) -> str:
     """The arithmetic of the run, one fact a line, for the person who starts it.
 
     Args:
       run: the run.
       of_replicas: False leaves out what depends on the number of replicas.
+      devices: what it runs on, see `strategy.devices_text`; None where it is only looked at.
     """
     plan, method, network = run.plan, run.model.method, run.model.network
     warmup, peak = peak_of(run.model.optimizer.learning_rate)
@@ -75,6 +76,7 @@ def arithmetic(run: Run, of_replicas: bool = True) -> str:
         ("data", f"{run.data.name}: {run.data.num_train:,} training, {run.data.num_test:,} test images"),
         ("network", f"{network.architecture}, {_parameters_text(network)}"),
         ("method", _method_text(method)),
+        *([("devices", devices)] if devices else []),
         ("global batch", f"{plan.global_batch_size:,} clean images"),
         ("replicas", f"{plan.num_replicas:,} × {plan.microbatches * plan.rows:,} images{lasting}"),
         ("micro-batches", f"{plan.microbatches:,} × {plan.rows} images on each replica, accumulated into an update"),

@@ -82,6 +82,13 @@ def _other_workers(config: dict) -> list[str]:
     return [address for address in addresses if address != own]
 
 
+def devices_text(strategy: tf.distribute.Strategy) -> str:
+    """What a strategy runs on, such as "8 × GPU"; of CPUs also whether TensorFlow has found a GPU."""
+    kind = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type
+    unseen = ", as TensorFlow finds no GPU" if kind == "CPU" and not tf.config.list_physical_devices("GPU") else ""
+    return f"{strategy.num_replicas_in_sync:,} × {kind}{unseen}"
+
+
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Tells whether this process keeps the run's files: the only one, or the first of several workers."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):

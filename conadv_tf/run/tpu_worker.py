@@ -117,7 +117,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--type", default="", help="accelerator type of the slice that this is a host of")
     what.add_argument("--cpu_devices", type=int, help="serve so many CPU devices, and no TPU")
-    parser.add_argument("--port", type=int, default=int(os.environ.get("TPU_TASK_PORT") or PORT), help="where")
+    parser.add_argument("--port", type=int, default=int(os.environ.get("TPU_TASK_PORT") or PORT), help="to listen on")
     parsed = parser.parse_args(arguments)
     if parsed.cpu_devices is not None and parsed.cpu_devices < 1:
         raise ConfigError(f"--cpu_devices={parsed.cpu_devices} must be a whole number of at least 1")

@@ -77,14 +77,14 @@ def panels() -> list[Panel]:
             ["every replica"],
         ),
         Panel(
-            "paired: 6 units an update, 7 with a label that cannot leak. The clean pass yields the next update's x̂.",
+            "paired: 7 units an update, 6 with the true label, as drawn. The clean pass yields the next update's x̂.",
             [[Pass("clean", 1), Pass("adv.", 0), Pass("clean", 2), Pass("adv.", 1)]],
             6,
             [Arrow((1.5, 0), (10.5, 0), "x̂ of batch 1", (6, -0.62), -0.085)],
             ["every replica"],
         ),
         Panel(
-            "phased: 3 or 4 units an update on a replica. paired, spread over two groups of replicas that take turns.",
+            "phased: 4 units a replica, 3 with the true label, as drawn. It is paired on two groups in turns.",
             [
                 [Pass("clean", 1), Pass("adv.", 1), Pass("clean", 3), Pass("adv.", 3), Pass("clean", 5)],
                 [Pass("adv.", 0), Pass("clean", 2), Pass("adv.", 2), Pass("clean", 4), Pass("adv.", 4)],
