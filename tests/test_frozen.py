@@ -108,6 +108,20 @@ def test_a_loaded_model_has_the_same_of_it_frozen(tmp_path):
         assert_close(values(loaded.network), values(network), 1e-6)
 
 
+def test_batch_norm_alone_learns():
+    """No variable has a trust ratio then."""
+    network = split(small(), ("main", "adversarial"), lambda images: images / 255.0)
+    for part in network.parts():
+        part.trainable = part in network.all_norms()
+    before = values(network)
+    model = trained(network, METHODS[0], *batches(2, (8, 8, 3)), make_lars(1.0))
+    after = values(network)
+    learned = {path for path in after if np.any(after[path] != before[path])}
+    assert learned
+    assert all(path.endswith(("gamma", "beta", "mean", "variance")) for path in learned)
+    assert set(model.history.history["trust_ratio_max"]) == {1.0}
+
+
 def freeze_after(network: ResNet) -> ConAdvModel:
     model = ConAdvModel(network, methods.vanilla())
     network.stem.trainable = False

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
+import tf_keras
 from tensorboard import context as request_context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
@@ -13,7 +14,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from tensorboard.plugins.text.text_plugin import TextPlugin
 
-from conadv_tf import config
+from conadv_tf import ConAdvModel, config, methods, split
 from conadv_tf.run import report, tensorboard, tensorboard_pages
 from conadv_tf.run.build import Run, build
 from conadv_tf.run.folder import RunFolder
@@ -48,6 +49,19 @@ def logs(tmp_path_factory) -> Path:
         if name == "vanilla":
             callback.on_train_end()
     return logs
+
+
+def test_a_network_without_batch_norm_has_its_curves(tmp_path):
+    image = tf_keras.Input((8, 8, 1))
+    logits = tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(image))
+    model = ConAdvModel(split(tf_keras.Model(image, logits), ("main",)), methods.vanilla())
+    run, folder = built("vanilla"), RunFolder(str(tmp_path))
+    callback = tensorboard.TensorBoard(folder, run.plan, None, report.hyperparameters(run))
+    callback.set_model(model)
+    callback.on_epoch_end(0, {"loss": 2.5})
+    [events] = (tmp_path / "tensorboard").glob("events*")
+    written = [value.tag for event in tf.compat.v1.train.summary_iterator(str(events)) for value in event.summary.value]
+    assert "train/loss" in written
 
 
 @pytest.fixture(scope="module")

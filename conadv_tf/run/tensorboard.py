@@ -113,8 +113,9 @@ class TensorBoard(tf_keras.callbacks.Callback):
     def _write_gammas(self) -> None:
         layers = [m for m in self.model.network.submodules if isinstance(m, SplitBatchNormalization)]
         for branch in self.model.network.branches:
-            values = np.concatenate([layer.gammas[branch].numpy() for layer in layers])
-            tf.summary.histogram(f"gamma/{branch}", values)
+            values = [layer.gammas[branch].numpy() for layer in layers]
+            if values:  # a network may have no batch norm
+                tf.summary.histogram(f"gamma/{branch}", np.concatenate(values))
 
     def _panel(self) -> tuple[float, np.ndarray] | None:
         if self._examples is None or self.model.method.attack is None:

@@ -1,6 +1,7 @@
 """Values that watch an update beside its losses, and the means of an epoch, which tell whether all of it was finite."""
 
 import math
+from collections.abc import Sequence
 
 import tensorflow as tf
 import tf_keras
@@ -104,11 +105,16 @@ def monitors(
     return [tf.cast(next_rate(optimizer), tf.float32), norm, norm**2, ordered[0], median, ordered[-1], drift, largest]
 
 
+def num_ratios(variables: Sequence[tf.Variable]) -> int:
+    """The number of trust ratios of variables: one for each that is adapted, at least one."""
+    return max(1, sum(map(is_adapted, variables)))
+
+
 def trust_ratios(optimizer, variables: list[tf.Variable], gradients: list[tf.Tensor]) -> tf.Tensor:
-    """LARS trust ratios of the adapted variables, float32 [their number]; 1 for other optimizers."""
+    """LARS trust ratios of the adapted variables, float32 [num_ratios]; 1 for other optimizers, and where none is."""
     pairs = [pair for pair in zip(variables, gradients, strict=True) if is_adapted(pair[0])]
-    if not hasattr(optimizer, "trust_ratio"):
-        return tf.ones(len(pairs))
+    if not pairs or not hasattr(optimizer, "trust_ratio"):
+        return tf.ones(num_ratios(variables))
     return tf.stack([optimizer.trust_ratio(variable, gradient) for variable, gradient in pairs])
 
 

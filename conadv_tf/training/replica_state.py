@@ -35,12 +35,19 @@ class Accumulators:
         return [tf.identity(total) for total in self._sums]
 
 
+def index_dtype(shape: tf.TensorShape) -> tf.DType:
+    """The dtype of indices into a variable. On a GPU TensorFlow counts its elements by the dtype of the index."""
+    return tf.int64 if shape.num_elements() > tf.int32.max else tf.int32
+
+
 class CarryVariables:
     """A carry (schedules.py) for each of `microbatches`; `read` and `write` run in a replica.
 
     What is mixed moves between the micro-batches M of a replica: row r of micro-batch m gets what micro-batch m + s r
     (mod M) of the update before wrote, or m − s r, by turns. An update writes where it has read, so that no second copy
     is needed: rows of one slot m where it is even, and of the slots m + s r where it is odd.
+
+    On a GPU TensorFlow has no kernels for variables of int32, so that these are held as int64.
 
     Args:
       specs: by name; whole numbers keep floats that are whole numbers, such as pixels, exactly.
@@ -51,8 +58,10 @@ class CarryVariables:
 
     def __init__(self, specs: dict[str, tf.TensorSpec], microbatches: int, mixed: Sequence[str] = (), stride: int = 1):
         self._microbatches, self._mixed, self._stride = microbatches, frozenset(mixed), stride
+        self._dtypes = {name: spec.dtype for name, spec in sorted(specs.items())}
         self.variables = {
-            name: _variable((microbatches, *spec.shape), spec.dtype) for name, spec in sorted(specs.items())
+            name: _variable((microbatches, *specs[name].shape), tf.int64 if dtype == tf.int32 else dtype)
+            for name, dtype in self._dtypes.items()
         }
 
     def read(self, microbatch: tf.Tensor, update: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -62,9 +71,10 @@ class CarryVariables:
             if name in self._mixed:
                 places = self._places(variable, microbatch, update)
                 return tf.raw_ops.ResourceGatherNd(resource=variable.handle, indices=places, dtype=variable.dtype)
-            return tf.raw_ops.ResourceGather(resource=variable.handle, indices=microbatch, dtype=variable.dtype)
+            place = tf.cast(microbatch, index_dtype(variable.shape))
+            return tf.raw_ops.ResourceGather(resource=variable.handle, indices=place, dtype=variable.dtype)
 
-        return {name: value(name, variable) for name, variable in self.variables.items()}
+        return {name: tf.cast(value(name, held), self._dtypes[name]) for name, held in self.variables.items()}
 
     def write(self, microbatch: tf.Tensor, update: tf.Tensor, carry: dict[str, tf.Tensor]) -> None:
         """Keeps what an update leaves to the next one."""
@@ -77,10 +87,12 @@ class CarryVariables:
                 places = self._places(variable, microbatch, update)
                 tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=places, updates=value)
             else:
-                tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=microbatch, updates=value)
+                place = tf.cast(microbatch, index_dtype(variable.shape))
+                tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=place, updates=value)
 
     def _places(self, variable: tf.Variable, microbatch: tf.Tensor, update: tf.Tensor) -> tf.Tensor:
-        """Slot and row of each row of a micro-batch, int32 [rows, 2]."""
+        """Slot and row of each row of a micro-batch, [rows, 2] of `index_dtype`."""
         rows = tf.range(variable.shape[1])
         shift = self._stride * tf.cast(update % 2, tf.int32) * rows
-        return tf.stack([tf.math.floormod(microbatch + shift, self._microbatches), rows], 1)
+        places = tf.stack([tf.math.floormod(microbatch + shift, self._microbatches), rows], 1)
+        return tf.cast(places, index_dtype(variable.shape))

@@ -20,7 +20,6 @@ from conadv_tf.models.split_batchnorm import MAIN
 from conadv_tf.training import collectives, metrics, refusals
 from conadv_tf.training.checked_model import CheckedModel
 from conadv_tf.training.given import Checks
-from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.losses import SmoothedCrossEntropy
 from conadv_tf.training.plan import check_mixing, check_turns, mixing_stride
 from conadv_tf.training.replica_state import Accumulators, CarryVariables
@@ -90,8 +89,8 @@ class ConAdvModel(CheckedModel, SavableModel):
         self._active = method
         self._resumed_at: int | None = None
         self._test_means = {name: metrics.EvaluationMean(name) for name in ("loss", "top1", "top5")}
-        adapted = sum(is_adapted(variable) for variable in network.trainable_variables)
-        self._train_means = metrics.TrainingMeans(len(self.log_names), adapted)
+        ratios = metrics.num_ratios(network.trainable_variables)
+        self._train_means = metrics.TrainingMeans(len(self.log_names), ratios)
         self.built = True  # for Keras, which would wait for a call: all variables are there
         if isinstance(self.distribute_strategy, tf.distribute.MirroredStrategy):
             collectives.keep_apart()  # a notebook may go on with other devices
