@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import fast_python
@@ -226,3 +227,24 @@ def test_a_second_sigterm_ends_at_once():
     assert process.stdout.readline() == "told\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+# One of several workers gets a signal: with the command line's handler, then with the reader's own.
+ONE_OF_SEVERAL = """
+import os, signal, sys
+from conadv_tf.run import preemption
+own = lambda number, frame: print("heard", flush=True)
+for before in (own, preemption.end_at_once):
+    signal.signal(signal.SIGTERM, before)
+    with preemption.noticed(can_save=False):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+    with preemption.noticed(can_save=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_sigterm_ends_one_of_several_workers_as_it_ends_any_program():
+    """It cannot save: neither the line that nothing was lost nor the exit code of a saved run would be true."""
+    outcome = subprocess.run([sys.executable, "-c", ONE_OF_SEVERAL], cwd=ROOT, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (-signal.SIGTERM, "heard\n", "")

@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
 from conadv_tf.errors import RunError
 from conadv_tf.run import lock
+from conadv_tf.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys, time
 from conadv_tf.run import lock
+from conadv_tf.run.folder import RunFolder
 with lock.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -61,3 +64,27 @@ def test_a_second_run_on_one_model_dir_is_refused(tmp_path, holder):
     assert outcome.stderr.startswith(f"error: --model_dir={tmp_path} is in use by process {holder.pid}")
     assert len(outcome.stderr.splitlines()) == 1
     assert not (tmp_path / "config.gin").exists()
+
+
+def test_two_starts_at_once_on_one_folder_try_it_without_each_other(tmp_path, monkeypatch):
+    """The second start tries the folder, and has done so, between the first one's writing and renaming of its file."""
+    rename, second = tf.io.gfile.rename, RunFolder(str(tmp_path))
+
+    def meanwhile(*arguments, **settings):
+        monkeypatch.setattr(tf.io.gfile, "rename", rename)
+        second.make()
+        rename(*arguments, **settings)
+
+    monkeypatch.setattr(tf.io.gfile, "rename", meanwhile)
+    RunFolder(str(tmp_path)).make()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.io.gfile, "rename", full)
+    with pytest.raises(RunError, match="cannot be written"):
+        RunFolder(str(tmp_path)).make()
+    assert not list(tmp_path.iterdir())

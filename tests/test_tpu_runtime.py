@@ -288,3 +288,26 @@ def test_pins_are_the_same_everywhere():
         assert pinned in SpecifierSet(bounds)
     for pattern in tpu_runtime.DEVICES:
         assert f'"/{pattern}"' in notebook
+
+
+def test_a_process_that_ends_while_one_looks_hides_no_other(machine, monkeypatch):
+    """As the kernel has it: the folder is gone, or there and cannot be listed."""
+    assert tpu_runtime.prepare_tpu()
+    link = machine.root / "proc/9/fd/5"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("/dev/vfio/0")
+    ended = {machine.root / "proc/70/fd": FileNotFoundError, machine.root / "proc/71/fd": ProcessLookupError}
+    for folder in ended:
+        folder.mkdir(parents=True)
+    for listing in ("scandir", "listdir"):
+        plain = getattr(os, listing)
+
+        def listed(place=".", plain=plain):
+            if isinstance(place, (str, os.PathLike)) and Path(place) in ended:
+                raise ended[Path(place)](str(place))
+            return plain(place)
+
+        monkeypatch.setattr(os, listing, listed)
+    assert tpu_runtime.why_unseen().startswith("process 9 has the TPU open at /dev/vfio/0")
+    link.unlink()
+    assert "look with sudo lsof -w /dev/vfio/0" in tpu_runtime.why_unseen()

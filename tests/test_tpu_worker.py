@@ -245,6 +245,13 @@ def test_a_host_of_a_v6e_serves_with_what_the_library_needs(metadata, tmp_path):
     assert tpu_worker.main(["--type=v6e-16"]) == 1
     place = {"TPU_WORKER_ID": "2", "TPU_HOSTNAME_OVERRIDE": "10.0.0.9"}
     assert served.items() >= (needed | place | {"port": 8470, "cpus": 0}).items()
+    for name in (*OF_A_SLICE, *needed):  # empty, as Kubernetes and shells write what they do not know: as if unset
+        os.environ[name] = ""
+    assert tpu_worker.main(["--type=v6e-16"]) == 1
+    assert served.items() >= (needed | place).items()
+    os.environ |= {name: "mine" for name in (*OF_A_SLICE[2:], *needed)}
+    assert tpu_worker.main(["--type=v6e-16"]) == 1
+    assert {served[name] for name in (*OF_A_SLICE[2:], *needed)} == {"mine"}
 
 
 @pytest.mark.parametrize(
@@ -352,3 +359,11 @@ def test_a_process_that_waits_ends_with_the_worker_it_waits_for():
         goes.close()
         assert process.communicate(timeout=20)[1] == "error: 1 is gone\n"
     assert process.returncode == 1
+
+
+def test_a_port_in_the_environment_that_is_none_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("TPU_TASK_PORT", "eight")
+    assert tpu_worker.main(["--cpu_devices=1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: argument --port: invalid int value: 'eight' (--help lists the arguments)\n"
+    )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ class RunFolder:
         self.path, self.writes = path, writes
 
     def make(self) -> None:
-        """Makes the folder, where there is none.
+        """Makes the folder, where there is none, and tries to write to it. Another process may do so meanwhile.
 
         Raises:
           RunError: if the folder cannot be made or written.
@@ -41,8 +42,13 @@ class RunFolder:
 
         with contextlib.suppress(*file_errors()):
             tf.io.gfile.makedirs(self.path)  # writing tells what goes wrong here
-        self._write(".writable", "yes\n")  # not empty: a full disk has room for an empty file
-        tf.io.gfile.remove(self.file(".writable"))
+        name = f".writable-{uuid.uuid4().hex}"  # its own: another start, which finds the folder in use, tries too
+        try:
+            self._write(name, "yes\n")  # not empty: a full disk has room for an empty file
+        finally:
+            for left in (name, name + ".partial"):
+                with contextlib.suppress(*file_errors()):
+                    tf.io.gfile.remove(self.file(left))
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)

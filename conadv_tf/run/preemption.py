@@ -1,7 +1,7 @@
 """Requests to end: the first SIGTERM or SIGINT is noted, and training ends, saved, after its present update.
 
-One of several workers can neither end nor go on without the others. There signals keep their usual meaning, and
-`errors.lost_worker` puts into words what TensorFlow raises when another worker is gone.
+One of several workers can neither save nor go on without the others. Signals end it as they end any program, and
+`errors.lost_worker` puts into words what TensorFlow raises in the others.
 """
 
 import contextlib
@@ -43,14 +43,20 @@ def noticed(can_save: bool) -> Iterator[Request]:
     """Gives a Request, which the first SIGTERM or SIGINT makes; a second SIGTERM ends the process at once.
 
     Args:
-      can_save: False where the process cannot end alone, such as one of several workers: signals do what they did
-        before. Outside the main thread, where Python handles no signals, they do so too.
+      can_save: False where the process cannot save alone, such as one of several workers: signals do what they did
+        before, but for `end_at_once`, in whose place SIGTERM ends the process as it ends any program. Outside the main
+        thread, where Python handles no signals, they do what they did before.
     """
     request = Request()
-    if not can_save or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
     with _handlers_put_back() as previous:
+        if not can_save:
+            if previous[signal.SIGTERM] is end_at_once:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            yield request
+            return
 
         def note(number: int, frame) -> None:
             request.signal = number

@@ -8,12 +8,13 @@ loads TensorFlow. For a shell,
 prints the variables as lines that set them.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -195,15 +196,19 @@ def _too_late() -> str:
 def _held() -> str:
     """Another process that has the TPU open, as far as this user may see."""
     names = set(devices())
-    for link in SYSTEM.glob("proc/[0-9]*/fd/*"):
-        process = link.parents[1].name
-        try:
-            name = os.readlink(link)
-        except OSError:  # ended, or another user's
-            continue
-        if name in names and process != str(os.getpid()):
+    for folder in SYSTEM.glob("proc/[0-9]*"):
+        process = folder.name
+        for name in names.intersection(_open_files(folder) if process != str(os.getpid()) else ()):
             return f"process {process} has the TPU open at {name}: wait until it ends, or end it with kill {process}"
     return ""
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    """The files that a process has open, by its folder in /proc; none of one that has ended, or is another user's."""
+    with contextlib.suppress(OSError):
+        for number in os.listdir(process / "fd"):
+            with contextlib.suppress(OSError):
+                yield os.readlink(process / "fd" / number)
 
 
 def _unknown(said: str) -> str:

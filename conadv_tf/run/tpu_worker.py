@@ -91,7 +91,8 @@ def _set_up_for(accelerator: str) -> None:
             "TensorFlow's own, start_grpc_tpu_worker, is for v2 to v4"
         )
     for name, value in (tpu_runtime.variables(parsed[0]) | place_in_slice()).items():
-        os.environ.setdefault(name, value)
+        if not os.environ.get(name):  # an empty one counts as unset, as in `place_in_slice`
+            os.environ[name] = value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +118,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--type", default="", help="accelerator type of the slice that this is a host of")
     what.add_argument("--cpu_devices", type=int, help="serve so many CPU devices, and no TPU")
-    parser.add_argument("--port", type=int, default=int(os.environ.get("TPU_TASK_PORT") or PORT), help="to listen on")
+    parser.add_argument("--port", type=int, default=os.environ.get("TPU_TASK_PORT") or PORT, help="to listen on")
     parsed = parser.parse_args(arguments)
     if parsed.cpu_devices is not None and parsed.cpu_devices < 1:
         raise ConfigError(f"--cpu_devices={parsed.cpu_devices} must be a whole number of at least 1")
