@@ -51,6 +51,15 @@ def check_network(network: Network, method: Method, microbatches: int) -> None:
         )
 
 
+def check_one_batch(call: str, method: Method, microbatches: int, remedy: str) -> None:
+    """Raises ConfigError unless an update is one batch, as a `call` that knows no number of updates takes it."""
+    if method.batches_ahead or method.updates_per_batch > 1 or microbatches > 1:
+        raise ConfigError(
+            f"{call}: with {method.record.setting} and {microbatches} micro-batches an update is not one batch: "
+            f"{remedy}"
+        )
+
+
 def check_precision(network: Network) -> None:
     """Raises ConfigError for a precision that training does not have, or a global policy that the network has not."""
     own, everywhere = network.dtype_policy.name, tf_keras.mixed_precision.global_policy().name

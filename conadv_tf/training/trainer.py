@@ -127,12 +127,9 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     def fit(self, *args, callbacks=None, **kwargs):
         """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
-        ahead = self.method.batches_ahead or self.method.updates_per_batch > 1 or self.microbatches > 1
-        if ahead and kwargs.get("steps_per_epoch") is None:
-            raise ConfigError(
-                f"fit(steps_per_epoch=None): with {self.method.record.setting} and {self.microbatches} micro-batches "
-                "an update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
-            )
+        if kwargs.get("steps_per_epoch") is None:
+            remedy = "pass steps_per_epoch, the updates of an epoch, and data.repeat()"
+            refusals.check_one_batch("fit(steps_per_epoch=None)", self.method, self.microbatches, remedy)
         refusals.check_still_trained(self.network, self._trained)
         refusals.check_rate(getattr(self, "optimizer", None), callbacks)
         given = tf.nest.flatten(callbacks or [])
@@ -140,6 +137,8 @@ class ConAdvModel(CheckedModel, SavableModel):
         return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
+        remedy = "use fit(data.repeat(), steps_per_epoch=N)"
+        refusals.check_one_batch("train_on_batch", self.method, self.microbatches, remedy)
         # The program of an earlier call trains what was trained then.
         refusals.check_still_trained(self.network, self._trained)
         return super().train_on_batch(*args, **kwargs)
