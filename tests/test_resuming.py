@@ -8,6 +8,8 @@ from helpers import assert_close, mirrored, some_of
 from test_preemption import lines, signalled, trained
 
 from conadv_tf.errors import ConfigError, Preempted
+from conadv_tf.run import resuming
+from conadv_tf.run.folder import RunFolder
 
 # A share of 108 images is 27 in each micro-batch of every layout; a random start and a large ε would magnify rounding.
 LAYOUT = ["train.epochs=2", "train.global_batch_size=108", "train.microbatch_size=27", "attack.epsilon_pixels=1"]
@@ -100,3 +102,29 @@ def test_a_run_goes_on_with_more_bad_records_allowed(tmp_path, capfd):
     with signalled(4), pytest.raises(Preempted):
         trained(tmp_path, *LAYOUT, "data.max_bad_records=20")
     assert f"resuming {tmp_path} after update 2\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mixed", "rows", "excepted"),
+    [
+        (False, 27, ""),
+        (True, 27, ", but for adversarial.shuffle, which mixes 2 micro-batches of a replica, before 4"),
+        (False, 54, ", but for attacks, which see 54 images at a time, before 27"),
+        (
+            True,
+            54,
+            ", but for attacks, which see 54 images at a time, before 27, and for adversarial.shuffle, "
+            "which mixes 2 micro-batches of a replica, before 4",
+        ),
+    ],
+)
+def test_on_another_layout_it_says_what_becomes_another_run(mixed, rows, excepted, tmp_path):
+    folder = RunFolder(str(tmp_path))
+    layout = {"batch_norm_images": 27, "num_train": 1437}
+    before = {"num_replicas": 1, "microbatches": 4, "rows": 27, **layout}
+    folder.write_layout(before)
+    same = resuming.announcement(folder, 26, 13, before, mixed)
+    assert same == f"resuming {tmp_path} after epoch 2"
+    now = {"num_replicas": 2, "microbatches": 2, "rows": rows, **layout}
+    said = "on 2 replicas × 2 micro-batches, before 1 replicas × 4: the same run up to rounding"
+    assert resuming.announcement(folder, 26, 13, now, mixed) == f"{same}, {said}{excepted}"
