@@ -350,6 +350,8 @@ class ConAdvModel(CheckedModel, SavableModel):
     def adversarial_examples(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         """x̂ of `images` and `labels` from the weights that the next update attacks; float32, of the images' shape.
 
+        Those of `noise` are the images with noise.
+
         Raises:
           ConfigError: for a method without an attack.
           DataError: for images or labels that `fit` would refuse.
@@ -357,15 +359,16 @@ class ConAdvModel(CheckedModel, SavableModel):
         if not tf.is_symbolic_tensor(images):
             self.data_checks().arrays(images, labels)
         batch = methods.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
-        return self._attacked(batch)
+        return self._perturbed(batch)
 
     @functools.cached_property
-    def _attacked(self) -> Callable:
+    def _perturbed(self) -> Callable:
         """x̂ of a Batch, compiled once."""
         attack = self.method.attack
         if attack is None:
             raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
-        return self.inspection(lambda _, stale, loss, batch: passes.attack_images(attack, stale, loss, batch))
+        perturbed = self.method.record.perturbed or passes.attack_images
+        return self.inspection(lambda _, stale, loss, batch: perturbed(attack, stale, loss, batch))
 
     def inspection(self, function: Callable) -> Callable:
         """A program: `function`(network at θ_t, network at θ_{t−τ}, loss, *arguments), which must assign nothing.
