@@ -80,7 +80,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         refusals.check_parts(self.network)
         self._trained = network.trained()
         self.method = method
-        self.microbatches = microbatches
+        self.microbatches = int(microbatches)
         self.seed = seed
         self.all_reduce_dtype = tf.as_dtype(all_reduce_dtype)
         self.shadows = [shadow_copy(network, number) for number in range(method.tau)]
