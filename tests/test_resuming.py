@@ -8,6 +8,7 @@ from helpers import assert_close, mirrored, some_of
 from test_preemption import lines, signalled, trained
 
 from conadv_tf.errors import ConfigError, Preempted
+from conadv_tf.models.resnet import ResNet
 from conadv_tf.run import resuming
 from conadv_tf.run.folder import RunFolder
 
@@ -102,6 +103,25 @@ def test_a_run_goes_on_with_more_bad_records_allowed(tmp_path, capfd):
     with signalled(4), pytest.raises(Preempted):
         trained(tmp_path, *LAYOUT, "data.max_bad_records=20")
     assert f"resuming {tmp_path} after update 2\n" in capfd.readouterr().out
+
+
+REFUSED = {
+    "sam": (["train.method='sam'"], "'digits_resnet' reads its weights itself, sam needs one that can be moved"),
+    "units": (["attack.units='release_units'"], "ImageNet's three channels, the images have 1: use"),
+    "fraction": (["adversarial.fraction=0.004"], "adversarial.fraction=0.004 of 110 images per micro-batch leaves"),
+    "noise": (["train.method='noise'", "attack.step_size_pixels=2"], "attack.step_size_pixels=2 with train.method"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_leaves_the_folder_to_the_corrected_command(case, tmp_path, monkeypatch):
+    """Seen to fail: the first three were refused within the first update, the folder then held their configuration."""
+    bindings, said = REFUSED[case]
+    monkeypatch.setattr(ResNet, "can_move", case != "sam")
+    with pytest.raises(ConfigError, match=said) as refused:
+        trained(tmp_path, *bindings)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,6 @@ def sam(ascent: Ascent) -> Gradients:
     """
 
     def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
-        if not network.can_move:
-            raise ConfigError(
-                f"network {network.architecture!r} reads its weights itself, sam needs one that can be moved: use a "
-                "ResNet of this package, or another method"
-            )
         weights, older = network.trainable_variables, _same_variables(stale, network)
         now = stale is network
         with moved(weights, [tf.identity(variable) for variable in older]):

@@ -123,6 +123,8 @@ def plan_for(settings: TrainSettings, method: methods.Method, num_train: int, re
     )
     if method.mixed:
         check_mixing(method.updates_per_batch, replicas, plan.microbatches)
+    if method.mixture:
+        method.mixture.attacked_rows(plan.rows)  # which refuses a fraction that leaves none
     return plan
 
 

@@ -48,6 +48,13 @@ def check_network(network: Network, method: Method, microbatches: int) -> None:
             f"{method.record.setting} gives neighbouring replicas different passes, which cannot share "
             f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or 'paired'"
         )
+    if method.attack is not None:
+        method.attack.check(network.num_classes, network.image_shape[-1])
+    if method.record.moves and not network.can_move:
+        raise ConfigError(
+            f"network {network.architecture!r} reads its weights itself, {method.name} needs one that can be moved: "
+            "use a ResNet of this package, or another method"
+        )
 
 
 def check_one_batch(call: str, method: Method, microbatches: int, remedy: str) -> None:

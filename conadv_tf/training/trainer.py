@@ -282,13 +282,13 @@ class ConAdvModel(CheckedModel, SavableModel):
         on_tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         return ReplicaUpdate(
             method=method,
+            whole=self.method,
             network=self.network,
             shadows=self.shadows,
             optimizer=self.optimizer,
             loss=self.example_losses,
             carry=self.carry,
             means=self._train_means,
-            logged=len(self.method.metric_names),
             microbatches=self.microbatches,
             seed=self.seed,
             all_reduce_dtype=self.all_reduce_dtype,
