@@ -3,8 +3,10 @@
 The command line prints them without a traceback (`cli.py`) and ends with `exit_code`.
 """
 
+import operator
 import re
 import sys
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -32,6 +34,27 @@ class Preempted(BaseException):
     """
 
     exit_code = 75
+
+
+def whole_number(name: str, value: Any, least: int, hint: str = "") -> int:
+    """A value that must be a whole number, as Python's own int: NumPy's are whole numbers too, True and False are not.
+
+    Args:
+      name: the setting that has the value.
+      value: what a caller gave.
+      least: the smallest number allowed.
+      hint: the end of the error's line, such as ": 1 is the published network".
+
+    Raises:
+      ConfigError: if it is anything else, or less.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
+    return number
 
 
 def one_line(error: Exception) -> str:

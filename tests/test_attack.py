@@ -264,10 +264,11 @@ def test_impossible_halves_are_refused_by_name_and_value(setting, value):
 
 
 def test_release_units_are_refused_for_grey_images():
-    model = make_model(methods.disadv(Attack(units="release_units")))
-    images, labels = random_batches(1, 2)
+    attack = Attack(units="release_units")
     with pytest.raises(ConfigError, match=r"release_units.* have 1"):
-        model.adversarial_examples(images[0], labels[0])
+        make_model(methods.disadv(attack))
+    with pytest.raises(ConfigError, match=r"release_units.* have 1"):
+        attack.one_step(tf.zeros((2, 8, 8, 1)), tf.zeros((2, 8, 8, 1)))
 
 
 def test_a_method_without_an_attack_has_no_adversarial_examples():
@@ -275,3 +276,13 @@ def test_a_method_without_an_attack_has_no_adversarial_examples():
     images, labels = random_batches(1, 2)
     with pytest.raises(ConfigError, match="vanilla"):
         model.adversarial_examples(images[0], labels[0])
+
+
+def test_a_random_target_is_refused_where_there_is_one_class():
+    """Seen to fail: an error of TensorFlow's own, of many lines, in the first update."""
+    attack, images, labels = Attack(goal="random_target"), np.zeros((2, 4, 4, 3), np.float32), np.zeros(2, np.int32)
+    said = r"^attack.goal='random_target' needs another class than the true one, and there is 1: use .*'untargeted'$"
+    with pytest.raises(ConfigError, match=said):
+        make_model(methods.disadv(attack), classes=1)
+    with pytest.raises(ConfigError, match=said):
+        attack.adversarial_examples(lambda x: logits(x)[:, :1], 1, smoothed_loss, images, labels, (0, 0))

@@ -8,6 +8,9 @@ from helpers import assert_close, mirrored, some_of
 from test_preemption import lines, signalled, trained
 
 from conadv_tf.errors import ConfigError, Preempted
+from conadv_tf.models.resnet import ResNet
+from conadv_tf.run import resuming
+from conadv_tf.run.folder import RunFolder
 
 # A share of 108 images is 27 in each micro-batch of every layout; a random start and a large ε would magnify rounding.
 LAYOUT = ["train.epochs=2", "train.global_batch_size=108", "train.microbatch_size=27", "attack.epsilon_pixels=1"]
@@ -100,3 +103,48 @@ def test_a_run_goes_on_with_more_bad_records_allowed(tmp_path, capfd):
     with signalled(4), pytest.raises(Preempted):
         trained(tmp_path, *LAYOUT, "data.max_bad_records=20")
     assert f"resuming {tmp_path} after update 2\n" in capfd.readouterr().out
+
+
+REFUSED = {
+    "sam": (["train.method='sam'"], "'digits_resnet' reads its weights itself, sam needs one that can be moved"),
+    "units": (["attack.units='release_units'"], "ImageNet's three channels, the images have 1: use"),
+    "fraction": (["adversarial.fraction=0.004"], "adversarial.fraction=0.004 of 110 images per micro-batch leaves"),
+    "noise": (["train.method='noise'", "attack.step_size_pixels=2"], "attack.step_size_pixels=2 with train.method"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_leaves_the_folder_to_the_corrected_command(case, tmp_path, monkeypatch):
+    """Seen to fail: the first three were refused within the first update, the folder then held their configuration."""
+    bindings, said = REFUSED[case]
+    monkeypatch.setattr(ResNet, "can_move", case != "sam")
+    with pytest.raises(ConfigError, match=said) as refused:
+        trained(tmp_path, *bindings)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mixed", "rows", "excepted"),
+    [
+        (False, 27, ""),
+        (True, 27, ", but for adversarial.shuffle, which mixes 2 micro-batches of a replica, before 4"),
+        (False, 54, ", but for attacks, which see 54 images at a time, before 27"),
+        (
+            True,
+            54,
+            ", but for attacks, which see 54 images at a time, before 27, and for adversarial.shuffle, "
+            "which mixes 2 micro-batches of a replica, before 4",
+        ),
+    ],
+)
+def test_on_another_layout_it_says_what_becomes_another_run(mixed, rows, excepted, tmp_path):
+    folder = RunFolder(str(tmp_path))
+    layout = {"batch_norm_images": 27, "num_train": 1437}
+    before = {"num_replicas": 1, "microbatches": 4, "rows": 27, **layout}
+    folder.write_layout(before)
+    same = resuming.announcement(folder, 26, 13, before, mixed)
+    assert same == f"resuming {tmp_path} after epoch 2"
+    now = {"num_replicas": 2, "microbatches": 2, "rows": rows, **layout}
+    said = "on 2 replicas × 2 micro-batches, before 1 replicas × 4: the same run up to rounding"
+    assert resuming.announcement(folder, 26, 13, now, mixed) == f"{same}, {said}{excepted}"

@@ -436,3 +436,17 @@ def test_imagenet_schedules_are_lowered_whole_for_a_core():
     program = update.experimental_get_compiler_ir()(stage="hlo")
     assert "u8[2,64,224,224,3]" in program
     assert program.count(" convolution(") >= 3 * 53
+
+
+@pytest.mark.parametrize(
+    ("schedule", "microbatches"), [("phased", 1), ("lookahead", 1), ("shadow", 2)], ids=["phased", "lookahead", "two"]
+)
+def test_one_batch_is_refused_where_an_update_is_not_a_batch(schedule, microbatches):
+    """Seen to fail: `phased` read every other batch, the others ended with several lines of TensorFlow's."""
+    strategy = mirrored(2) if schedule == "phased" else None
+    [images], [labels] = random_batches(1, 4)
+    model = make_model(methods.conadv(schedule=schedule), strategy=strategy, microbatches=microbatches)
+    said = rf"^train_on_batch: with conadv.schedule='{schedule}' and {microbatches} micro-batches an update is not one "
+    with pytest.raises(ConfigError, match=said + r"batch: use fit\(data.repeat\(\), steps_per_epoch=N\)$"):
+        model.train_on_batch(images, labels)
+    assert model.updates_made() == 0

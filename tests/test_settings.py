@@ -3,14 +3,25 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import call_command_line
+from helpers import make_model
 
-from conadv_tf import config, data
+from conadv_tf import config, data, methods
+from conadv_tf.data.record_files import BadRecords
 from conadv_tf.data.sources import SOURCES
+from conadv_tf.data.streaming import Stream
+from conadv_tf.data.subset import Subset
 from conadv_tf.errors import ConfigError
 from conadv_tf.experiments.study import SCALES, Cell
+from conadv_tf.methods import Attack, Mixture
+from conadv_tf.models import resnet
 from conadv_tf.run import kept_config
+from conadv_tf.run.build import TrainSettings
+from conadv_tf.run.divergence import DivergenceSettings
+from conadv_tf.run.monitor import MonitorSettings
+from conadv_tf.training.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 KEPT = sorted(ROOT.glob("results/**/config.gin"))
@@ -285,3 +296,32 @@ def test_arguments_go_over_gin():
     config.configure(["data/synthetic.gin"], ["synthetic.image_size=16", "synthetic.num_classes=7"])
     loaded = data.load(image_size=8)
     assert (loaded.image_shape, loaded.num_classes) == ((8, 8, 3), 7)
+
+
+WHOLE = {
+    "attack.steps": lambda value: Attack(steps=value).steps,
+    "adversarial.start_epoch": lambda value: Mixture(start_epoch=value).start_epoch,
+    "conadv.tau": lambda value: methods.conadv(tau=value).tau,
+    "model.width": lambda value: resnet.ARCHITECTURES["digits_resnet"].widened(value).widths[0] // 16,
+    "microbatches": lambda value: make_model(methods.vanilla(), microbatches=value, branches=("main",)).microbatches,
+    "train.microbatch_size": lambda value: make_plan(4, value, 1, 8, 1).rows,
+    "train.epochs": lambda value: make_plan(4, 4, 1, 8, value).epochs,
+    "train.checkpoint_every_epochs": lambda value: TrainSettings(checkpoint_every_epochs=value).checkpoint_every_epochs,
+    "subset.train_images": lambda value: Subset(value).train_images,
+    "subset.downscale": lambda value: Subset(downscale=value).downscale,
+    "stream.shuffle_buffer": lambda value: Stream(value).shuffle_buffer,
+    "data.max_bad_records": lambda value: BadRecords(value).limit,
+    "monitor.images": lambda value: MonitorSettings(images=value).images,
+    "divergence.retries": lambda value: DivergenceSettings(value).retries,
+}
+
+
+@pytest.mark.parametrize("setting", WHOLE)
+def test_a_whole_number_is_one_of_any_kind_but_no_truth(setting):
+    """Seen to fail: numbers of NumPy's were refused, and True and 2.5 were let through, each in some places."""
+    number = WHOLE[setting](np.int64(2))
+    assert (number, type(number)) == (2, int)
+    for value in (True, np.True_, 2.5, -1, "2"):
+        said = f"^{setting}={re.escape(repr(value))} must be a whole number of at least"
+        with pytest.raises(ConfigError, match=said):
+            WHOLE[setting](value)

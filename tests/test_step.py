@@ -19,6 +19,7 @@ from helpers import (
 )
 
 from conadv_tf import methods
+from conadv_tf.errors import ConfigError
 from conadv_tf.methods.attack import Attack
 from conadv_tf.models import resnet
 from conadv_tf.training import lars, trainer
@@ -277,3 +278,17 @@ def test_imagenet_update_is_lowered_whole_for_a_core(name):
     # 53 convolutions forward, and for each the gradients of its kernel and of its input.
     assert program.count(" convolution(") >= 3 * 53 * (1 if name == "vanilla" else 2)
     assert program.count("bf16[64,112,112,64]") > 1
+
+
+def test_before_its_start_epoch_the_clean_one_of_two_images_is_trained_on():
+    images, labels = batches(2)
+    two = np.stack([images, 255 - images], 2)
+    late = methods.conadv(mixture=methods.Mixture(start_epoch=2, augmented=True))
+    model, bare = (make_model(m, branches=late.branches, run_eagerly=True) for m in (late, methods.vanilla()))
+    fit(model, two, labels, 2)
+    fit(bare, images, labels, 2)
+    assert_identical(network_of(model), network_of(bare))
+    [logs] = fit(model, two, labels, 1, initial=2)
+    assert logs["augmented_loss"] > 0
+    with pytest.raises(ConfigError, match="'conadv' was made for a clean and an augmented image"):
+        fit(make_model(late, branches=late.branches), images, labels, 1)

@@ -54,7 +54,7 @@ def test_downscaled_pixels_are_means_of_their_blocks():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_images": 0}, "subset.train_images=0 must be at least 1"),
+        ({"train_images": 0}, "subset.train_images=0 must be a whole number of at least 1; None means all"),
         ({"validation_images": -1}, "subset.validation_images=-1"),
         ({"downscale": 0}, "subset.downscale=0"),
     ],

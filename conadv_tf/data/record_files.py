@@ -24,7 +24,7 @@ import tensorflow as tf
 from absl import logging
 
 from conadv_tf.data.fingerprint import checksum
-from conadv_tf.errors import ConfigError, DataError
+from conadv_tf.errors import DataError, whole_number
 from conadv_tf.paths import is_remote, matching, opened
 
 INDEX = "conadv_index_"  # what the names of kept indices begin with
@@ -40,9 +40,7 @@ class BadRecords:
     """
 
     def __init__(self, limit: int):
-        if limit < 0:
-            raise ConfigError(f"data.max_bad_records={limit} is negative: 0 stops at the first bad record")
-        self.limit = limit
+        self.limit = whole_number("data.max_bad_records", limit, 0, ": 0 stops at the first bad record")
         self._reasons: dict[tuple[str, int], str] = {}
         self._sources: list[Callable[[], list[tuple[str, int, str]]]] = []
         self._lock = threading.Lock()

@@ -5,7 +5,7 @@ import dataclasses
 import gin
 import numpy as np
 
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 _SEED = 0  # draws the images; not the run's seed, so that all seeds of a study train on the same images
@@ -28,13 +28,12 @@ class Subset:
     downscale: int = 1
 
     def __post_init__(self):
-        if self.train_images is not None and self.train_images < 1:
-            raise ConfigError(f"subset.train_images={self.train_images} must be at least 1; None means all")
-        if self.validation_images < 0 or self.downscale < 1:
-            raise ConfigError(
-                f"subset.validation_images={self.validation_images} must be at least 0 and subset.downscale="
-                f"{self.downscale} at least 1"
-            )
+        for name, least, hint in (
+            *([("train_images", 1, "; None means all")] if self.train_images is not None else []),
+            ("validation_images", 0, ""),
+            ("downscale", 1, ""),
+        ):
+            object.__setattr__(self, name, whole_number(f"subset.{name}", getattr(self, name), least, hint))
 
     @property
     def is_whole(self) -> bool:

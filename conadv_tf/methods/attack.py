@@ -6,7 +6,7 @@ from collections.abc import Callable
 import gin
 import tensorflow as tf
 
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.models import xla
 from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
@@ -81,11 +81,19 @@ class Attack:
             raise ConfigError(f"attack.epsilon_pixels={self.epsilon_pixels} is outside [0, 255] pixel levels")
         if self.step_size_pixels is not None and not self.step_size_pixels > 0:
             raise ConfigError(f"attack.step_size_pixels={self.step_size_pixels} must be above 0; None means epsilon")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ConfigError(f"attack.steps={self.steps!r} must be a whole number of at least 1")
+        object.__setattr__(self, "steps", whole_number("attack.steps", self.steps, 1))
         if not 0 <= (self.random_start_probability or 0) <= 1:
             raise ConfigError(
                 f"attack.random_start_probability={self.random_start_probability} is no probability: use [0, 1]"
+            )
+
+    def check(self, num_classes: int, channels: int) -> None:
+        """Raises ConfigError unless the attack can be on images of so many channels, of so many classes."""
+        self._check_channels(channels)
+        if self.goal == "random_target" and num_classes < 2:
+            raise ConfigError(
+                f"attack.goal='random_target' needs another class than the true one, and there is {num_classes}: use "
+                "attack.goal='untargeted'"
             )
 
     def adversarial_examples(
@@ -110,6 +118,7 @@ class Attack:
         Returns:
           float32 [rows, H, W, C], in [0, 255] and within ε of `images` (see `units` for the exception).
         """
+        self.check(num_classes, images.shape[-1])
         start_seed, coin_seed, _ = _split(seed)
         epsilon, _, _ = self._bounds(images.shape[-1])
         probability = 1.0 if self.random_start_probability is None else self.random_start_probability
@@ -176,15 +185,18 @@ class Attack:
 
     def _bounds(self, channels: int):
         """ε and the range of the result in pixel levels: scalars, or float32 [channels]."""
+        self._check_channels(channels)
         if self.units == "pixels":
             return self.epsilon_pixels, 0.0, 255.0
-        if channels != len(IMAGENET_MEAN):
+        mean, stddev = 255.0 * tf.constant(IMAGENET_MEAN), 255.0 * tf.constant(IMAGENET_STDDEV)
+        return self.epsilon_pixels * 2.0 / 255.0 * stddev, mean - stddev, mean + stddev
+
+    def _check_channels(self, channels: int) -> None:
+        if self.units == "release_units" and channels != len(IMAGENET_MEAN):
             raise ConfigError(
                 f"attack.units='release_units' normalises ImageNet's three channels, the images have {channels}: "
                 "use attack.units='pixels'"
             )
-        mean, stddev = 255.0 * tf.constant(IMAGENET_MEAN), 255.0 * tf.constant(IMAGENET_STDDEV)
-        return self.epsilon_pixels * 2.0 / 255.0 * stddev, mean - stddev, mean + stddev
 
     def _relative_step(self) -> float:
         """α / ε."""

@@ -58,12 +58,16 @@ def noise(attack: Attack, mixture: Mixture) -> Gradients:
     """Training on the clean batch and on its images with ±ε of random sign, through the adversarial branch."""
 
     def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
-        images, _, seed, *_ = attacked(mixture, batch)
-        noisy = attack.one_step(images, xla.random_uniform(tf.shape(images), seed, -1.0, 1.0))
+        noisy = noisy_images(attack, network, loss, attacked(mixture, batch))
         gradients, metrics, _ = train_on(network, loss, parts_of(mixture, batch, noisy))
         return Update(gradients, metrics, {})
 
     return gradients
+
+
+def noisy_images(attack: Attack, network: Network, loss: Loss, batch: Batch) -> tf.Tensor:
+    """The batch's images with noise, float32 of their shape; network and loss have no part in it."""
+    return attack.one_step(batch.images, xla.random_uniform(tf.shape(batch.images), batch.seed, -1.0, 1.0))
 
 
 def sam(ascent: Ascent) -> Gradients:
@@ -73,11 +77,6 @@ def sam(ascent: Ascent) -> Gradients:
     """
 
     def gradients(network: Network, stale: Network, loss: Loss, batch: Batch, carry: Carry) -> Update:
-        if not network.can_move:
-            raise ConfigError(
-                f"network {network.architecture!r} reads its weights itself, sam needs one that can be moved: use a "
-                "ResNet of this package, or another method"
-            )
         weights, older = network.trainable_variables, _same_variables(stale, network)
         now = stale is network
         with moved(weights, [tf.identity(variable) for variable in older]):
@@ -109,6 +108,7 @@ _NO_ATTACK = Requirement(
         "attack.random_start_probability": (None,),
         "attack.label": ("auto",),
         "attack.steps": (1,),
+        "attack.step_size_pixels": (None,),
         "attack.goal": ("untargeted",),
         "attack.batch_norm": ("main",),
         "attack.compute_dtype": (None,),
@@ -117,7 +117,7 @@ _NO_ATTACK = Requirement(
     "which has no attack but for the size and the norm of its noise",
     "schedule 'shadow'",
 )
-register(Schedule("noise", noise, _noise_passes, requires=(_NO_ATTACK,)))
-_SAM = Schedule("sam", sam, lambda ascent: {"train": 2}, settings={"sam": Ascent}, requires=(NO_AUGMENTED,))
+register(Schedule("noise", noise, _noise_passes, perturbed=noisy_images, requires=(_NO_ATTACK,)))
+_SAM = Schedule("sam", sam, lambda ascent: {"train": 2}, settings={"sam": Ascent}, moves=True, requires=(NO_AUGMENTED,))
 register(_SAM)
 register(dataclasses.replace(_SAM, name="sam_stale", delay=1))

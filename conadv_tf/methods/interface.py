@@ -81,6 +81,9 @@ class Schedule:
       batches_ahead: update t is handed batch t + batches_ahead. `begin` takes the batch before that one; a run's first
         update goes without where there is none.
       updates_per_batch: updates that one batch of every replica lasts for. With 2 the replicas take turns.
+      moves: whether a pass is at other weights than the network's, which it must be able to take (`Network.can_move`).
+      perturbed: (attack, network at the stale weights, loss, batch) → x̂, float32 like the batch's images, to look at;
+        None: `passes.attack_images`, which a schedule with an attack makes.
       requires: settings that the schedule cannot do without.
     """
 
@@ -95,6 +98,8 @@ class Schedule:
     begin: Callable[..., Begin] | None = None
     batches_ahead: int = 0
     updates_per_batch: int = 1
+    moves: bool = False
+    perturbed: Callable[[Attack, Network, Loss, Batch], tf.Tensor] | None = None
     requires: tuple[Requirement, ...] = ()
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import gin
 import tensorflow as tf
 
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.methods import schedules  # noqa: F401  (the page registers its schedules)
 from conadv_tf.methods.attack import Attack
 from conadv_tf.methods.controls import Ascent
@@ -233,8 +233,7 @@ def conadv(
     if schedule not in choices:
         raise ConfigError(f"conadv.schedule={schedule!r} is not known: choose one of {choices}")
     record = SCHEDULES[schedule]
-    if not isinstance(tau, int) or tau < 0:
-        raise ConfigError(f"conadv.tau={tau!r} must be a whole number of updates, at least 0; the paper's is 1")
+    tau = whole_number("conadv.tau", tau, 0, ": the paper's delay is 1 update")
     if record.delay not in (None, tau):
         raise ConfigError(
             f"conadv.tau={tau} with {record.setting}, whose delay is {record.delay}: set conadv.tau={record.delay} or "

@@ -172,8 +172,3 @@ def _path_below(variable: tf.Variable, layers: set[str]) -> str:
     """The name of a variable from that of one of the network's `layers` on: Keras' loading puts no network's before."""
     parts = variable.name.split(":")[0].split("/")
     return "/".join(parts[next(index for index, part in enumerate(parts) if part in layers) :])
-
-
-def variable_path(variable: tf.Variable) -> str:
-    """The place of a variable in its network, such as "stem/conv/kernel": its name without the network's."""
-    return variable.name.split(":")[0].split("/", 1)[-1]

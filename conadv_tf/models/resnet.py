@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.models import moved, stem_convolution
 from conadv_tf.models.conv_batchnorm import ConvBatchNorm, PooledConvBatchNorm
 from conadv_tf.models.network import Network
@@ -45,10 +45,7 @@ class Architecture:
 
     def widened(self, factor: int) -> "Architecture":
         """The architecture with `factor` times as many channels. Raises ConfigError unless that is a whole number."""
-        if not isinstance(factor, int) or factor < 1:
-            raise ConfigError(
-                f"model.width={factor!r} must be a whole number of at least 1: 1 is the published network"
-            )
+        factor = whole_number("model.width", factor, 1, ": 1 is the published network")
         return dataclasses.replace(self, widths=tuple(factor * width for width in self.widths))
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import xla
-from conadv_tf.models.network import Network, variable_path
+from conadv_tf.models.network import Network
 from conadv_tf.preflight.hlo_text import without_copies
 from conadv_tf.run import report
 from conadv_tf.run.build import Run
@@ -54,8 +54,16 @@ def named_variables(model: ConAdvModel) -> dict[str, tf.Variable]:
     named = {f"{part}/{path}": v for part, network in networks.items() for path, v in network.named_variables().items()}
     for group, variables in groups.items():
         for variable in variables:
-            named[f"{group}/{variable_path(variable)}"] = variable
+            named[f"{group}/{_short_name(variable)}"] = variable
     return named | {f"carry/{name}": variable for name, variable in model.carry.variables.items()}
+
+
+def _short_name(variable: tf.Variable) -> str:
+    """The name of a variable of an optimizer or a metric without the network's, which a slot's begins with.
+
+    Of "network/stem/conv/kernel/momentum:0" it is "stem/conv/kernel/momentum", of "iter:0" it is "iter".
+    """
+    return variable.name.split(":")[0].split("/", 1)[-1]
 
 
 def _hyperparameters(optimizer) -> list[tf.Variable]:

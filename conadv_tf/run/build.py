@@ -8,7 +8,7 @@ import tensorflow as tf
 from conadv_tf import config, methods
 from conadv_tf.data import pipeline
 from conadv_tf.data.datasets import load
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.run.divergence import DivergenceSettings
 from conadv_tf.run.model_settings import ModelSettings, NetworkMaker
 from conadv_tf.run.monitor import MonitorSettings
@@ -74,8 +74,7 @@ class TrainSettings:
             ("checkpoint_every_epochs", 1),
             ("checkpoint_every_steps", 0),
         ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least {least}")
+            object.__setattr__(self, name, whole_number(f"train.{name}", getattr(self, name), least))
         if not 0 <= self.seed < 2**20:
             raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20): choose a whole number below 1,048,576")
 
@@ -124,6 +123,8 @@ def plan_for(settings: TrainSettings, method: methods.Method, num_train: int, re
     )
     if method.mixed:
         check_mixing(method.updates_per_batch, replicas, plan.microbatches)
+    if method.mixture:
+        method.mixture.attacked_rows(plan.rows)  # which refuses a fraction that leaves none
     return plan
 
 

@@ -22,7 +22,8 @@ _BRING_BACK = (
 def spread_of(plan: Plan, network: Network) -> Spread:
     """The spread of a run over replicas and micro-batches, and the numbers of images that it depends on.
 
-    Another number of replicas or micro-batches computes the same run, up to rounding. Another batch_norm_images or
+    Another number of replicas or micro-batches computes the same run, up to rounding, except where `Method.mixed`: the
+    micro-batches that exchange x̂ are those of one replica. Another batch_norm_images or
     num_train is another run. `rows`, the images of one micro-batch on one replica, follow from batch_norm_images,
     except where groups of replicas share batch statistics: there other `rows` change the attack, whose own statistics
     are over the images of one replica, and the random draws.
@@ -110,8 +111,16 @@ def default_folder(recipe: str, data_dir: str | None, data: Fingerprint) -> str:
     return named if kept and kept.difference(data) else plain
 
 
-def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Spread) -> str:
-    """The line that says after which update a run goes on, and on how many replicas where their number has changed."""
+def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: Spread, mixed: bool) -> str:
+    """The line that says after which update a run goes on, and what changes with the number of replicas.
+
+    Args:
+      folder: the folder of the run.
+      update: the update.
+      steps_per_epoch: updates of an epoch.
+      current: the spread of this run.
+      mixed: whether the micro-batches of a replica exchange x̂.
+    """
     epochs, more = divmod(update, steps_per_epoch)
     text = f"resuming {folder.path} after " + (f"update {update:,}" if more else f"epoch {epochs}")
     before = folder.read_layout() or current
@@ -119,7 +128,11 @@ def announcement(folder: RunFolder, update: int, steps_per_epoch: int, current: 
     if now == then:
         return text
     text = f"{text}, on {now} micro-batches, before {then}: the same run up to rounding"
-    rows = before.get("rows", current["rows"])
-    if current["rows"] == rows:
-        return text
-    return f"{text}, but for attacks, which see {current['rows']} images at a time, before {rows}"
+    rows, microbatches = before.get("rows", current["rows"]), before["microbatches"]
+    excepted = []
+    if current["rows"] != rows:
+        excepted.append(f"attacks, which see {current['rows']} images at a time, before {rows}")
+    if mixed:
+        mixes = f"which mixes {current['microbatches']} micro-batches of a replica, before {microbatches}"
+        excepted.append(f"adversarial.shuffle, {mixes}")
+    return f"{text}, but for {', and for '.join(excepted)}" if excepted else text

@@ -7,7 +7,7 @@ import gin
 import tensorflow as tf
 
 from conadv_tf import terminal
-from conadv_tf.errors import ConfigError, RunError, one_line
+from conadv_tf.errors import ConfigError, RunError, one_line, whole_number
 from conadv_tf.run import hosts, preemption, tpu_runtime
 from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training import collectives
@@ -109,8 +109,7 @@ def _mirrored_strategy(gpus: list[str], logical_cpus: int = 2) -> tf.distribute.
     collectives.keep_apart()
     if gpus:
         return tf.distribute.MirroredStrategy(gpus)
-    if not isinstance(logical_cpus, int) or logical_cpus < 1:
-        raise ConfigError(f"mirrored.logical_cpus={logical_cpus!r} must be a whole number of at least 1")
+    logical_cpus = whole_number("mirrored.logical_cpus", logical_cpus, 1)
     split_cpu(logical_cpus)
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(logical_cpus)])
 

@@ -66,7 +66,9 @@ def _train_in(run: Run, folder: RunFolder, spread: resuming.Spread, data: Finger
     folder.write_data(data)  # first: a folder without it passes for one of an earlier version
     folder.write_config(config.operative_config())
     if update:
-        terminal.say(resuming.announcement(folder, update, run.plan.steps_per_epoch, spread))
+        terminal.say(
+            resuming.announcement(folder, update, run.plan.steps_per_epoch, spread, bool(run.model.method.mixed))
+        )
     elif run.divergence.retries and folder.writes:
         checkpoints.save()  # a run that diverges in its first epoch goes back to it
     folder.write_layout(spread)

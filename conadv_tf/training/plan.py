@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 
 BATCH_NORM_IMAGES = 64  # what batch statistics are over in the paper's "normal setting"
 
@@ -74,13 +74,10 @@ def make_plan(
     Raises:
       ConfigError: where the numbers do not divide, or there is less than one batch.
     """
-    for name, value in (
-        ("global_batch_size", global_batch_size),
-        ("microbatch_size", microbatch_size),
-        ("epochs", epochs),
-    ):
-        if value < 1:
-            raise ConfigError(f"train.{name}={value} must be at least 1; a recipe such as batch/8k.gin sets it")
+    hint = "; a recipe such as batch/8k.gin sets it"
+    global_batch_size = whole_number("train.global_batch_size", global_batch_size, 1, hint)
+    microbatch_size = whole_number("train.microbatch_size", microbatch_size, 1, hint)
+    epochs = whole_number("train.epochs", epochs, 1, hint)
     if global_batch_size > num_train:
         raise ConfigError(
             f"train.global_batch_size={global_batch_size} exceeds the {num_train} training images: use no more"

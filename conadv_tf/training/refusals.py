@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.methods import Method
 from conadv_tf.models.network import Network
 from conadv_tf.training.learning_rate import has_schedule
@@ -42,12 +42,27 @@ def check_network(network: Network, method: Method, microbatches: int) -> None:
             f"attack.compute_dtype={method.attack.compute_dtype!r}: the layers of {network.architecture!r} compute in "
             "the dtype they were built with: leave it at None, or build the network under the policy 'mixed_bfloat16'"
         )
-    if microbatches < 1:
-        raise ConfigError(f"microbatches={microbatches} must be at least 1: 1 makes an update of one batch")
+    whole_number("microbatches", microbatches, 1, ": 1 makes an update of one batch")
     if method.updates_per_batch > 1 and network.replicas_per_group > 1:
         raise ConfigError(
             f"{method.record.setting} gives neighbouring replicas different passes, which cannot share "
             f"batch statistics: use model.replicas_per_group=1, not {network.replicas_per_group}, or 'paired'"
+        )
+    if method.attack is not None:
+        method.attack.check(network.num_classes, network.image_shape[-1])
+    if method.record.moves and not network.can_move:
+        raise ConfigError(
+            f"network {network.architecture!r} reads its weights itself, {method.name} needs one that can be moved: "
+            "use a ResNet of this package, or another method"
+        )
+
+
+def check_one_batch(call: str, method: Method, microbatches: int, remedy: str) -> None:
+    """Raises ConfigError unless an update is one batch, as a `call` that knows no number of updates takes it."""
+    if method.batches_ahead or method.updates_per_batch > 1 or microbatches > 1:
+        raise ConfigError(
+            f"{call}: with {method.record.setting} and {microbatches} micro-batches an update is not one batch: "
+            f"{remedy}"
         )
 
 

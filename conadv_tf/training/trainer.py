@@ -79,7 +79,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         refusals.check_parts(self.network)
         self._trained = network.trained()
         self.method = method
-        self.microbatches = microbatches
+        self.microbatches = int(microbatches)
         self.seed = seed
         self.all_reduce_dtype = tf.as_dtype(all_reduce_dtype)
         self.shadows = [shadow_copy(network, number) for number in range(method.tau)]
@@ -126,12 +126,9 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     def fit(self, *args, callbacks=None, **kwargs):
         """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
-        ahead = self.method.batches_ahead or self.method.updates_per_batch > 1 or self.microbatches > 1
-        if ahead and kwargs.get("steps_per_epoch") is None:
-            raise ConfigError(
-                f"fit(steps_per_epoch=None): with {self.method.record.setting} and {self.microbatches} micro-batches "
-                "an update is not one batch: pass steps_per_epoch, the updates of an epoch, and data.repeat()"
-            )
+        if kwargs.get("steps_per_epoch") is None:
+            remedy = "pass steps_per_epoch, the updates of an epoch, and data.repeat()"
+            refusals.check_one_batch("fit(steps_per_epoch=None)", self.method, self.microbatches, remedy)
         refusals.check_still_trained(self.network, self._trained)
         refusals.check_rate(getattr(self, "optimizer", None), callbacks)
         given = tf.nest.flatten(callbacks or [])
@@ -139,6 +136,8 @@ class ConAdvModel(CheckedModel, SavableModel):
         return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
+        remedy = "use fit(data.repeat(), steps_per_epoch=N)"
+        refusals.check_one_batch("train_on_batch", self.method, self.microbatches, remedy)
         # The program of an earlier call trains what was trained then.
         refusals.check_still_trained(self.network, self._trained)
         return super().train_on_batch(*args, **kwargs)
@@ -282,13 +281,13 @@ class ConAdvModel(CheckedModel, SavableModel):
         on_tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         return ReplicaUpdate(
             method=method,
+            whole=self.method,
             network=self.network,
             shadows=self.shadows,
             optimizer=self.optimizer,
             loss=self.example_losses,
             carry=self.carry,
             means=self._train_means,
-            logged=len(self.method.metric_names),
             microbatches=self.microbatches,
             seed=self.seed,
             all_reduce_dtype=self.all_reduce_dtype,
@@ -350,6 +349,8 @@ class ConAdvModel(CheckedModel, SavableModel):
     def adversarial_examples(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         """x̂ of `images` and `labels` from the weights that the next update attacks; float32, of the images' shape.
 
+        Those of `noise` are the images with noise.
+
         Raises:
           ConfigError: for a method without an attack.
           DataError: for images or labels that `fit` would refuse.
@@ -357,15 +358,16 @@ class ConAdvModel(CheckedModel, SavableModel):
         if not tf.is_symbolic_tensor(images):
             self.data_checks().arrays(images, labels)
         batch = methods.Batch(tf.cast(images, tf.float32), tf.cast(labels, tf.int32), tf.constant([self.seed, 1]))
-        return self._attacked(batch)
+        return self._perturbed(batch)
 
     @functools.cached_property
-    def _attacked(self) -> Callable:
+    def _perturbed(self) -> Callable:
         """x̂ of a Batch, compiled once."""
         attack = self.method.attack
         if attack is None:
             raise ConfigError(f"method {self.method.name!r} makes no adversarial examples: use disadv or conadv")
-        return self.inspection(lambda _, stale, loss, batch: passes.attack_images(attack, stale, loss, batch))
+        perturbed = self.method.record.perturbed or passes.attack_images
+        return self.inspection(lambda _, stale, loss, batch: perturbed(attack, stale, loss, batch))
 
     def inspection(self, function: Callable) -> Callable:
         """A program: `function`(network at θ_t, network at θ_{t−τ}, loss, *arguments), which must assign nothing.

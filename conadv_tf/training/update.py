@@ -32,13 +32,14 @@ class ReplicaUpdate:
 
     Attributes:
       method: the method.
+      whole: the method of the whole run, which the data are made for and `means` has room for: `method`, or what
+        follows it where that is `vanilla`, before `Mixture.start_epoch`. Metrics that `method` lacks stay at 0.
       network: the network at θ_t.
       shadows: its copies at θ_{t−τ}, …, θ_{t−1}, the oldest first; none without a delay.
       optimizer: a tf_keras optimizer.
       loss: the training loss.
       carry: the variables that hold what the method carries between updates.
       means: the means of the epoch.
-      logged: the number of metrics that `means` has room for; a method of fewer leaves the rest at 0.
       microbatches: batches accumulated into one update, on each replica.
       seed: seed of the attack's random starts.
       all_reduce_dtype: dtype of gradients on their way between replicas.
@@ -47,13 +48,13 @@ class ReplicaUpdate:
     """
 
     method: Method
+    whole: Method
     network: Network
     shadows: Sequence[Network]
     optimizer: tf_keras.optimizers.Optimizer
     loss: Loss
     carry: CarryVariables
     means: metrics.TrainingMeans
-    logged: int
     microbatches: int
     seed: int
     all_reduce_dtype: tf.DType
@@ -180,9 +181,9 @@ class ReplicaUpdate:
                 "replicas need batches of one fixed size that divides over them: batch with drop_remainder=True"
             )
         two = images.shape.rank == 5
-        if two != ("augmented" in self.method.images):
+        if two != ("augmented" in self.whole.images):
             raise ConfigError(
-                f"the training images are {images.shape}: method {self.method.name!r} was made for "
+                f"the training images are {images.shape}: method {self.whole.name!r} was made for "
                 f"{'one image' if two else 'a clean and an augmented image'} an example (`Mixture.augmented`)"
             )
         return images, labels
@@ -196,7 +197,7 @@ class ReplicaUpdate:
 
     def _logs(self, values: tf.Tensor, gradients, statistics, ratios) -> tf.Tensor:
         """The values that `means` records, float32: metrics, 0 for those the method lacks, and metrics.MONITORS."""
-        absent = tf.zeros(self.logged - len(self.method.metric_names))
+        absent = tf.zeros(len(self.whole.metric_names) - len(self.method.metric_names))
         drift = metrics.drift(self.network, self.stale)
         monitors = metrics.monitors(self.optimizer, gradients, statistics, ratios, drift)
         return tf.concat([values, absent, tf.stack(monitors)], 0)
