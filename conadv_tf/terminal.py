@@ -158,6 +158,8 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
         failure: ConfigError | DataError | RunError = error
     except file_errors() as error:
         failure = data_error(error) or RunError(f"{one_line(error)}: {remedy}")
+    except MemoryError:
+        failure = RunError(f"out of memory; {interrupted}: free some, and start it again")
     except KeyboardInterrupt:
         say(f"\ninterrupted: {interrupted}", sys.stderr)
         return 130

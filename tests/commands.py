@@ -48,13 +48,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def workers(*flags: str, python: str = sys.executable) -> list[subprocess.Popen]:
-    """Two worker processes on this machine; see `command`."""
+    """Two workers that train, each a process on this machine; see `command`."""
+    return workers_of(command(*flags, "--strategy=multiworker", python=python))
+
+
+def workers_of(line: list[str]) -> list[subprocess.Popen]:
+    """Two workers on this machine, which both run a command line."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     environments = [
         {**os.environ, "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})}
         for index in range(2)
     ]
-    line = command(*flags, "--strategy=multiworker", python=python)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen(line, cwd=ROOT, env=env, text=True, **pipes) for env in environments]
 

@@ -1,15 +1,18 @@
 """Torn and missing checkpoints: the newest whole one is used, what is bad is named, nothing is skipped in silence."""
 
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import fast_python
 import numpy as np
 import pytest
+import tensorflow as tf
 from commands import ROOT, SHORT, call_command_line, command, weights
 from helpers import assert_identical, fit, make_model, random_batches, snapshot, some_of
 
@@ -181,3 +184,76 @@ def test_a_run_killed_inside_a_checkpoint_write_resumes_to_the_same_weights(shar
     assert_identical(weights(killed), weights(whole))
     epochs = [json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2, 3, 4, 5, 6]
+
+
+@contextlib.contextmanager
+def no_file_opened() -> Iterator[None]:
+    """Within it this process has all the open files that it may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(lowest_free)
+
+
+def test_a_checkpoint_out_of_reach_ends_the_run_and_is_no_damage(saved, monkeypatch, caplog):
+    """From an older one the run would go on with lost updates, and remove the newer one."""
+    folder, held = saved
+    model = model_of()
+    checkpoints = checkpoint.Checkpoints(model, str(folder))
+    load, read = tf.train.load_checkpoint, tf.train.Checkpoint.read
+
+    def starving(call):
+        def starve(*arguments):
+            files.enter_context(no_file_opened())
+            return call(*arguments)
+
+        return starve
+
+    def restored_out_of_reach():
+        with pytest.raises(RunError, match=r"cannot be read \(.*Too many open files.*start the same command") as raised:
+            checkpoints.restore()
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    with no_file_opened():
+        assert str(folder) in restored_out_of_reach()
+    for owner, name, call in ((tf.train, "load_checkpoint", load), (tf.train.Checkpoint, "read", read)):
+        with monkeypatch.context() as patch, contextlib.ExitStack() as files:
+            patch.setattr(owner, name, starving(call))
+            assert f"checkpoint {folder}/ckpt-3 cannot be read" in restored_out_of_reach()
+    with monkeypatch.context() as patch, contextlib.ExitStack() as files:
+        patch.setattr(tf.train, "load_checkpoint", lambda name: exhaust())
+        with pytest.raises(MemoryError):
+            checkpoints.restore()
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def starved_at_first(name):
+            calls.append(name)
+            with no_file_opened() if len(calls) == 1 else contextlib.nullcontext():
+                return load(name)
+
+        patch.setattr(tf.train, "load_checkpoint", starved_at_first)
+        assert checkpoints.restore() == 3  # what was out of reach for a moment is read once more
+        assert len(calls) == 2
+    assert_identical(kept(model), held[3])
+    assert not caplog.records
+
+
+def exhaust():
+    raise MemoryError
+
+
+def test_saving_leaves_a_newer_checkpoint_that_another_process_wrote(tmp_path):
+    checkpoints = checkpoint.Checkpoints(model_of(), str(tmp_path))
+    checkpoints.save()
+    newer = {kind: file(tmp_path, 0, kind).read_bytes() for kind in ("index", "data")}
+    for kind, content in newer.items():
+        file(tmp_path, 7, kind).write_bytes(content)
+    checkpoints.save()
+    assert {kind: file(tmp_path, 7, kind).read_bytes() for kind in newer} == newer
+    assert (tmp_path / "checkpoint").read_text().splitlines()[0] == 'model_checkpoint_path: "ckpt-0"'

@@ -1,8 +1,10 @@
 """Folders of real image files, imported and read back by the pipeline that trains on them."""
 
 import concurrent.futures
+import errno
 import io
 import itertools
+import os
 import shlex
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import tensorflow as tf
 from commands import train
 from image_trees import COLOURS, content, fails, make_folder, noise, number, picture, run, stored
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from conadv_tf import data, terminal
 from conadv_tf.data import image_encoding
@@ -217,3 +219,57 @@ def test_the_printed_command_trains_on_it(tmp_path, capsys):
     assert result.returncode == 0, result.stderr
     assert "my photos: 24 training, 6 test images" in result.stdout
     assert "retracing" not in result.stderr  # TensorFlow's, where functions are made anew again and again
+
+
+def fail_with(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_what_the_system_refuses_is_no_broken_image(tmp_path, capsys, monkeypatch):
+    """Good images would be left out, and the records not be those of SRC."""
+    src = make_folder(tmp_path / "src", 2)
+    picture(src / "ant/2.png", COLOURS["ant"])
+    call = (src, tmp_path / "dst", "--validation=0.4")
+    refusals = (
+        (os, "memfd_create", OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (Image.Image, "save", OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (Image.Image, "load", MemoryError(), "out of memory"),
+    )
+    for owner, name, error, words in refusals:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail_with(error))
+            message = fails(capsys, 1, *call)
+        assert words in message
+        assert "the same command goes on" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fail_with(TypeError("a mistake of this program")))
+        with pytest.raises(TypeError, match="a mistake"):
+            run(*call, capsys=capsys)
+    capsys.readouterr()
+    run(*call, capsys=capsys)
+    assert len(stored(tmp_path / "dst", "train")) + len(stored(tmp_path / "dst", "validation")) == 7
+
+
+def test_an_image_that_cannot_become_a_jpeg_or_be_opened_is_left_out(tmp_path, capsys, monkeypatch):
+    src = make_folder(tmp_path / "src", 4)
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("comment", 70_000 * "a")
+    picture(src / "ant/talks.png", COLOURS["ant"], pnginfo=comment)  # it can, without this
+    picture(src / "ant/wide.png", COLOURS["ant"], size=(66000, 1))
+    picture(src / "bee/large.png", COLOURS["bee"], size=(600, 600))
+    (src / "cat/gone.jpg").symlink_to(tmp_path / "nothing")
+    (src / "cat/torn.png").write_bytes(picture(tmp_path / "cat.png", COLOURS["cat"]).read_bytes()[:60])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    out, err = run(src, tmp_path / "dst", "--validation=0.25", capsys=capsys)
+    for name, words in {
+        "ant/wide.png": "writing image file",
+        "bee/large.png": "decompression bomb",
+        "cat/gone.jpg": "No such file",
+        "cat/torn.png": "",
+    }.items():
+        assert f"left out: {src}/{name}: " in err
+        assert words in err
+    assert "4 broken images" in out

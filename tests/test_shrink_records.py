@@ -1,5 +1,6 @@
 """conadv-shrink-records: the same records with smaller images; what training makes of them, and what is refused."""
 
+import errno
 import gzip
 import io
 import os
@@ -234,3 +235,67 @@ def test_photos_train_as_before_on_the_same_labels(tmp_path):
             size = Image.open(io.BytesIO(image_of(old))).size
             assert min(shape[:2]) == min(258, *size)
             assert shape[1] / shape[0] == pytest.approx(size[0] / size[1], rel=0.01)
+
+
+def test_what_the_system_refuses_is_no_broken_image(tmp_path, capsys, monkeypatch):
+    """The record would stay large for ever: the journal keeps a file that is whole."""
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    write(src, "train-00000-of-00001", [example(jpeg(90, 90)), example(jpeg(90, 90)[:400])])
+
+    def fail_with(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    refusals = (
+        (os, "memfd_create", OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (Image.Image, "resize", MemoryError(), "out of memory"),
+    )
+    for owner, name, error, words in refusals:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail_with(error))
+            assert shrink(src, dst) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert words in line
+        assert "the same command goes on" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "resize", fail_with(TypeError("a mistake of this program")))
+        with pytest.raises(TypeError, match="a mistake"):
+            shrink(src, dst)
+    capsys.readouterr()
+    assert shrink(src, dst) == 0
+    assert (
+        "2 records, 1 of them with an image shrunk to a shorter side of 40 pixels, 1 with a" in capsys.readouterr().out
+    )
+
+
+def test_few_records_are_read_ahead_of_those_written(tmp_path, monkeypatch):
+    """A file of records may be larger than the memory."""
+    write(tmp_path / "src", "train-00000-of-00001", [example(jpeg(50, 50 + row)) for row in range(40)])
+    read, written, ahead = [], [], []
+
+    class Counted(tf.data.TFRecordDataset):
+        def as_numpy_iterator(self):
+            for payload in super().as_numpy_iterator():
+                read.append(payload)
+                ahead.append(len(read) - len(written))
+                yield payload
+
+    class Counting(tf.io.TFRecordWriter):
+        def write(self, record):
+            written.append(record)
+            super().write(record)
+
+    monkeypatch.setattr(tf.data, "TFRecordDataset", Counted)
+    monkeypatch.setattr(tf.io, "TFRecordWriter", Counting)
+    assert shrink(tmp_path / "src", tmp_path / "dst", "--workers=2") == 0
+    assert len(written) == 40
+    assert 2 <= max(ahead[:40]) <= 8  # threads have work, and no more than that
+
+
+def test_a_record_that_is_no_example_is_said_in_one_line(tmp_path, capsys):
+    write(tmp_path / "src", "train-00000-of-00001", [b"no example"])
+    assert shrink(tmp_path / "src", tmp_path / "dst") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/src/train-00000-of-00001: a record is no tf.train.Example" in line

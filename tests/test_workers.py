@@ -8,8 +8,11 @@ import time
 import fast_python
 import numpy as np
 import pytest
-from commands import train, weights, workers
-from helpers import some_of
+from commands import train, weights, workers, workers_of
+from helpers import make_model, some_of
+
+from conadv_tf import methods
+from conadv_tf.run.checkpoint import Checkpoints
 
 
 @pytest.mark.parametrize("rows", some_of([54, 27], long=[27]))
@@ -46,3 +49,45 @@ def test_a_worker_that_waits_for_another_says_so_and_can_be_ended(tmp_path):
         assert alone.wait(timeout=10) == -signal.SIGINT
     finally:
         alone.kill()
+
+
+# A worker that restores what it sees: the second one has a folder of its own, as where the disk is not shared.
+RESTORES = """
+import sys
+sys.path.insert(0, "tests")
+from helpers import make_model
+from conadv_tf import methods
+from conadv_tf.errors import RunError
+from conadv_tf.run.checkpoint import Checkpoints
+from conadv_tf.run.strategy import is_chief, make_strategy
+
+strategy = make_strategy("multiworker")
+model = make_model(methods.vanilla(), strategy=strategy, branches=("main",))
+chief = is_chief(strategy)
+folders = [sys.argv[1], sys.argv[1] + ("" if chief else "-own")]
+print(Checkpoints(model, folders[0]).restore(), flush=True)
+try:
+    Checkpoints(model, folders[1]).restore()
+except RunError as error:
+    print(error, flush=True)
+"""
+
+
+DIFFERENT = (
+    "the workers have checkpoints after 0 and 2 updates to go on from: let all of them see the same --model_dir, and "
+    "start the same command on every worker"
+)
+
+
+def test_workers_that_restore_different_checkpoints_end(tmp_path):
+    """They would train on different weights, or wait for each other."""
+    Checkpoints(make_model(methods.vanilla(), branches=("main",)), str(tmp_path / "run")).save()
+    for file in (tmp_path / "run").glob("ckpt-0.*"):
+        file.rename(file.with_name(file.name.replace("ckpt-0", "ckpt-2")))
+    (tmp_path / "run" / "checkpoint").unlink()
+    processes = workers_of([fast_python.path(), "-c", RESTORES, str(tmp_path / "run")])
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        _, *lines = output.splitlines()
+        assert lines == ["0", DIFFERENT], errors  # the first weights, by whatever name
+        assert "eagerly" not in errors

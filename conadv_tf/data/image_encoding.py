@@ -1,8 +1,11 @@
 """What an image file becomes in a record: a JPEG as it is, or one made anew."""
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import PIL
@@ -15,6 +18,8 @@ MODES = ("RGB", "L")  # those in which a JPEG is stored, colour and grey
 _JPEG = b"\xff\xd8\xff"  # what a JPEG begins with
 QUALITY = 95  # of a JPEG that is made anew
 _SAVED = {"JPEG": {"quality": QUALITY}, "PNG": {"compress_level": 1}}
+# Errors of opening and reading one file: it is gone, is no file, or cannot be read, by this user or at all.
+_OF_A_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EIO)
 _TRANSPARENT_MODES = ("LA", "P", "PA", "RGBA", "RGBa")  # a palette may have transparent colours
 
 
@@ -54,26 +59,38 @@ def prepare(path: str, image_size: int | None, form: str) -> Encoded:
 
     Raises:
       DataError: with the fault of a broken image.
+      MemoryError, OSError: what the system refuses.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        return _encoded(content, image_size, form)
-    except Exception as error:  # decoders raise whatever they stumble over
-        first, *_ = str(error).split(" <_io")[0].splitlines() or [type(error).__name__]
-        raise DataError(first) from error
-
-
-def _encoded(content: bytes, image_size: int | None, form: str) -> Encoded:
+    with _faults(OSError), open(path, "rb") as file:
+        content = file.read()
     digest = hashlib.blake2b(content, digest_size=16).digest()
-    with Image.open(io.BytesIO(content)) as image:
+    with _faults(Exception), Image.open(io.BytesIO(content)) as image:
         fits = not image_size or min(image.size) <= image_size
         if content.startswith(_JPEG) and image.mode in MODES and fits and not _rotated(image):
             return Encoded(content, image.size, image.mode, True, digest, False)
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, not 8 bits")
-        converted, whitened = _reencoded(image, image_size)
+        converted, whitened = _upright(image)
+    if image_size and min(converted.size) > image_size:
+        converted = _resized(converted, image_size)
     return Encoded(_saved(converted, form), converted.size, converted.mode, False, digest, whitened)
+
+
+@contextlib.contextmanager
+def _faults(of: type[Exception]) -> Iterator[None]:
+    """Makes DataErrors, of one line, of errors of a kind: faults of an image or of its file.
+
+    What the system refuses goes through: memory, open files, space. Its OSErrors have a number, those of Pillow none.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except of as error:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_A_FILE:
+            raise
+        first, *_ = str(error).split(" <_io")[0].splitlines() or [type(error).__name__]
+        raise DataError(first) from error
 
 
 def shrunk(content: bytes, max_side: int, quality: int = QUALITY) -> tuple[bytes, tuple[int, int]] | None:
@@ -88,18 +105,22 @@ def shrunk(content: bytes, max_side: int, quality: int = QUALITY) -> tuple[bytes
       (the JPEG, (width, height)); None for an image that is small enough, or of colours that a JPEG cannot hold.
 
     Raises:
-      Exception: what decoders raise of a broken image.
+      DataError: with the fault of a broken image.
+      MemoryError, OSError: what the system refuses.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with _faults(Exception), Image.open(io.BytesIO(content)) as image:
         if min(image.size) <= max_side or image.mode not in MODES or "transparency" in image.info:
             return None
-        smaller = _resized(image, max_side)
+        image.load()
+    smaller = _resized(image, max_side)
     return _saved(smaller, "JPEG", quality=quality), smaller.size
 
 
 def _saved(image: Image.Image, form: str, **settings: int) -> bytes:
+    image.info = {}  # a comment, perhaps longer than a JPEG may have
     with _file() as file:
-        image.save(file, form, **_SAVED[form] | settings)
+        with _faults(OSError):  # no JPEG is wider than 65,500 pixels
+            image.save(file, form, **_SAVED[form] | settings)
         file.seek(0)
         return file.read()
 
@@ -113,18 +134,15 @@ def _rotated(image: Image.Image) -> bool:
     return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
-def _reencoded(image: Image.Image, image_size: int | None) -> tuple[Image.Image, bool]:
-    """Turns an image upright and into RGB on white, and shrinks its shorter side; tells whether white shows."""
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Decodes an image, turns it upright and into RGB on white; tells whether white shows."""
     upright, whitened = ImageOps.exif_transpose(image), False
     if upright.mode in _TRANSPARENT_MODES or "transparency" in upright.info:
         white = Image.new("RGBA", upright.size, "white")  # dropping alpha would show what it hides, mostly black
         layered = upright.convert("RGBA")
         whitened = any(layered.getchannel("A").histogram()[:255])
         upright = Image.alpha_composite(white, layered)
-    upright = upright.convert("RGB")
-    if image_size and min(upright.size) > image_size:
-        upright = _resized(upright, image_size)
-    return upright, whitened
+    return upright.convert("RGB"), whitened
 
 
 def _resized(image: Image.Image, shorter: int) -> Image.Image:

@@ -1,17 +1,16 @@
 """Images as records: the shards that hold them; see import_images.py."""
 
-import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import tensorflow as tf
 
 from conadv_tf import terminal
-from conadv_tf.data import image_encoding
+from conadv_tf.data import image_encoding, in_turn
 from conadv_tf.data.image_encoding import Encoded
 from conadv_tf.data.image_folder import Source
 from conadv_tf.errors import DataError
@@ -165,7 +164,7 @@ class Writer:
         pool = concurrent.futures.ThreadPoolExecutor(workers or (os.cpu_count() or 1) + _MORE_THREADS)
         try:
             with terminal.Progress(len(missing), "image") as progress:
-                results = self._results(missing, pool)
+                results = in_turn.results(self._result, missing, pool, _IMAGES_AHEAD)
                 for shard in shards:
                     if shard.name in whole:
                         for image, result in zip(shard.images, whole[shard.name], strict=True):
@@ -175,16 +174,6 @@ class Writer:
                         finished(shard.name, made)
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has been begun is finished
-
-    def _results(self, images: Sequence[Source], pool: concurrent.futures.Executor) -> Iterator[tuple[bytes, Result]]:
-        """What becomes of the images, in their order. Few are submitted ahead: the pool holds what it made."""
-        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-        for image in images:
-            waiting.append(pool.submit(self._result, image))
-            if len(waiting) >= _IMAGES_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
     def _result(self, image: Source) -> tuple[bytes, Result]:
         """The record of an image and what became of it; b"" of a broken one."""

@@ -22,13 +22,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from conadv_tf import paths, terminal
-from conadv_tf.data import image_encoding, image_partial
+from conadv_tf.data import image_encoding, image_partial, in_turn
 from conadv_tf.errors import ConfigError, DataError, one_line
 
 RECORDS = "*-of-*"  # the files of records, by the names that all three writers give them
 IMAGE_FEATURES = ("image/encoded", "image")  # Cloud TPU script and conadv-import-images; TensorFlow Datasets
 MAX_SIDE = 258  # 1.15 × 224
 _Shrunk = Callable[[bytes], tuple[bytes, tuple[int, int]] | None]  # image_encoding.shrunk of an image
+_AHEAD = 4  # records of each thread that are read and not yet written
 _COPY = ".copy"  # hidden: no pattern of records matches it
 
 
@@ -89,15 +90,18 @@ def shrink_records(
         arguments = {"SRC": src, "--max_side": max_side, "--quality": quality, "version": image_encoding.version()}
         shrunk = functools.partial(image_encoding.shrunk, max_side=max_side, quality=quality)
         partial.begin(arguments, repr(list(files)))
+        threads = workers or os.cpu_count() or 1
         with (
-            concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+            concurrent.futures.ThreadPoolExecutor(threads) as pool,
             terminal.Progress(len(files), "file") as progress,
         ):
             for name, state in files.items():
                 if partial.whole.get(name, [])[-len(state) :] != state:  # else it has been made of this very file
                     file = os.path.join(src, name)
                     with _local(file, partial.folder) as local:
-                        made = _shrink_file(local, file, os.path.join(partial.folder, name), shrunk, pool)
+                        made = _shrink_file(
+                            local, file, os.path.join(partial.folder, name), shrunk, pool, _AHEAD * threads
+                        )
                     partial.add(name, [*made, *state])
                 progress.update()
         _copy_others(src, partial.folder, files)
@@ -143,13 +147,16 @@ def _local(path: str, folder: str) -> Iterator[str]:
             os.remove(copy)
 
 
-def _shrink_file(src: str, name: str, dst: str, shrunk: _Shrunk, pool: concurrent.futures.Executor) -> Outcome:
-    """Makes the file `dst` of the file `src`, which is called `name` in errors."""
+def _shrink_file(
+    src: str, name: str, dst: str, shrunk: _Shrunk, pool: concurrent.futures.Executor, ahead: int
+) -> Outcome:
+    """Makes the file `dst` of the file `src`, which is called `name` in errors; memory has `ahead` records at most."""
     import tensorflow as tf
 
     outcomes, digest = [], hashlib.sha256()
+    work = functools.partial(_shrunk_record, name, shrunk)
     with tf.io.TFRecordWriter(dst) as file:
-        for record, outcome in pool.map(functools.partial(_shrunk_record, name, shrunk), _payloads(src, name)):
+        for record, outcome in in_turn.results(work, _payloads(src, name), pool, ahead):
             file.write(record)
             digest.update(record)
             outcomes.append(outcome)
@@ -178,8 +185,12 @@ def _payloads(path: str, name: str) -> Iterator[bytes]:
 
 def _shrunk_record(path: str, shrunk: _Shrunk, payload: bytes) -> tuple[bytes, Outcome]:
     import tensorflow as tf
+    from google.protobuf import message
 
-    example = tf.train.Example.FromString(payload)
+    try:
+        example = tf.train.Example.FromString(payload)
+    except message.DecodeError as error:
+        raise DataError(f"{path}: a record is no tf.train.Example: only records of images can be shrunk") from error
     features = example.features.feature
     name = next((name for name in IMAGE_FEATURES if name in features), None)
     if name is None or len(features[name].bytes_list.value) != 1:
@@ -189,7 +200,7 @@ def _shrunk_record(path: str, shrunk: _Shrunk, payload: bytes) -> tuple[bytes, O
         )
     try:
         smaller = shrunk(features[name].bytes_list.value[0])
-    except Exception:  # decoders raise whatever they stumble over
+    except DataError:  # a broken image
         return payload, Outcome(1, 0, 1, len(payload), len(payload))
     if smaller is None:
         return payload, Outcome(1, 0, 0, len(payload), len(payload))

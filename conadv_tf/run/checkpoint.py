@@ -1,9 +1,10 @@
 """Checkpoints to resume a run from: written, found, verified, restored, swept."""
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,13 @@ from absl import logging
 
 from conadv_tf import paths
 from conadv_tf.data.fingerprint import Fingerprint
-from conadv_tf.errors import RunError, one_line
+from conadv_tf.errors import RunError, lost_worker, one_line
 from conadv_tf.training.trainer import ConAdvModel
 
 KEEP = 3
+_READ_BYTES = 1 << 24  # at a time
+# What TensorFlow raises where a whole checkpoint holds other variables.
+_MISFIT = (ValueError, AssertionError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 _PREFIX = "ckpt-"
 _FILE = re.compile(r"(ckpt-(\d+))\.(?:index|data-\d{5}-of-\d{5})")
 _LISTED = re.compile(rb'"(?:[^"]*/)?ckpt-(\d+)"')
@@ -62,6 +66,7 @@ class Checkpoints:
         self._directory = directory
         self.epoch_so_far: EpochSoFar | None = None
         self.last: str | None = None  # saved or restored
+        self._passed_over: set[int] = set()  # as not whole
         self._parts = {"network": model.network, "shadows": list(model.shadows), "optimizer": model.optimizer}
         self._means, self._seconds = model.metrics[0], tf.Variable(0.0, trainable=False, dtype=tf.float64)
         self._data, self._data.written = _Data(), data.to_text() if data else ""
@@ -71,11 +76,23 @@ class Checkpoints:
     def restore(self) -> int:
         """Restores the newest whole checkpoint, if there is one; returns the number of updates made so far.
 
-        A checkpoint that cannot be read to its end is passed over, with a warning that names it.
+        A checkpoint that is not whole is passed over, with a warning that names it. One that is out of reach is not:
+        updates would be lost.
 
         Raises:
-          RunError: for a checkpoint of another model or method, or where none of those there can be read.
+          RunError: for a checkpoint of another model or method, or one out of reach, where none of those there is
+            whole, or where the workers of a MultiWorkerMirroredStrategy find different ones.
         """
+        newest = self._newest_whole()
+        self._check_same_on_all_workers(newest or 0)
+        if newest is not None:
+            path = path_of(self._directory, newest)
+            self._restore_fitting(path)
+            self.last = path
+        return self._model.updates_made()
+
+    def _newest_whole(self) -> int | None:
+        """The number of the newest checkpoint that is whole; None where there is no checkpoint."""
         bad: list[tuple[str, str]] = []
         for number in numbers(self._directory):
             path = path_of(self._directory, number)
@@ -83,17 +100,32 @@ class Checkpoints:
             if cause is None:
                 for torn, why in bad:
                     logging.warning("checkpoint %s is not whole (%s): going on from %s", torn, why, path)
-                self._restore_fitting(path)
-                self.last = path
-                break
+                return number
             bad.append((path, cause))
-        else:
-            if bad:
-                raise RunError(
-                    f"{self._directory}: none of its {len(bad)} checkpoints is whole (the newest: {bad[0][1]}): bring "
-                    "back their files, or remove the folder to train from the start"
-                )
-        return self._model.updates_made()
+            self._passed_over.add(number)
+        if bad:
+            raise RunError(
+                f"{self._directory}: none of its {len(bad)} checkpoints is whole (the newest: {bad[0][1]}): bring "
+                "back their files, or remove the folder to train from the start"
+            )
+        return None
+
+    def _check_same_on_all_workers(self, number: int) -> None:
+        """Raises RunError where several workers have different numbers, as without a disk that they share."""
+        strategy = self._model.distribute_strategy
+        if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return
+
+        def gather():
+            return tf.distribute.get_replica_context().all_gather(tf.constant([number], tf.int64), axis=0)
+
+        gathered = tf.function(lambda: strategy.run(gather))()
+        of_all = sorted(set(strategy.experimental_local_results(gathered)[0].numpy().tolist()))
+        if len(of_all) > 1:
+            raise RunError(
+                f"the workers have checkpoints after {' and '.join(f'{found:,}' for found in of_all)} updates to go on "
+                "from: let all of them see the same --model_dir, and start the same command on every worker"
+            )
 
     @property
     def data(self) -> Fingerprint | None:
@@ -101,7 +133,7 @@ class Checkpoints:
         return Fingerprint.from_text(self._data.read) if self._data.read else None
 
     def _restore_fitting(self, path: str) -> None:
-        with paths.readable(path) as name:
+        with paths.readable(path) as name, _within_reach(f"checkpoint {path}", path, name):
             held = {variable.partition("/")[0] for variable, _ in tf.train.list_variables(name)}
             self._data.read = ""
             try:
@@ -111,7 +143,7 @@ class Checkpoints:
                     status.assert_consumed()
                 finally:
                     status.expect_partial()  # the error tells enough; a warning for each variable would bury it
-            except (ValueError, AssertionError, tf.errors.OpError) as error:
+            except _MISFIT as error:
                 raise RunError(
                     f"checkpoint {path} does not fit this model, method or optimizer ({_cause(error, path, name)}): "
                     "use the recipe that wrote it, or another --model_dir"
@@ -160,7 +192,7 @@ class Checkpoints:
     def _sweep(self, newest: int) -> None:
         """Lists `newest` and the checkpoints before it for TensorFlow's readers, and removes what is not kept.
 
-        A higher number than `newest` was passed over when the run went on from an earlier checkpoint.
+        Of those after it only what was passed over is removed: another may be whole, and of a process beside this one.
         """
         kept = sorted(number for number in numbers(self._directory) if number <= newest)[-KEEP:]
         names = [f"{_PREFIX}{number}" for number in kept]
@@ -172,7 +204,9 @@ class Checkpoints:
         for entry in tf.io.gfile.listdir(self._directory):
             name = entry.rstrip("/")
             whole = _FILE.fullmatch(name)
-            if name.startswith(_PREFIX) and not (whole and whole.group(1) in names):
+            number = int(whole.group(2)) if whole else None  # None: half of a checkpoint
+            later = number is not None and number > newest and number not in self._passed_over
+            if name.startswith(_PREFIX) and number not in kept and not later:
                 path = os.path.join(self._directory, name)
                 (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
 
@@ -183,16 +217,21 @@ def path_of(directory: str, number: int) -> str:
 
 
 def numbers(directory: str) -> list[int]:
-    """The update counts of the checkpoints that are in the folder or listed there, the newest first."""
-    if not tf.io.gfile.exists(directory):
-        return []
-    if not tf.io.gfile.isdir(directory):
-        raise RunError(f"{directory} is a file where checkpoints should go: move it, or change --model_dir")
-    found = [match.group(2) for match in map(_FILE.fullmatch, tf.io.gfile.listdir(directory)) if match]
-    listed = os.path.join(directory, "checkpoint")
-    if tf.io.gfile.exists(listed):
-        with tf.io.gfile.GFile(listed, "rb") as file:
-            found += [number.decode() for number in _LISTED.findall(file.read())]
+    """The update counts of the checkpoints that are in the folder or listed there, the newest first.
+
+    Raises:
+      RunError: if the folder is a file, or out of reach.
+    """
+    with _within_reach(directory):
+        if not tf.io.gfile.exists(directory):
+            return []
+        if not tf.io.gfile.isdir(directory):
+            raise RunError(f"{directory} is a file where checkpoints should go: move it, or change --model_dir")
+        found = [match.group(2) for match in map(_FILE.fullmatch, tf.io.gfile.listdir(directory)) if match]
+        listed = os.path.join(directory, "checkpoint")
+        if tf.io.gfile.exists(listed):
+            with tf.io.gfile.GFile(listed, "rb") as file:
+                found += [number.decode() for number in _LISTED.findall(file.read())]
     return sorted({int(number) for number in found}, reverse=True)
 
 
@@ -205,17 +244,66 @@ def free_space(directory: str) -> str:
 
 
 def _damage(path: str) -> str | None:
-    """The reason why a checkpoint cannot be read to its end, on one line; None for a whole one, of whatever model."""
+    """The reason why a checkpoint is not whole, on one line; None for a whole one, of whatever model.
+
+    TensorFlow's reader gives damage and what is out of reach errors of the same kinds. Of a damaged checkpoint the
+    bytes can be read.
+
+    Raises:
+      RunError: if the checkpoint is out of reach: a network that fails, too many open files, a bad disk.
+    """
     with paths.readable(path) as name:
-        try:
-            reader = tf.train.load_checkpoint(name)
-            for variable in reader.get_variable_to_shape_map():
-                reader.get_tensor(variable)  # reading verifies the checksum
-        except Exception as error:  # TensorFlow's reader raises errors of many kinds, IndexError among them
-            return _cause(error, path, name)
+        if _fault(name) is None:
+            return None
+        with _within_reach(f"checkpoint {path}", path, name):
+            _read_bytes(name)
+        fault = _fault(name)  # what was out of reach may not be so any more
+        return _cause(fault, path, name) if fault else None
+
+
+def _fault(name: str) -> Exception | None:
+    """What TensorFlow raises when it reads a checkpoint to its end; None for a whole one."""
+    try:
+        reader = tf.train.load_checkpoint(name)
+        for variable in reader.get_variable_to_shape_map():
+            reader.get_tensor(variable)  # reading verifies the checksum
+    except MemoryError:
+        raise
+    except Exception as error:  # TensorFlow's reader raises errors of many kinds, IndexError among them
+        return error
     return None
+
+
+def _read_bytes(name: str) -> None:
+    """Reads the files of a checkpoint, those that are there. Raises what tf.io.gfile raises of the others."""
+    folder, prefix = os.path.split(f"{name}.")
+    for entry in tf.io.gfile.listdir(folder):
+        if entry.startswith(prefix):
+            with contextlib.suppress(tf.errors.NotFoundError), tf.io.gfile.GFile(f"{folder}/{entry}", "rb") as file:
+                while file.read(_READ_BYTES):
+                    pass
+
+
+@contextlib.contextmanager
+def _within_reach(what: str, path: str = "", name: str = "") -> Iterator[None]:
+    """Ends the run where files cannot be read: going on from older ones would lose what was saved.
+
+    Args:
+      what: what is read.
+      path, name: a checkpoint, and the name by which it is read.
+
+    Raises:
+      RunError: in the place of an error of the file system.
+    """
+    try:
+        yield
+    except (tf.errors.OpError, OSError) as error:
+        raise lost_worker(error) or RunError(
+            f"{what} cannot be read ({_cause(error, path, name)}): mend that, and start the same command again, which "
+            "goes on from there"
+        ) from error
 
 
 def _cause(error: Exception, path: str, name: str) -> str:
     """The text of an error about the checkpoint `path`, which was read by another name."""
-    return one_line(RunError(str(error).replace(name, path)))
+    return one_line(RunError(str(error).replace(name, path) if name else str(error)))
