@@ -51,6 +51,13 @@ def logs(tmp_path_factory) -> Path:
     return logs
 
 
+def test_noise_has_neither_goal_nor_label():
+    config.configure([config.DEFAULT_RECIPE], ["train.method='noise'", "attack.epsilon_pixels=4"])
+    values = report.hyperparameters(build("digits", tf.distribute.get_strategy(), None))
+    assert (values["method"], values["epsilon"]) == ("noise", 4.0)
+    assert not {"goal", "label"} & values.keys()
+
+
 def test_a_network_without_batch_norm_has_its_curves(tmp_path):
     image = tf_keras.Input((8, 8, 1))
     logits = tf_keras.layers.Dense(10)(tf_keras.layers.Flatten()(image))

@@ -47,12 +47,13 @@ def hyperparameters(run: Run) -> dict[str, str | float]:
     """
     method, (_, peak) = run.model.method, peak_of(run.model.optimizer.learning_rate)
     attack = method.attack
+    aims = attack if method.record.perturbed is None else None  # x̂ of another kind has neither goal nor label
     found: dict[str, str | float | None] = {
         "method": method.name,
         "schedule": method.schedule,
         "epsilon": float(attack.epsilon_pixels) if attack else None,
-        "goal": attack.goal if attack else None,
-        "label": attack.label if attack else None,
+        "goal": aims.goal if aims else None,
+        "label": aims.label if aims else None,
         "rate": float(f"{peak:.6g}"),
         "batch": float(run.plan.global_batch_size),
         "seed": float(run.settings.seed),
