@@ -43,7 +43,7 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_finish(session):
-    """Spares Python's collector what stays: it would walk through all of TensorFlow again and again, a tenth of the time."""
+    """Spares Python's collector what stays: it would walk through all of TensorFlow again and again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)

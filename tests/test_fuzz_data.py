@@ -16,8 +16,8 @@ from helpers import TORTURE
 from PIL import Image
 from record_data import FOLDER, example_bytes, load, needs_files, payloads, stream, write
 
-CASES = 220 if TORTURE else 11
-BATCH = 11  # cases a test
+CASES = 220 if TORTURE else 5
+BATCH = 5  # cases a test
 FILES, RECORDS = 3, 6
 
 

@@ -287,7 +287,9 @@ def test_a_mixed_policy_stays_and_its_export_is_float32(tmp_path):
 def test_it_is_saved_and_loaded_by_keras(tmp_path):
     images, labels = batches(1, (8, 8, 3))
     preprocess = tf_keras.applications.mobilenet_v2.preprocess_input
-    model = trained(split(small(0.3), preprocess=preprocess), methods.conadv(), images, labels, make_lars(0.1), run_eagerly=True)
+    model = trained(
+        split(small(0.3), preprocess=preprocess), methods.conadv(), images, labels, make_lars(0.1), run_eagerly=True
+    )
     model.save(str(tmp_path / "m.keras"))
     loaded = tf_keras.models.load_model(str(tmp_path / "m.keras"))
     assert_identical(values(loaded.network), values(model.network))
