@@ -223,9 +223,10 @@ def layout(replicas: int = 1, microbatches: int = 1, updates: int = 2, method: d
     return model
 
 
-def test_replicas_and_micro_batches_train_it_the_same():
-    one = values(layout(microbatches=4, run_eagerly=True).network)
-    assert_close(values(layout(2, 2).network), one, 3e-6)
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_replicas_and_micro_batches_train_it_the_same(eager):
+    one = values(layout(microbatches=4, run_eagerly=eager).network)
+    assert_close(values(layout(2, 2, run_eagerly=eager).network), one, 3e-6)
 
 
 def test_synchronized_batch_norm_is_over_the_replicas():
@@ -237,7 +238,7 @@ def test_synchronized_batch_norm_is_over_the_replicas():
             layers = [L.Input((8, 8, 3)), norms[0], L.Flatten(), L.Dense(8, name="a"), norms[1]]
             network = split(tf_keras.Sequential([*layers, L.ReLU(), L.Dense(CLASSES, name="b")]))
             model = ConAdvModel(network, methods.vanilla())
-            model.compile(make_lars(2.0), run_eagerly=True)
+            model.compile(make_lars(2.0), run_eagerly=replicas == 1)
         fit(model, *batches(1, (8, 8, 3)), 1)
         return values(model.network)
 
