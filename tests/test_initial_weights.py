@@ -150,6 +150,17 @@ def keras_files(tmp_path_factory):
     return folder, model
 
 
+def assert_has_weights(network: Network, theirs: tf_keras.Model, but: str = "none") -> None:
+    """Layer by layer: random layers, one behind the other, leave nothing of an image in the logits."""
+    found = values(network)
+    for variable in theirs.weights:
+        layer, _, name = variable.name.split(":")[0].partition("/")
+        places = (
+            [f"{layer}/{name}"] if f"{layer}/{name}" in found else [f"{layer}/{b}/{name}" for b in network.branches]
+        )
+        assert layer == but or all(np.array_equal(found[place], variable.numpy()) for place in places), variable.name
+
+
 FILES = [f"{name}{suffix}" for suffix in (".h5", ".weights.h5", ".keras") for name in ("whole", "other", "notop")]
 
 
@@ -165,6 +176,7 @@ def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_file
     assert ("anew" in line) == bool(text)
     images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
     inputs = tf_keras.applications.mobilenet.preprocess_input(images.copy())
+    assert_has_weights(model.network, theirs, "conv_preds" if text else "none")
     seen = theirs
     if text:  # the features, of which the classifier knows nothing yet
         assert all(map(np.array_equal, model.network.parts()[-1].get_weights(), before))
@@ -195,6 +207,7 @@ def test_names_in_a_file_may_be_bytes_or_come_in_several_lists(keras_files, kera
     network, make = keras_networks
     model = model_of(emptied(network), methods.vanilla())
     assert "anew" not in initial_weights.start(model, str(path), make)
+    assert_has_weights(network, theirs)
     images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
     expected = theirs(tf_keras.applications.mobilenet.preprocess_input(images.copy())).numpy()
     np.testing.assert_allclose(model.network(images).numpy(), expected, atol=1e-5 * np.abs(expected).max())
