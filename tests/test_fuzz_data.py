@@ -206,9 +206,8 @@ def test_corrupted_files_are_read_as_far_as_they_are_good(first, whole, tmp_path
             assert sorted(evaluated_labels(loaded)) == sorted(good), case
             assert loaded.bad_records.count == bad, (case, loaded.bad_records.reasons)
         found += bad
-    print(
-        f"corrupted files {first} to {first + BATCH - 1}: {found} bad records, all counted, in memory {'and' if TORTURE else 'or'} streamed"
-    )
+    how = "in memory and streamed" if TORTURE else "in memory or streamed"
+    print(f"corrupted files {first} to {first + BATCH - 1}: {found} bad records, all counted, {how}")
 
 
 @needs_files
