@@ -1,5 +1,6 @@
 """Eight logical CPUs in every test process, so that replicas can be tested without an accelerator."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -39,6 +40,13 @@ def pytest_itemcollected(item):
     fixtures = item._fixtureinfo.name2fixturedefs.values()
     if any(definitions[-1].scope == "module" for definitions in fixtures):
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish(session):
+    """Spares Python's collector what stays: it would walk through all of TensorFlow again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,6 +9,7 @@ without TensorFlow, is started the usual way.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -216,6 +217,8 @@ def _load() -> None:
     threads = [Path(f"/proc/self/task/{number}/comm").read_text() for number in os.listdir("/proc/self/task")]
     # jemalloc is made to be forked.
     assert len([name for name in threads if "jemalloc" not in name]) == 1, f"threads cannot be forked: {threads}"
+    gc.collect()
+    gc.freeze()  # a forked process would walk through what the server loaded, and so copy it
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_the_same_seed_gives_the_same_examples_and_another_seed_others():
 @pytest.mark.parametrize("batch_norm", ["main", "aux", "moving"])
 def test_an_attack_changes_no_variable(batch_norm):
     attack = Attack(batch_norm=batch_norm, steps=2)
-    model = make_model(methods.conadv(attack))
+    model = make_model(methods.conadv(attack), run_eagerly=True)
     images, labels = random_batches(2, 6)
     fit(model, images, labels, 2)
     before = snapshot(model)

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import some_of
 from official.vision.ops import augment as tfm
 
 from conadv_tf import data, methods
@@ -90,7 +91,7 @@ def epoch(loaded: pipeline.ImageData, number: int = 0, seed: int = 0, rows: int 
 CROPS = ("none", "crop_flip")
 
 
-@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("crop", some_of(CROPS, "crop_flip", otherwise="long"))
 def test_the_augmented_image_replaces_the_clean_one_or_stands_beside_it(crop):
     clean, labels = epoch(memory(augment.Augmentation(crop)))
     replaced, same_labels = epoch(memory(augment.Augmentation(crop, "cifar10")))

@@ -11,8 +11,12 @@ from conadv_tf.data.cache import Cache
 from conadv_tf.errors import ConfigError
 
 
+def batches(loaded: data.ImageData, hosts: int, host: int, start: int = 0) -> tf.data.Dataset:
+    return loaded.train_batches(2, hosts, start, seed=3, num_hosts=hosts, host=host)
+
+
 def train(loaded: data.ImageData, hosts: int, host: int, count: int, start: int = 0):
-    return take(loaded.train_batches(2, hosts, start, seed=3, num_hosts=hosts, host=host), count)
+    return take(batches(loaded, hosts, host, start), count)
 
 
 def evaluation(loaded: data.ImageData, split: str, hosts: int, host: int):
@@ -33,26 +37,28 @@ def test_batches_are_the_same_and_no_file_is_needed_after_a_pass(tmp_path, hosts
     plain, cached = (stream(tmp_path, augmentation="resized_crop_flip", cache=cache) for cache in ("none", "memory"))
     expected, resumed = train(plain, hosts, host, 40), train(plain, hosts, host, 20, start=16 * hosts)
     evaluated = evaluation(plain, "train", hosts, host)
-    assert_same(train(cached, hosts, host, 2), (part[:4] for part in expected))  # dropped within the pass
-    assert_same(train(cached, hosts, host, 40), expected)
+    passes = batches(cached, hosts, host)
+    assert_same(take(passes, 2), (part[:4] for part in expected))  # dropped within the pass
+    assert_same(take(passes, 40), expected)
     assert_same(evaluation(cached, "train", hosts, host), evaluated)
     assert cached.bad_records.reasons == plain.bad_records.reasons
     assert 9 not in expected[1]
     (tmp_path / "train-00000-of-00003").unlink()
     (tmp_path / "train-00002-of-00003").unlink()  # the other one is read for what replaces its bad record
-    assert_same(train(cached, hosts, host, 40), expected)
+    assert_same(take(passes, 40), expected)
     assert_same(train(cached, hosts, host, 20, start=16 * hosts), resumed)
     assert cached.bad_records.reasons == plain.bad_records.reasons
 
 
-@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("hosts", "host"), some_of([(1, 0), (2, 1)], (2, 1), otherwise="long"))
 def test_test_images_are_decoded_once(tmp_path, hosts, host):
     make_folder(tmp_path)
     flip_byte(tmp_path / "validation-00000-of-00001", 1)
     plain, cached = stream(tmp_path), stream(tmp_path, cache="memory")
     expected = evaluation(plain, "test", hosts, host)
-    take(cached.evaluation_batches("test", 4, hosts, hosts, host), 1)
-    assert_same(evaluation(cached, "test", hosts, host), expected)
+    batches = cached.evaluation_batches("test", 4, hosts, hosts, host)
+    take(batches, 1)
+    assert_same(take(batches, cached.evaluation_steps("test", 4, hosts, hosts)), expected)
     (tmp_path / "validation-00000-of-00001").unlink()
     assert_same(evaluation(cached, "test", hosts, host), expected)
     assert cached.bad_records.count == plain.bad_records.count == (1 if hosts == 1 or host == 1 else 0)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,18 +28,24 @@ def model_of(method=methods.vanilla):
     return make_model(method(), branches=("main", "adversarial"))
 
 
-@pytest.fixture
-def saved(tmp_path) -> tuple[Path, dict[int, dict]]:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict[int, dict]]:
     """A folder with checkpoints after 1, 2 and 3 updates, and what the model held at each."""
-    model = model_of()
-    checkpoints = checkpoint.Checkpoints(model, str(tmp_path))
+    model, folder = model_of(), tmp_path_factory.mktemp("written")
+    checkpoints = checkpoint.Checkpoints(model, str(folder))
     images, labels = random_batches(3, 6)
     held = {}
     for update in UPDATES:
         fit(model, images[update - 1 :], labels[update - 1 :], 1, initial=update - 1)
         checkpoints.save()
         held[update] = kept(model)
-    return tmp_path, held
+    return folder, held
+
+
+@pytest.fixture
+def saved(written, tmp_path) -> tuple[Path, dict[int, dict]]:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(written[0], tmp_path / "saved"), written[1]
 
 
 def kept(model) -> dict[str, np.ndarray]:
@@ -146,9 +153,9 @@ def test_saving_again_leaves_the_newest_whole_ones_and_nothing_else(saved):
     model = model_of()
     checkpoints = checkpoint.Checkpoints(model, str(folder))
     checkpoints.restore()
-    images, labels = random_batches(4, 6)
     for update in (3, 4):
-        fit(model, images, labels, 1, initial=update - 1)
+        model.optimizer.iterations.assign(update)
+        model.network.classifier.bias.assign_add(np.ones(10))
         checkpoints.save()
     names = {path.name for path in folder.iterdir()}
     assert names == {"checkpoint", *(file(folder, n, kind).name for n in (2, 3, 4) for kind in ("index", "data"))}

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_python
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -38,10 +39,10 @@ def free_ports() -> int:
 class Process:
     """`conadv-data-service`, serving."""
 
-    def __init__(self, folder: Path, port: int | None = None):
+    def __init__(self, folder: Path, port: int | None = None, python: str = sys.executable):
         self.port = port or free_ports()
         self.log = folder / f"service-{self.port}"
-        command = [sys.executable, "-m", "conadv_tf.data.service", f"--address=localhost:{self.port}"]
+        command = [python, "-m", "conadv_tf.data.service", f"--address=localhost:{self.port}"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         while "serving at" not in self.log.read_text():
@@ -59,7 +60,7 @@ class Process:
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory):
-    started = [Process(tmp_path_factory.mktemp("services")) for _ in range(2)]
+    started = [Process(tmp_path_factory.mktemp("services"), python=fast_python.path()) for _ in range(2)]
     yield ",".join(process.address for process in started)
     gc.collect()  # a stream that is left over would say on stderr, in another test, that its service is gone
     assert [process.end(signal.SIGTERM) for process in started] == [0, 0]
@@ -164,7 +165,7 @@ def test_a_port_in_use_is_said_in_one_line(taken, tmp_path, capsys):
 def test_a_port_of_another_data_service_is_not_shared(services):
     address = services.split(",")[0].removeprefix("grpc://")
     outcome = subprocess.run(
-        [sys.executable, "-m", "conadv_tf.data.service", f"--address={address}"],
+        [fast_python.path(), "-m", "conadv_tf.data.service", f"--address={address}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

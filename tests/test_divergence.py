@@ -52,8 +52,11 @@ def state(model) -> dict[str, np.ndarray]:
 
 CASES = {
     "lars, shadow of two": ("images", {"method": methods.conadv(tau=2)}),
-    "sgd, gradient alone": ("gradient", {"method": methods.disadv(), "optimizer": lars.make_sgd(0.1)}),
-    "micro-batches, loss alone": ("loss", {"method": methods.vanilla(), "microbatches": 2}),
+    "sgd, gradient alone": (
+        "gradient",
+        {"method": methods.disadv(), "optimizer": lars.make_sgd(0.1), "run_eagerly": True},
+    ),
+    "micro-batches, loss alone": ("loss", {"method": methods.vanilla(), "microbatches": 2, "run_eagerly": True}),
 }
 
 
@@ -111,7 +114,7 @@ def test_nor_do_the_updates_after_it_in_the_same_call():
 
 def test_nor_does_one_whose_batch_variance_alone_is_not_finite():
     """As where weights have grown for long: normalised away, an infinite variance is no infinite loss."""
-    model = make_model(methods.vanilla(), optimizer=lars.make_sgd(0.1))
+    model = make_model(methods.vanilla(), optimizer=lars.make_sgd(0.1), run_eagerly=True)
     images, labels = random_batches(1, 8, seed=5)
     kernel = named_variables(model.network)["block1/conv1/kernel"]
     kernel.assign(1e21 * kernel)
@@ -128,7 +131,7 @@ def fit_stopping(model, images, labels, updates: int = 1) -> None:
 
 
 def test_the_error_names_the_half_the_update_its_learning_rate_and_the_largest_trust_ratio():
-    model = make_model(methods.disadv())
+    model = make_model(methods.disadv(), run_eagerly=True)
     images, labels = random_batches(2, 8, seed=5)
     variables = named_variables(model.network)
     # Of a kernel before batch norm the gradient falls as it grows.

@@ -17,7 +17,7 @@ from helpers import TORTURE, make_model, mirrored, random_batches
 from conadv_tf import methods
 from conadv_tf.errors import ConfigError, DataError
 
-CASES = 200 if TORTURE else 40
+CASES = 200 if TORTURE else 20
 BATCH = 20  # cases a test
 ROWS, SIZE = 20, 8
 IMAGES, LABELS = (part[0] for part in random_batches(1, ROWS))

@@ -1,5 +1,6 @@
 """Weights to start from: every kind of file, branches and classes that it lacks, and what does not fit."""
 
+import functools
 import json
 import os
 import re
@@ -121,6 +122,20 @@ def mobilenet(classes: int, branches) -> Network:
 
 
 @pytest.fixture(scope="module")
+def keras_networks():
+    """A network of seven classes and one branch, and `mobilenet` which makes each network once; each takes seconds."""
+    make = functools.cache(mobilenet)
+    return mobilenet(7, ("main",)), lambda *settings: emptied(make(*settings))
+
+
+def emptied(network: Network) -> Network:
+    """The network with 0 for every weight: what it has afterwards a file gave it."""
+    for variable in network.named_variables().values():
+        variable.assign(tf.zeros_like(variable))
+    return network
+
+
+@pytest.fixture(scope="module")
 def keras_files(tmp_path_factory):
     """A model of tf_keras.applications and its weights in every kind of file, with and without the classifier."""
     folder = tmp_path_factory.mktemp("keras")
@@ -135,21 +150,33 @@ def keras_files(tmp_path_factory):
     return folder, model
 
 
+def assert_has_weights(network: Network, theirs: tf_keras.Model, but: str = "none") -> None:
+    """Layer by layer: random layers, one behind the other, leave nothing of an image in the logits."""
+    found = values(network)
+    for variable in theirs.weights:
+        layer, _, name = variable.name.split(":")[0].partition("/")
+        places = (
+            [f"{layer}/{name}"] if f"{layer}/{name}" in found else [f"{layer}/{b}/{name}" for b in network.branches]
+        )
+        assert layer == but or all(np.array_equal(found[place], variable.numpy()) for place in places), variable.name
+
+
 FILES = [f"{name}{suffix}" for suffix in (".h5", ".weights.h5", ".keras") for name in ("whole", "other", "notop")]
 
 
 @pytest.mark.parametrize("file", some_of(FILES, "other.weights.h5", long=FILES))
-def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_files):
+def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_files, keras_networks):
     folder, theirs = keras_files
     kind, _, suffix = file.partition(".")
     text = {"whole": "", "other": "7 classes there, 3 here", "notop": "the file has none like it"}[kind]
     model = model_of(mobilenet(3 if text else 7, ("main", "adversarial")), methods.disadv())
     before = model.network.parts()[-1].get_weights()
-    line = initial_weights.start(model, str(folder / f"{kind.replace('other', 'whole')}.{suffix}"), mobilenet)
+    line = initial_weights.start(model, str(folder / f"{kind.replace('other', 'whole')}.{suffix}"), keras_networks[1])
     assert text in line
     assert ("anew" in line) == bool(text)
     images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
     inputs = tf_keras.applications.mobilenet.preprocess_input(images.copy())
+    assert_has_weights(model.network, theirs, "conv_preds" if text else "none")
     seen = theirs
     if text:  # the features, of which the classifier knows nothing yet
         assert all(map(np.array_equal, model.network.parts()[-1].get_weights(), before))
@@ -164,7 +191,7 @@ def test_a_file_of_keras_own_model_starts_a_network_of_its_name(file, keras_file
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_names_in_a_file_may_be_bytes_or_come_in_several_lists(keras_files, tmp_path):
+def test_names_in_a_file_may_be_bytes_or_come_in_several_lists(keras_files, keras_networks, tmp_path):
     """The files that Keras publishes have bytes; a list too long for a header is parted."""
     folder, theirs = keras_files
     path = tmp_path / "published.h5"
@@ -177,20 +204,26 @@ def test_names_in_a_file_may_be_bytes_or_come_in_several_lists(keras_files, tmp_
                 if cut:
                     group.attrs[f"{name}{part}"] = np.array(cut)
         file.attrs["layer_names0"] = np.array(file.attrs["layer_names0"])
-    model = model_of(mobilenet(7, ("main",)), methods.vanilla())
-    assert "anew" not in initial_weights.start(model, str(path), mobilenet)
+    network, make = keras_networks
+    model = model_of(emptied(network), methods.vanilla())
+    assert "anew" not in initial_weights.start(model, str(path), make)
+    assert_has_weights(network, theirs)
     images = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
     expected = theirs(tf_keras.applications.mobilenet.preprocess_input(images.copy())).numpy()
     np.testing.assert_allclose(model.network(images).numpy(), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_split_network_without_shadow_copies_is_read_from_an_h5(tmp_path):
-    source = mobilenet(7, ("main",))
-    scrambled(source.graph)
-    path = saved(model_of(source, methods.vanilla()), "w.h5", tmp_path)
-    model = model_of(mobilenet(7, ("main",)), methods.vanilla())
-    initial_weights.start(model, path, mobilenet)
-    found, expected = values(model.network), values(source)
+def test_a_split_network_without_shadow_copies_is_read_from_an_h5(keras_networks, tmp_path):
+    network, make = keras_networks
+    for variable in scrambled(network.graph).weights:
+        if len(variable.shape) > 1:
+            variable.assign(tf.random.stateless_normal(variable.shape, [len(variable.name), variable.shape[-1]]))
+    expected = values(network)
+    model = model_of(network, methods.vanilla())
+    path = saved(model, "w.h5", tmp_path)
+    emptied(network)
+    initial_weights.start(model, path, make)
+    found = values(network)
     assert all(np.array_equal(found[path], expected[path]) for path in expected)
 
 
@@ -253,21 +286,21 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
         assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
-def test_a_file_of_another_depth_or_kind_says_what_it_is(tmp_path):
+def test_a_file_of_another_depth_or_kind_says_what_it_is(keras_networks, tmp_path):
     def shallow(classes, branches):
         return ResNet("cifar_resnet8", classes, (32, 32, 3), branches, seed=5, name="network")
 
     deep = model_of(ResNet("cifar_resnet14", 10, (32, 32, 3), ("main",), name="network"), methods.vanilla())
     deep.save(tmp_path / "deep.keras")
-    deep.export(tmp_path / "keras_export")
     unlike = tf_keras.Sequential([tf_keras.layers.Input((32, 32, 3)), tf_keras.layers.Conv2D(7, 3, use_bias=False)])
     unlike.save(tmp_path / "unlike.keras")
+    unlike.export(tmp_path / "keras_export")
     model = model_of(shallow(10, ("main",)), methods.vanilla())
-    other = model_of(mobilenet(7, ("main",)), methods.vanilla())
+    other = model_of(keras_networks[0], methods.vanilla())
     for started, name, make, expected in (
         (model, "deep.keras", shallow, r"has shape \(.*\) here, \(.*\) there"),
         (model, "keras_export", shallow, "the SavedModel is none of a run"),
-        (other, "unlike.keras", mobilenet, r"Layer '?\w+'? expected|[Ss]hape"),
+        (other, "unlike.keras", keras_networks[1], r"Layer '?\w+'? expected|[Ss]hape"),
     ):
         with pytest.raises(ConfigError, match=expected) as caught:
             initial_weights.start(started, str(tmp_path / name), make)
@@ -276,6 +309,7 @@ def test_a_file_of_another_depth_or_kind_says_what_it_is(tmp_path):
 
 TINY = [
     "--gin_file=digits_conadv.gin",
+    "--gin_param=train.method='vanilla'",
     "--gin_param=train.epochs=1",
     "--gin_param=learning_rate.warmup_epochs=0",
 ]
@@ -283,7 +317,7 @@ TINY = [
 
 def test_a_run_starts_from_another_and_trains_a_part(tmp_path, capsys):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    call_command_line(*TINY, "--gin_param=train.method='vanilla'", f"--model_dir={first}")
+    call_command_line(*TINY, f"--model_dir={first}")
     begins = [
         *TINY,
         f"--gin_param=model.initial_weights={first!r}",

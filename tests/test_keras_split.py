@@ -152,7 +152,7 @@ def test_a_resnet_of_keras_layers_trains_as_the_hand_written_one(monkeypatch):
         randomize(network)
     images, labels = batches(3, (8, 8, 3))
     method = methods.conadv(Attack(8, random_start_probability=0.0, label="smoothed"), schedule="paired")
-    models = [trained(network, method, images, labels, make_lars(1.0)) for network in (ours, theirs)]
+    models = [trained(network, method, images, labels, make_lars(1.0), run_eagerly=True) for network in (ours, theirs)]
     assert_close(values(models[1].network), values(models[0].network), 1e-5)
     assert_close(values(models[1].shadows[0]), values(models[0].shadows[0]), 1e-5)
 
@@ -223,9 +223,10 @@ def layout(replicas: int = 1, microbatches: int = 1, updates: int = 2, method: d
     return model
 
 
-def test_replicas_and_micro_batches_train_it_the_same():
-    one = values(layout(microbatches=4).network)
-    assert_close(values(layout(2, 2).network), one, 3e-6)
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_replicas_and_micro_batches_train_it_the_same(eager):
+    one = values(layout(microbatches=4, run_eagerly=eager).network)
+    assert_close(values(layout(2, 2, run_eagerly=eager).network), one, 3e-6)
 
 
 def test_synchronized_batch_norm_is_over_the_replicas():
@@ -237,7 +238,7 @@ def test_synchronized_batch_norm_is_over_the_replicas():
             layers = [L.Input((8, 8, 3)), norms[0], L.Flatten(), L.Dense(8, name="a"), norms[1]]
             network = split(tf_keras.Sequential([*layers, L.ReLU(), L.Dense(CLASSES, name="b")]))
             model = ConAdvModel(network, methods.vanilla())
-            model.compile(make_lars(2.0))
+            model.compile(make_lars(2.0), run_eagerly=replicas == 1)
         fit(model, *batches(1, (8, 8, 3)), 1)
         return values(model.network)
 
@@ -277,7 +278,7 @@ def test_a_mixed_policy_stays_and_its_export_is_float32(tmp_path):
     network = split(model)
     assert network.dtype_policy.name == "mixed_bfloat16"
     images, labels = batches(2, (8, 8, 3))
-    model = trained(network, methods.conadv(), images, labels)
+    model = trained(network, methods.conadv(), images, labels, run_eagerly=True)
     assert all(np.all(np.isfinite(value)) for value in values(model.network).values())
     export(model.network, str(tmp_path / "export"))
     served = tf.saved_model.load(str(tmp_path / "export"))
@@ -287,7 +288,9 @@ def test_a_mixed_policy_stays_and_its_export_is_float32(tmp_path):
 def test_it_is_saved_and_loaded_by_keras(tmp_path):
     images, labels = batches(1, (8, 8, 3))
     preprocess = tf_keras.applications.mobilenet_v2.preprocess_input
-    model = trained(split(small(0.3), preprocess=preprocess), methods.conadv(), images, labels, make_lars(0.1))
+    model = trained(
+        split(small(0.3), preprocess=preprocess), methods.conadv(), images, labels, make_lars(0.1), run_eagerly=True
+    )
     model.save(str(tmp_path / "m.keras"))
     loaded = tf_keras.models.load_model(str(tmp_path / "m.keras"))
     assert_identical(values(loaded.network), values(model.network))

@@ -48,7 +48,7 @@ def test_keras_callbacks_see_the_logs(tmp_path):
         tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.update({epoch: logs})),
         tf_keras.callbacks.TerminateOnNaN(),
     ]
-    made = make_model(methods.conadv())
+    made = make_model(methods.conadv(), run_eagerly=True)
     history = made.fit(
         images,
         labels,
@@ -73,7 +73,7 @@ def test_keras_callbacks_see_the_logs(tmp_path):
 def test_logged_training_values_are_means_over_the_epoch():
     images, labels = arrays(16)
     seen = []
-    made = make_model(methods.disadv())
+    made = make_model(methods.disadv(), run_eagerly=True)
     for first in (0, 8):
         seen.append(made.train_on_batch(images[first : first + 8], labels[first : first + 8], return_dict=True))
     history = make_model(methods.disadv()).fit(images, labels, batch_size=8, shuffle=False, verbose=0).history
@@ -148,7 +148,7 @@ def test_prediction_uses_the_main_branch_and_moving_statistics(model):
 @pytest.mark.parametrize("optimizer", ["sgd", tf_keras.optimizers.legacy.SGD(0.01), tf_keras.optimizers.Adam(0.001)])
 def test_any_keras_optimizer_trains(optimizer):
     images, labels = arrays(16)
-    made = make_model(methods.conadv(), optimizer)
+    made = make_model(methods.vanilla(), optimizer)
     history = made.fit(images, labels, batch_size=16, epochs=8, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
     assert history["trust_ratio_max"][0] == 1.0
@@ -158,7 +158,7 @@ def test_labels_may_be_columns_and_images_float():
     images, labels = arrays(8)
     weights = []
     for given in ((images, labels), (images.astype(np.float32), labels[:, None].astype(np.int64))):
-        made = make_model(methods.disadv(Attack()))
+        made = make_model(methods.disadv(Attack()), run_eagerly=True)
         made.fit(*given, batch_size=8, shuffle=False, verbose=0)
         weights.append({name: v.numpy() for name, v in named_variables(made.network).items()})
     assert_close(*weights, 0)

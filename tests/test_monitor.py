@@ -114,7 +114,8 @@ def test_values_equal_an_independent_computation(case):
     tau, attack, recipe = CASES[case]
     # A random start and a second step in training leave the monitor's one step from the clean image as it is.
     steps = {} if attack else {"steps": 2, "step_size_pixels": EPSILON}
-    model = make_model(methods.conadv(Attack(epsilon_pixels=EPSILON, **attack, **steps), tau=tau), lars.LARS(RATE))
+    method = methods.conadv(Attack(epsilon_pixels=EPSILON, **attack, **steps), tau=tau)
+    model = make_model(method, lars.LARS(RATE), run_eagerly=True)
     states = States()
     seen, images, labels = train(model, states)
     now, then, wrong = (states.held[UPDATES - age] for age in (0, tau, tau + 1))
@@ -149,7 +150,7 @@ def test_equal_weights_have_no_drift_and_equal_signs():
     ],
 )
 def test_it_changes_no_bit_of_the_run(method):
-    watched, alone = make_model(method, lars.LARS(RATE)), make_model(method, lars.LARS(RATE))
+    watched, alone = (make_model(method, lars.LARS(RATE), run_eagerly=True) for _ in range(2))
     seen, *_ = train(watched, every=1)
     images, labels = random_batches(UPDATES, ROWS, seed=2)
     data = tf.data.Dataset.from_tensor_slices((images, labels)).repeat()
@@ -222,7 +223,11 @@ def test_an_average_with_unknown_epochs_is_left_out():
 def test_the_squared_norm_of_an_epoch_is_the_mean_of_its_updates():
     images, labels = random_batches(3, ROWS)
     data = tf.data.Dataset.from_tensor_slices((images, labels))
-    apart = make_model(methods.vanilla()).fit(data.repeat(), steps_per_epoch=1, epochs=3, verbose=0).history
+    apart = (
+        make_model(methods.vanilla(), run_eagerly=True)
+        .fit(data.repeat(), steps_per_epoch=1, epochs=3, verbose=0)
+        .history
+    )
     whole = make_model(methods.vanilla()).fit(data, verbose=0).history
     squares = np.square(apart["gradient_norm"])
     assert np.std(squares) > 0.01 * np.mean(squares)

@@ -53,7 +53,7 @@ def test_updates_equal_the_formulas(kind, replicas):
     # An epsilon that is not lost among squares of gradients near 0, which would decide by their rounding.
     with strategy.scope() if strategy else tf.name_scope(""):
         optimizer = optimizers.OPTIMIZERS[kind](RATE, epsilon=1e-3, weight_decay=DECAY)
-    model = make_model(methods.vanilla(), optimizer, strategy=strategy, branches=("main",))
+    model = make_model(methods.vanilla(), optimizer, strategy=strategy, branches=("main",), run_eagerly=replicas > 1)
     state = weights_of(model)
     moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in state.items()}
     for step in range(3):
@@ -83,7 +83,7 @@ def test_an_update_that_is_not_finite_changes_nothing(make, replicas):
         optimizer = make(0.01)
     bad = labels.copy()
     bad[2, 0] = 99  # a loss of NaN
-    model = make_model(methods.conadv(), optimizer, strategy=strategy)
+    model = make_model(methods.conadv(), optimizer, strategy=strategy, run_eagerly=True)
     data = tf.data.Dataset.from_tensor_slices((images, bad)).batch(1).map(lambda x, y: (x[0], y[0]))
     iterator = iter(model.distribute_strategy.experimental_distribute_dataset(data))
     train = model.make_train_function()

@@ -62,7 +62,7 @@ CASES = {
     "shadow, again and again": (["conadv.tau=2"], [5, 20, 26, 38]),
     "lookahead from epoch 1": (["conadv.schedule='lookahead'", "adversarial.start_epoch=1"], [7, 13, 20]),
     "paired from epoch 1": (["conadv.schedule='paired'", "adversarial.start_epoch=1"], [14]),
-    "five updates a call": (["train.steps_per_execution=5"], [18]),
+    "five updates a call": (["train.epochs=2", "train.steps_per_execution=5"], [18]),
     "phased, odd and even": (["conadv.schedule='phased'", "train.microbatch_size=55"], [5, 20]),
 }
 

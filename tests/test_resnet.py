@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import some_of
 from official.vision.modeling import backbones
 
 from conadv_tf.errors import ConfigError
@@ -23,9 +24,9 @@ def parameters(network: ResNet) -> int:
     return sum(int(np.prod(variable.shape)) for variable in network.trainable_variables)
 
 
-@pytest.mark.parametrize(("name", "expected"), IMAGENET_PARAMETERS.items())
-def test_imagenet_networks_have_the_published_number_of_parameters(name, expected):
-    assert parameters(ResNet(name, 1000, (32, 32, 3)).create_variables()) == expected
+@pytest.mark.parametrize("name", some_of(IMAGENET_PARAMETERS, "resnet18", "resnet34", "resnet50", otherwise="long"))
+def test_imagenet_networks_have_the_published_number_of_parameters(name):
+    assert parameters(ResNet(name, 1000, (32, 32, 3)).create_variables()) == IMAGENET_PARAMETERS[name]
 
 
 def test_a_further_branch_adds_only_its_own_gammas_betas_and_statistics():

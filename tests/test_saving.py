@@ -18,7 +18,9 @@ IMAGES, LABELS = (part.reshape(-1, *part.shape[2:]) for part in random_batches(2
 
 def made(method=None, optimizer=None, **settings):
     optimizer = make_lars(warmup_poly_decay(2, 20, 3.0, 1)) if optimizer is None else optimizer
-    return make_model(method or methods.conadv(tau=2), optimizer, seed=5, **settings)
+    return make_model(
+        method or methods.conadv(tau=2), optimizer, seed=5, **{"run_eagerly": "jit_compile" not in settings, **settings}
+    )
 
 
 def trained(model, first: int = 0, epochs: int = 1):

@@ -241,7 +241,7 @@ def test_training_with_groups_equals_training_on_their_rows():
         network={"replicas_per_group": 2},
         branches=("main",),
     )
-    single = make_model(methods.vanilla(), lars.LARS(3.0), branches=("main",))
+    single = make_model(methods.vanilla(), lars.LARS(3.0), branches=("main",), run_eagerly=True)
     weights = []
     for model in (grouped, single):
         fit(model, images, labels, 2)

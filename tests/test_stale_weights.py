@@ -30,9 +30,9 @@ UPDATES, RATE = 5, 6.0
 SEED = 4  # of the data: no pixel's gradient is near 0 (asserted)
 
 
-def recorded_run(tau: int, attack: Attack):
+def recorded_run(tau: int, attack: Attack, **compiled):
     """A run's model, its data, and the states before every update and after the last."""
-    model = make_model(methods.conadv(attack, tau=tau), lars.LARS(RATE))
+    model = make_model(methods.conadv(attack, tau=tau), lars.LARS(RATE), **compiled)
     model.create_optimizer_variables()
     images, labels = random_batches(UPDATES, 6, seed=SEED)
     states = [state_of(model)]
@@ -73,7 +73,7 @@ def test_updates_use_the_weights_of_tau_updates_ago_and_no_others(tau):
 @pytest.mark.parametrize("tau", some_of([1, 2, 3], 2, otherwise="long"))
 def test_adversarial_examples_are_those_of_the_stale_weights(tau):
     still = Attack(epsilon_pixels=8.0, random_start_probability=0.0)
-    model, images, labels, states = recorded_run(tau, still)
+    model, images, labels, states = recorded_run(tau, still, run_eagerly=True)
     actual = model.adversarial_examples(images[0], labels[0]).numpy()
     rows = rows_at(still, images, labels, 0)
     expected = {
@@ -114,7 +114,7 @@ def test_drift_is_the_relative_distance_to_the_stale_weights():
 
 def test_shadow_with_delay_zero_is_disadv_bit_for_bit():
     images, labels = random_batches(4, 6)
-    models = [make_model(method) for method in (methods.conadv(tau=0), methods.disadv())]
+    models = [make_model(method, run_eagerly=True) for method in (methods.conadv(tau=0), methods.disadv())]
     logs = [fit(model, images, labels, 4) for model in models]
     assert_identical(snapshot(models[0]), snapshot(models[1]))
     for ours, theirs in zip(*logs, strict=True):

@@ -95,8 +95,8 @@ def test_before_its_start_epoch_an_update_is_the_vanilla_update_bit_for_bit():
     images, labels = batches(4)
     late = methods.conadv(mixture=methods.Mixture(start_epoch=3))
     model, vanilla = make_model(late), make_model(methods.vanilla())
-    bare = make_model(methods.vanilla(), branches=("main",), trained=False)
-    bare_late = make_model(late, trained=False)
+    bare = make_model(methods.vanilla(), branches=("main",), trained=False, run_eagerly=True)
+    bare_late = make_model(late, trained=False, run_eagerly=True)
     for other in (model, bare, bare_late):
         logs = fit(other, images, labels, 3)
         assert logs[-1]["loss"] == logs[-1]["clean_loss"]
@@ -185,7 +185,7 @@ def test_random_starts_differ_between_updates_and_between_micro_batches():
 
 
 def test_logs_describe_the_update():
-    model = make_model(methods.conadv(), lars.LARS(2.0, weight_decay=0.0))
+    model = make_model(methods.conadv(), lars.LARS(2.0, weight_decay=0.0), run_eagerly=True)
     images, labels = batches(1)
     before = network_of(model)
     [log] = fit(model, images, labels, 1)
@@ -211,7 +211,7 @@ def test_logs_describe_the_update():
 
 def test_trust_ratios_and_gradient_norm_are_those_of_the_update():
     images, labels = batches(1)
-    sgd = make_model(methods.disadv(), lars.make_sgd(1.0, momentum=0.0, weight_decay=0.0))
+    sgd = make_model(methods.disadv(), lars.make_sgd(1.0, momentum=0.0, weight_decay=0.0), run_eagerly=True)
     before = network_of(sgd)
     [plain] = fit(sgd, images, labels, 1)
     trained = {name for name in before if "/moving_" not in name}
@@ -223,7 +223,7 @@ def test_trust_ratios_and_gradient_norm_are_those_of_the_update():
         for n in trained
         if n.endswith("kernel")
     )
-    [log] = fit(make_model(methods.disadv(), lars.LARS(1.0)), images, labels, 1)
+    [log] = fit(make_model(methods.disadv(), lars.LARS(1.0), run_eagerly=True), images, labels, 1)
     logged = [log[f"trust_ratio_{which}"] for which in ("min", "median", "max")]
     np.testing.assert_allclose(logged, [ratios[0], np.median(ratios), ratios[-1]], rtol=1e-3)
 

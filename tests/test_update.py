@@ -67,7 +67,6 @@ TRACED = (
     "vanilla",
     "disadv_random_start",
     "conadv_random_start",
-    "conadv_tau2",
     "pgd",
     "fraction",
     "microbatches",

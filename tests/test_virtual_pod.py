@@ -61,7 +61,7 @@ def test_each_micro_batch_counts_the_same_and_draws_its_own_start():
     weights = []
     for attack in (Attack(random_start_probability=0.0), Attack()):
         for microbatches in (1, 4):
-            model = make_model(methods.disadv(attack), lars.LARS(RATE), microbatches=microbatches)
+            model = make_model(methods.disadv(attack), lars.LARS(RATE), microbatches=microbatches, run_eagerly=True)
             fit(model, images, labels, 1)
             weights.append({name: v.numpy() for name, v in named_variables(model.network).items()})
     still_one, still_four, started_one, started_four = weights

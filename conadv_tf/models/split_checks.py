@@ -36,8 +36,11 @@ def check_model(model: Any) -> None:
     if not model.inputs:
         raise ConfigError(f"{_named(model)} has no input shape yet: begin it with tf_keras.Input((height, width, 3))")
     _check_ends(model)
-    for layer in all_layers(model):
-        _check_layer(model, layer)
+    layers = list(all_layers(model))
+    graphs = [model, *(layer for layer in layers if is_graph(layer))]
+    called = {id(layer) for graph in graphs for layer in graph.layers}
+    for layer in layers:
+        _check_layer(model, layer, id(layer) in called)
     _check_logits(model)
 
 
@@ -60,10 +63,11 @@ def _check_ends(model: tf_keras.Model) -> None:
         )
 
 
-def _check_layer(model: tf_keras.Model, layer: tf_keras.layers.Layer) -> None:
+def _check_layer(model: tf_keras.Model, layer: tf_keras.layers.Layer, called: bool) -> None:
+    """Raises ConfigError for a layer that cannot be split; `called`: by a graph, not by another layer."""
     place = f"layer {layer.name!r} of {_named(model)}"
     if isinstance(layer, BatchNormalizationBase):
-        _check_norm(model, layer, place)
+        _check_norm(layer, place, called)
     if getattr(layer, "activity_regularizer", None) is not None or type(layer).__name__ == "AddLoss":
         raise ConfigError(
             f"{place} adds a loss of its outputs, which training here does not know: build it without; regularizers of "
@@ -71,11 +75,11 @@ def _check_layer(model: tf_keras.Model, layer: tf_keras.layers.Layer) -> None:
         )
 
 
-def _check_norm(model: tf_keras.Model, layer: BatchNormalizationBase, place: str) -> None:
+def _check_norm(layer: BatchNormalizationBase, place: str, called: bool) -> None:
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if type(layer).__name__ not in _BATCH_NORMS or not type(layer).__module__.startswith("tf_keras."):
         raise ConfigError(f"{place} is a batch norm of its own, {type(layer).__name__}: use BatchNormalization")
-    if id(layer) not in {id(other) for graph in _graphs(model) for other in graph.layers}:
+    if not called:
         raise ConfigError(
             f"{place} lies inside another layer, where it cannot be split: call it from the model (functional API)"
         )
@@ -84,10 +88,6 @@ def _check_norm(model: tf_keras.Model, layer: BatchNormalizationBase, place: str
     for setting in ("gamma_regularizer", "beta_regularizer", "gamma_constraint", "beta_constraint"):
         if getattr(layer, setting) is not None:
             raise ConfigError(f"{place} has a {setting}, which split BN has not: build it without")
-
-
-def _graphs(model: tf_keras.Model) -> list[tf_keras.Model]:
-    return [model, *(layer for layer in all_layers(model) if is_graph(layer))]
 
 
 def _check_logits(model: tf_keras.Model) -> None:
