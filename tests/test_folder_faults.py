@@ -217,6 +217,14 @@ def test_a_file_of_the_run_that_is_spoilt_is_named(name, content, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_of_the_run_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    """It may be whole: nobody should look for a copy, or begin another run."""
+    (tmp_path / "config.gin").mkdir()
+    with pytest.raises(RunError, match=rf"{tmp_path}/config.gin cannot be read \(.*\): mend that, and start") as raised:
+        RunFolder(str(tmp_path)).read_config()
+    assert "\n" not in str(raised.value)
+
+
 def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if "TensorBoard" in record.getMessage()]
 

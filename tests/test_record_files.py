@@ -1,5 +1,7 @@
 """The index of remote record files; ram://, another file system of TensorFlow's that is not local, stands for gs://."""
 
+import errno
+import gzip
 import uuid
 
 import numpy as np
@@ -105,3 +107,22 @@ def test_local_folders_get_no_index(tmp_path):
     paths = files_of(str(tmp_path), (3, 1))
     index(paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train-0", "train-1"]
+
+
+def test_a_gzip_file_that_the_system_does_not_read_is_no_damaged_one(tmp_path, monkeypatch):
+    """Its records would count as one bad one, and the run train without them."""
+    path = tmp_path / "train-0"
+    write(str(path), [b"record"] * 3)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gzip.GzipFile, "read", fail)
+        with pytest.raises(DataError, match=r"cannot read the data: .*Too many open files"):
+            index([str(path)], limit=5)
+    assert [file.num_records for file in index([str(path)])] == [3]
+    torn = tmp_path / "train-1"
+    torn.write_bytes(path.read_bytes()[:-8] + bytes(8))  # the sum and the length of the bytes
+    assert [file.damaged for file in index([str(path), str(torn)], limit=5)] == [False, True]

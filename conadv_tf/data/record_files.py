@@ -168,12 +168,16 @@ def match_files(data_dir: str, patterns: str | Sequence[str], setting: str) -> l
 
 @functools.lru_cache(maxsize=1)
 def _inflate(path: str) -> tuple[bytes, str | None]:
-    """Uncompresses a file: (bytes as far as they can be read, the damage that ended them or None)."""
+    """Uncompresses a file: (bytes as far as they are whole, the damage that ended them or None).
+
+    Raises:
+      OSError, tf.errors.OpError: if the file cannot be read, which is no damage.
+    """
     inflated, damage = io.BytesIO(), None
     try:
         with opened(path) as stored, gzip.GzipFile(fileobj=stored) as stream:
             shutil.copyfileobj(stream, inflated)
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         damage = f"damaged GZIP ({error})"
     return inflated.getvalue(), damage
 

@@ -20,7 +20,7 @@ EXPORT, SAVED_MODEL = "export", "saved_model.pb"
 class RunFolder:
     """`model_dir`: local or gs://. Every text file is replaced whole, never half written.
 
-    Reading raises RunError for a file that is damaged.
+    Reading raises RunError for a file that is damaged or out of reach.
 
     Args:
       path: path of the folder.
@@ -109,8 +109,12 @@ class RunFolder:
     def _read(self, name: str) -> str | None:
         try:
             return paths.read_text(self.file(name))
-        except file_errors(UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise self._damaged(name, error) from error
+        except file_errors() as error:
+            raise RunError(
+                f"{self.file(name)} cannot be read ({one_line(error)}): mend that, and start the same command again"
+            ) from error
 
     def _damaged(self, name: str, error: Exception) -> RunError:
         return RunError(f"{self.file(name)} is damaged ({one_line(error)}): bring it back, or pass another --model_dir")
