@@ -129,9 +129,10 @@ def keras_networks():
 
 
 def emptied(network: Network) -> Network:
-    """The network with 0 for every weight: what it has afterwards a file gave it."""
-    for variable in network.named_variables().values():
-        variable.assign(tf.zeros_like(variable))
+    """The network with 0 for every weight but the classifier's: what else it has afterwards a file gave it."""
+    for path, variable in network.named_variables().items():
+        if not path.startswith("conv_preds"):
+            variable.assign(tf.zeros_like(variable))
     return network
 
 
