@@ -5,9 +5,8 @@
 DIR holds ImageNet TFRecords (train-*), a few are enough: they are repeated. All contestants take turns in one process,
 each alone while it is measured; a rate is images over the processor seconds of the whole process, so what else the
 machine does weighs little. Ratios are medians over the rounds, quartiles beside them. Levels: how far JPEGs of shrunk
-photos are from what they store. Memory: the resident size of
-the process after the first and the last of --memory_images images of the training pipeline. Prints a Markdown table and
-writes input_pipeline.json.
+photos are from what they store. Memory: the resident size of the process after each tenth of --memory_images images of
+the training pipeline. Prints a Markdown table and writes input_pipeline.json.
 """
 
 import argparse

@@ -57,6 +57,20 @@ def whole_number(name: str, value: Any, least: int, hint: str = "") -> int:
     return number
 
 
+def keep_whole_number(settings: Any, section: str, name: str, least: int, hint: str = "") -> None:
+    """Gives a frozen dataclass the whole number that its field `name` must hold, as Python's own int.
+
+    Args:
+      settings: the dataclass.
+      section: what its settings are called before the point, such as "train".
+      name, least, hint: see `whole_number`.
+
+    Raises:
+      ConfigError: see `whole_number`.
+    """
+    object.__setattr__(settings, name, whole_number(f"{section}.{name}", getattr(settings, name), least, hint))
+
+
 def one_line(error: Exception) -> str:
     """The text of an error on one line, for an error line of this package."""
     return " ".join(str(error).split())[:200]

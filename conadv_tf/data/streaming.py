@@ -14,7 +14,7 @@ from conadv_tf.data.cache import Cache
 from conadv_tf.data.examiner import Examiner, check_schema, count_bad
 from conadv_tf.data.fingerprint import Files, Fingerprint
 from conadv_tf.data.pipeline import SPLITS, HostReading, ImageData
-from conadv_tf.errors import ConfigError, whole_number
+from conadv_tf.errors import ConfigError, keep_whole_number
 
 CACHES = ("none", "memory")
 _FILES_AT_ONCE = 64  # each takes a megabyte for reading
@@ -40,8 +40,7 @@ class Stream:
     service: str | None = None
 
     def __post_init__(self):
-        hint = ", which does not shuffle: raise it"
-        object.__setattr__(self, "shuffle_buffer", whole_number("stream.shuffle_buffer", self.shuffle_buffer, 1, hint))
+        keep_whole_number(self, "stream", "shuffle_buffer", 1, ", which does not shuffle: raise it")
         if self.cache not in CACHES:
             raise ConfigError(f"stream.cache={self.cache!r} is not known: choose one of {', '.join(CACHES)}")
         if self.cache != "none" and self.service:

@@ -5,7 +5,7 @@ import dataclasses
 import gin
 import numpy as np
 
-from conadv_tf.errors import ConfigError, whole_number
+from conadv_tf.errors import ConfigError, keep_whole_number
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 _SEED = 0  # draws the images; not the run's seed, so that all seeds of a study train on the same images
@@ -28,12 +28,10 @@ class Subset:
     downscale: int = 1
 
     def __post_init__(self):
-        for name, least, hint in (
-            *([("train_images", 1, "; None means all")] if self.train_images is not None else []),
-            ("validation_images", 0, ""),
-            ("downscale", 1, ""),
-        ):
-            object.__setattr__(self, name, whole_number(f"subset.{name}", getattr(self, name), least, hint))
+        if self.train_images is not None:
+            keep_whole_number(self, "subset", "train_images", 1, "; None means all")
+        keep_whole_number(self, "subset", "validation_images", 0)
+        keep_whole_number(self, "subset", "downscale", 1)
 
     @property
     def is_whole(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import gin
 import tensorflow as tf
 
-from conadv_tf.errors import ConfigError, whole_number
+from conadv_tf.errors import ConfigError, keep_whole_number
 from conadv_tf.models import xla
 from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
@@ -81,7 +81,7 @@ class Attack:
             raise ConfigError(f"attack.epsilon_pixels={self.epsilon_pixels} is outside [0, 255] pixel levels")
         if self.step_size_pixels is not None and not self.step_size_pixels > 0:
             raise ConfigError(f"attack.step_size_pixels={self.step_size_pixels} must be above 0; None means epsilon")
-        object.__setattr__(self, "steps", whole_number("attack.steps", self.steps, 1))
+        keep_whole_number(self, "attack", "steps", 1)
         if not 0 <= (self.random_start_probability or 0) <= 1:
             raise ConfigError(
                 f"attack.random_start_probability={self.random_start_probability} is no probability: use [0, 1]"

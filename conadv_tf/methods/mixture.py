@@ -4,7 +4,7 @@ import dataclasses
 
 import gin
 
-from conadv_tf.errors import ConfigError, whole_number
+from conadv_tf.errors import ConfigError, keep_whole_number
 
 
 @gin.configurable("adversarial", denylist=["augmented"])
@@ -38,7 +38,7 @@ class Mixture:
             raise ConfigError(
                 f"adversarial.fraction={self.fraction} is outside (0, 1]: 1 makes every image adversarial"
             )
-        object.__setattr__(self, "start_epoch", whole_number("adversarial.start_epoch", self.start_epoch, 0))
+        keep_whole_number(self, "adversarial", "start_epoch", 0)
 
     def attacked_rows(self, rows: int | None) -> int | None:
         """The number of a micro-batch's rows made adversarial; None means all, where `rows` is None too.

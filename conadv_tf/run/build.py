@@ -8,7 +8,7 @@ import tensorflow as tf
 from conadv_tf import config, methods
 from conadv_tf.data import pipeline
 from conadv_tf.data.datasets import load
-from conadv_tf.errors import ConfigError, whole_number
+from conadv_tf.errors import ConfigError, keep_whole_number
 from conadv_tf.run.divergence import DivergenceSettings
 from conadv_tf.run.model_settings import ModelSettings, NetworkMaker
 from conadv_tf.run.monitor import MonitorSettings
@@ -74,7 +74,7 @@ class TrainSettings:
             ("checkpoint_every_epochs", 1),
             ("checkpoint_every_steps", 0),
         ):
-            object.__setattr__(self, name, whole_number(f"train.{name}", getattr(self, name), least))
+            keep_whole_number(self, "train", name, least)
         if not 0 <= self.seed < 2**20:
             raise ConfigError(f"train.seed={self.seed} is outside [0, 2**20): choose a whole number below 1,048,576")
 

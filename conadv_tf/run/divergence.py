@@ -12,7 +12,7 @@ import gin
 import numpy as np
 import tf_keras
 
-from conadv_tf.errors import ConfigError, RunError, whole_number
+from conadv_tf.errors import ConfigError, RunError, keep_whole_number
 from conadv_tf.training.lars import is_adapted
 from conadv_tf.training.learning_rate import next_rate
 from conadv_tf.training.trainer import ConAdvModel
@@ -35,8 +35,7 @@ class DivergenceSettings:
     peak_factor: float = 0.5
 
     def __post_init__(self):
-        hint = ", which ends a run that diverges"
-        object.__setattr__(self, "retries", whole_number("divergence.retries", self.retries, 0, hint))
+        keep_whole_number(self, "divergence", "retries", 0, ", which ends a run that diverges")
         if not 0 < self.peak_factor < 1:
             raise ConfigError(f"divergence.peak_factor={self.peak_factor} is outside (0, 1): half the peak is 0.5")
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from conadv_tf.errors import whole_number
+from conadv_tf.errors import keep_whole_number
 from conadv_tf.methods import passes
 from conadv_tf.methods.attack import Attack
 from conadv_tf.models.network import Network
@@ -40,8 +40,8 @@ class MonitorSettings:
     images: int = 64
 
     def __post_init__(self):
-        for name, least, hint in (("every_epochs", 0, ": 0 makes about ten a run"), ("images", 1, "")):
-            object.__setattr__(self, name, whole_number(f"monitor.{name}", getattr(self, name), least, hint))
+        keep_whole_number(self, "monitor", "every_epochs", 0, ": 0 makes about ten a run")
+        keep_whole_number(self, "monitor", "images", 1)
 
 
 class TheoryMonitor(tf_keras.callbacks.Callback):

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -111,6 +111,11 @@ def variables(of: str) -> dict[str, str]:
     return found
 
 
+def unset(wanted: Mapping[str, str]) -> dict[str, str]:
+    """Those of the variables that the environment lacks. An empty one counts as unset."""
+    return {name: value for name, value in wanted.items() if not os.environ.get(name)}
+
+
 def prepare_tpu(tpu: str = "local") -> bool:
     """Sets what TensorFlow needs for the attached TPU. Call it before TensorFlow is imported.
 
@@ -128,11 +133,10 @@ def prepare_tpu(tpu: str = "local") -> bool:
     misfit = _misfit()
     if misfit:
         raise RunError(misfit)
-    wanted = variables(generation())
-    missing = [name for name in wanted if not os.environ.get(name)]
+    missing = unset(variables(generation()))
     if "tensorflow" in sys.modules and needs_pjrt(generation()) and missing:
         raise RunError(_too_late())
-    os.environ.update({name: wanted[name] for name in missing})
+    os.environ.update(missing)
     return True
 
 

@@ -90,9 +90,7 @@ def _set_up_for(accelerator: str) -> None:
             f"--type={accelerator} is no type of a slice for this worker: write one such as v6e-16; "
             "TensorFlow's own, start_grpc_tpu_worker, is for v2 to v4"
         )
-    for name, value in (tpu_runtime.variables(parsed[0]) | place_in_slice()).items():
-        if not os.environ.get(name):  # an empty one counts as unset, as in `place_in_slice`
-            os.environ[name] = value
+    os.environ.update(tpu_runtime.unset(tpu_runtime.variables(parsed[0]) | place_in_slice()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

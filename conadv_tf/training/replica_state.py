@@ -71,7 +71,7 @@ class CarryVariables:
             if name in self._mixed:
                 places = self._places(variable, microbatch, update)
                 return tf.raw_ops.ResourceGatherNd(resource=variable.handle, indices=places, dtype=variable.dtype)
-            place = tf.cast(microbatch, index_dtype(variable.shape))
+            place = _index(microbatch, variable)
             return tf.raw_ops.ResourceGather(resource=variable.handle, indices=place, dtype=variable.dtype)
 
         return {name: tf.cast(value(name, held), self._dtypes[name]) for name, held in self.variables.items()}
@@ -87,7 +87,7 @@ class CarryVariables:
                 places = self._places(variable, microbatch, update)
                 tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=places, updates=value)
             else:
-                place = tf.cast(microbatch, index_dtype(variable.shape))
+                place = _index(microbatch, variable)
                 tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=place, updates=value)
 
     def _places(self, variable: tf.Variable, microbatch: tf.Tensor, update: tf.Tensor) -> tf.Tensor:
@@ -95,4 +95,8 @@ class CarryVariables:
         rows = tf.range(variable.shape[1])
         shift = self._stride * tf.cast(update % 2, tf.int32) * rows
         places = tf.stack([tf.math.floormod(microbatch + shift, self._microbatches), rows], 1)
-        return tf.cast(places, index_dtype(variable.shape))
+        return _index(places, variable)
+
+
+def _index(places: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
+    return tf.cast(places, index_dtype(variable.shape))
