@@ -9,7 +9,7 @@ import traceback
 from absl import app, flags, logging
 
 from conadv_tf import config, paths, terminal
-from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker
+from conadv_tf.errors import ConfigError, DataError, Preempted, RunError, data_error, lost_worker, out_of_memory
 from conadv_tf.run import preemption, tpu_runtime
 
 # What needs TensorFlow is imported where it is used: seconds that --help and a misspelt file do without.
@@ -90,8 +90,8 @@ def _run(_: list[str]) -> None:
         terminal.say("\ninterrupted: the same command goes on from what was saved", sys.stderr)
         sys.exit(130)
     except Exception as error:
-        # TensorFlow wraps what its threads raise, and a lost worker is an error of its own.
-        translated = data_error(error) or lost_worker(error)
+        # TensorFlow wraps what its threads raise; a lost worker and a device without memory are errors of its own.
+        translated = data_error(error) or lost_worker(error) or out_of_memory(error)
         if translated is None:
             raise
         _fail(translated)

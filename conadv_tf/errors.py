@@ -112,3 +112,21 @@ def lost_worker(error: Exception) -> RunError | None:
         f"{who} is gone or cannot be reached ({cause[:200]}): see its log, then start the same command on every "
         "worker, which goes on from the last checkpoint"
     )
+
+
+def out_of_memory(error: BaseException) -> RunError | None:
+    """The one-line error for memory that a device or the host does not have; None if the error is about something else.
+
+    TensorFlow's ResourceExhaustedError is also about full disks and quotas, which are not meant here.
+    """
+    found = re.search(r"(?i)(?:OOM when|(?:ran )?out of memory|failed to allocate).*", str(error))
+    if isinstance(error, MemoryError):
+        cause = one_line(error) or "the host has no more"
+    elif found and "tensorflow" in sys.modules and isinstance(error, sys.modules["tensorflow"].errors.OpError):
+        cause = found.group()[:200]
+    else:
+        return None
+    return RunError(
+        f"out of memory ({cause}): smaller micro-batches need less, train.microbatch_size with another --model_dir, "
+        "as batch norm then spans fewer images; so does a device that no other process uses"
+    )

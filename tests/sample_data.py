@@ -3,4 +3,4 @@
 import os
 from pathlib import Path
 
-FOLDER = Path(os.environ.get("CONADV_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+FOLDER = Path(os.environ.get("CONADV_TEST_DATA", "data")).absolute()

@@ -85,10 +85,12 @@ def damaged(request, tmp_path_factory):
     for damage, path in paths.items():
         DAMAGES[damage](path)
     logging.getLogger().addHandler(kept)
-    loaded = (load if request.param else stream)(folder, max_bad_records=6)
-    labels = take(loaded.train_batches(18 if request.param else 24, 1), 2)[1].reshape(2, -1)
-    evaluated = loaded.examples("train", 30)[1]
-    logging.getLogger().removeHandler(kept)
+    try:
+        loaded = (load if request.param else stream)(folder, max_bad_records=6)
+        labels = take(loaded.train_batches(18 if request.param else 24, 1), 2)[1].reshape(2, -1)
+        evaluated = loaded.examples("train", 30)[1]
+    finally:
+        logging.getLogger().removeHandler(kept)
     said = [record.getMessage() for record in kept.buffer if record.levelno >= logging.WARNING]
     return request.param, paths, loaded.bad_records, labels, evaluated, said
 

@@ -20,7 +20,7 @@ from helpers import assert_identical, make_model
 from record_data import make_folder, stream, take
 
 from conadv_tf import methods
-from conadv_tf.errors import RunError, data_error, lost_worker
+from conadv_tf.errors import RunError, data_error, lost_worker, out_of_memory
 from conadv_tf.run import callbacks, lock
 from conadv_tf.run.folder import RunFolder
 from conadv_tf.training import plan
@@ -401,3 +401,52 @@ def test_the_loss_of_another_worker_is_one_line(text, name):
 def test_other_errors_of_a_worker_are_its_own():
     damaged = "Collective ops is aborted by: /job:worker/task:0: assertion failed: [DataError: train-0: fetch it again]"
     assert lost_worker(tf.errors.UnavailableError(None, None, damaged)) is None
+
+
+@tf.function
+def _of_no_device(rows):
+    return tf.reduce_sum(tf.zeros((rows, 1 << 20)))
+
+
+@tf.function(jit_compile=True)
+def _of_no_compiled_device(value=1.0):
+    return tf.linalg.matmul(tf.zeros((1 << 22, 1 << 20)) + value, tf.zeros((1 << 20, 8)) + value)
+
+
+def _of_no_object():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("asks", "cause"),
+    [
+        pytest.param(_of_no_compiled_device, "Out of memory while trying to allocate 17592", marks=pytest.mark.long),
+        (lambda: np.ones(1 << 45), "Unable to allocate 256. TiB"),
+        (_of_no_object, "the host has no more"),
+    ],
+    ids=["compiled", "NumPy", "Python"],
+)
+def test_memory_that_is_not_there_is_one_line(asks, cause):
+    with pytest.raises((tf.errors.ResourceExhaustedError, MemoryError)) as caught:
+        asks()
+    said = str(out_of_memory(caught.value))
+    assert said.startswith(f"out of memory ({cause}")
+    assert "train.microbatch_size" in said
+    assert "\n" not in said
+
+
+def test_a_full_disk_is_not_memory():
+    assert out_of_memory(tf.errors.ResourceExhaustedError(None, None, "No space left on device")) is None
+    assert out_of_memory(ValueError("out of memory")) is None
+
+
+def test_a_run_without_memory_ends_in_one_line(tmp_path, capfd, monkeypatch):
+    at_update(monkeypatch, 2, lambda: _of_no_device(tf.constant(1 << 24)))
+    assert the_error(capfd, *SHORT, f"--model_dir={tmp_path}").startswith("error: out of memory (OOM when")
+
+
+@pytest.mark.long
+def test_a_network_without_memory_ends_in_one_line(tmp_path, capfd):
+    said = the_error(capfd, "--gin_param=model.width=1000000000", f"--model_dir={tmp_path / 'run'}")
+    assert said.startswith("error: out of memory (OOM when")
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from conadv_tf import terminal
 from conadv_tf.data import image_encoding, image_partial, image_recipe
 from conadv_tf.data.image_files import left_out_lines, shown
 from conadv_tf.data.image_folder import find
-from conadv_tf.errors import ConfigError
+from conadv_tf.errors import ConfigError, whole_number
 
 if TYPE_CHECKING:  # takes TensorFlow with it, which --help and a misspelt folder do without
     from conadv_tf.data.image_records import Report
@@ -63,8 +63,8 @@ def import_images(
     """
     numbers = {"image_size": (image_size, 1), "shards": (shards, 1), "workers": (workers, 1)}
     for name, (value, least) in (numbers | {"max_bad_images": (max_bad_images, 0)}).items():
-        if value is not None and value < least:
-            raise ConfigError(f"--{name}={value} is too small: give at least {least}, or drop it")
+        if value is not None:
+            whole_number(f"--{name}", value, least)
     src, dst = os.path.realpath(src), os.path.realpath(dst)
     image_partial.check_places(src, dst, because=", whose subfolders are classes")
     arguments = {"SRC": src, "--image_size": image_size, "--shards": shards, "--validation": validation}

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from conadv_tf import paths, terminal
 from conadv_tf.data import image_encoding, image_partial, in_turn
-from conadv_tf.errors import ConfigError, DataError, one_line
+from conadv_tf.errors import ConfigError, DataError, one_line, whole_number
 
 RECORDS = "*-of-*"  # the files of records, by the names that all three writers give them
 IMAGE_FEATURES = ("image/encoded", "image")  # Cloud TPU script and conadv-import-images; TensorFlow Datasets
@@ -71,8 +71,8 @@ def shrink_records(
       DataError: no record, one that is damaged or without image.
     """
     for name, value in {"max_side": max_side, "quality": quality, "workers": workers}.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name}={value} is too small: give at least 1, or drop it")
+        if value is not None:
+            whole_number(f"--{name}", value, 1)
     if quality > 100:
         raise ConfigError(f"--quality={quality} is too large: JPEG has 1 to 100")
     src, dst = _places(src, dst)
