@@ -1,8 +1,10 @@
 """`--preflight --tpu=all`: every slice that one can rent, from few programs of the real TPU compiler."""
 
 import json
+import os
 import re
 import sys
+import threading
 
 import pytest
 import tensorflow as tf
@@ -65,6 +67,26 @@ def test_a_program_serves_all_slices_of_a_generation_that_have_its_micro_batch(t
     lowered.clear()
     assert slices.report(build(), None, ONE) == text
     assert lowered == []
+
+
+@pytest.mark.long
+def test_generations_are_compiled_beside_each_other(tmp_path, monkeypatch):
+    """Of the first five, one more than a generation has, none begins before all are asked for."""
+    all_asked, compile_one = threading.Barrier(5, timeout=120), tpu_compiler.Compiler.compile
+    begun: list[str] = []
+
+    def begin(self, program, progress):
+        begun.append(self.generation.name)
+        if len(begun) <= 5:
+            all_asked.wait()
+        return compile_one(self, program, progress)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(tpu_compiler.Compiler, "compile", begin)
+    found, _ = slices.compare(build(), ["v3", "v6e"])
+    assert set(begun[:5]) == {"v3", "v6e"}
+    assert {slice_.tpu.split("-")[0] for slice_ in found} == {"v3", "v6e"}
 
 
 @pytest.mark.long

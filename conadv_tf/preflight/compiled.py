@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import conadv_tf
 from conadv_tf import config
@@ -20,62 +20,123 @@ from conadv_tf.run.report import versions as run_versions
 
 # Name of a program → what lowers it to a serialized HloModule.
 Lowerings = Mapping[str, Callable[[], bytes]]
+# A run on a generation, what to lower, and the images of a micro-batch.
+Asked = tuple["CompiledPrograms", Lowerings, int]
 
 
 class CompiledPrograms:
     """The costs of a run's programs; lowered and compiled once for each state of the run and of this package."""
 
     def __init__(self, built: Run, compiler: Compiler):
-        self._built, self._compiler = built, compiler
-        self._seconds: dict[str, float] = {}  # of the compilations under way, by their labels
-        self._given_up = False
+        self.compiler = compiler
         self._index_file = os.path.join(compiler.folder, f"run-{fingerprint(built, compiler.generation)}.json")
 
     def costs(self, lowerings: Lowerings, rows: int) -> dict[str, Cost]:
-        """The costs by the names of `lowerings`, compiled beside each other while the next program is lowered.
+        """The costs by the names of `lowerings`; see `costs_of`."""
+        return costs_of([(self, lowerings, rows)])[0]
 
-        Where the first program exceeds HBM, its cost alone is returned.
-        """
-        index = self._read_index()
-        labels = {name: f"{name}, {rows} images" for name in lowerings}
-        found = {name: self._compiler.cached(index.get(label, "")) for name, label in labels.items()}
-        costs = {name: cost for name, cost in found.items() if cost}
-        first, *_ = lowerings
-        pending: dict[str, concurrent.futures.Future[Cost | None]] = {}
-        with self._compiling() as pool:
-            for name in [name for name in lowerings if name not in costs]:
-                _say(f"lowering {labels[name]}")
-                program = lowerings[name]()
-                index[labels[name]] = self._compiler.key(program)
-                pending[name] = pool.submit(self._compile, program, labels[name], index[labels[first]])
-            _wait(pending.values())
+    def read_index(self) -> dict[str, str]:
+        """The keys of the compiler's cache, by the labels of programs."""
+        try:
+            with open(self._index_file, encoding="utf-8") as file:
+                return json.load(file)
+        except (OSError, ValueError):
+            return {}
+
+    def add_to_index(self, keys: Mapping[str, str]) -> None:
+        """Keeps further keys, where there are any."""
+        if keys:
+            tpu_compiler.write_file(self._index_file, json.dumps({**self.read_index(), **keys}))
+
+
+def costs_of(asked: Sequence[Asked]) -> list[dict[str, Cost]]:
+    """The costs of programs by their names, compiled beside each other while the next one is lowered.
+
+    Args:
+      asked: what to compile.
+
+    Returns:
+      One dict for each of `asked`; where its first program exceeds HBM, of that alone.
+    """
+    with _Pool.opened() as pool:
+        waited = [_begun(pool, *of_one) for of_one in asked]
+        pool.wait()
+    return [finish() for finish in waited]
+
+
+def _begun(pool: "_Pool", programs: CompiledPrograms, lowerings: Lowerings, rows: int) -> Callable[[], dict[str, Cost]]:
+    """Lowers what has not been compiled before and hands it to a pool; what returns the costs when that is done."""
+    index, compiler = programs.read_index(), programs.compiler
+    labels = {name: f"{name}, {rows} images" for name in lowerings}
+    found = {name: compiler.cached(index.get(label, "")) for name, label in labels.items()}
+    costs = {name: cost for name, cost in found.items() if cost}
+    first, *_ = lowerings
+    pending: dict[str, concurrent.futures.Future[Cost | None]] = {}
+    keys: dict[str, str] = {}
+    for name in [name for name in lowerings if name not in costs]:
+        _say(f"lowering {labels[name]}")
+        program = lowerings[name]()
+        keys[labels[name]] = compiler.key(program)
+        pending[name] = pool.compile(compiler, program, labels[name], (index | keys)[labels[first]])
+
+    def finish() -> dict[str, Cost]:
+        programs.add_to_index(keys)
         compiled = {name: future.result() for name, future in pending.items()}
-        if pending:
-            _say("")
-            tpu_compiler.write_file(self._index_file, json.dumps(index))
-        costs |= {name: cost for name, cost in compiled.items() if cost}
-        return {first: costs[first]} if costs[first].over_bytes else costs
+        every = costs | {name: cost for name, cost in compiled.items() if cost}
+        return {first: every[first]} if every[first].over_bytes else every
 
+    return finish
+
+
+class _Pool:
+    """Threads that each drive a compiler, as many as there are cores."""
+
+    def __init__(self, threads: concurrent.futures.Executor):
+        self._threads = threads
+        self._pending: list[concurrent.futures.Future[Cost | None]] = []
+        self._seconds: dict[str, float] = {}  # of the compilations under way, by their labels
+        self._given_up = False
+
+    @classmethod
     @contextlib.contextmanager
-    def _compiling(self) -> Iterator[concurrent.futures.Executor]:
-        """Gives threads that each drive a compiler. An error or a signal in one of them, or here, ends all at once."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    def opened(cls) -> "Iterator[_Pool]":
+        """A pool of which an error or a signal, in one of its threads or here, ends all at once."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            pool = cls(threads)
             try:
                 yield pool
             except BaseException:
-                self._given_up = True
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool._given_up = True
+                threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _compile(self, program: bytes, label: str, first: str) -> Cost | None:
-        """Compiles a program; gives None where the program kept under `first`, compiled before it, exceeds HBM."""
-        if getattr(self._compiler.cached(first), "over_bytes", 0):
+    def compile(
+        self, compiler: Compiler, program: bytes, label: str, first: str
+    ) -> "concurrent.futures.Future[Cost | None]":
+        """Has a program compiled; gives None where the one kept under `first`, handed over before it, exceeds HBM."""
+        self._pending.append(self._threads.submit(self._compile, compiler, program, label, first))
+        return self._pending[-1]
+
+    def wait(self) -> None:
+        """Waits until all are done; raises the error of the first that fails, at once."""
+        waiting = set(self._pending)
+        while waiting:
+            # Looks again and again: a signal that another thread receives wakes nothing that waits here.
+            done, waiting = concurrent.futures.wait(waiting, 1.0, concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                future.result()
+        if self._pending:
+            _say("")
+
+    def _compile(self, compiler: Compiler, program: bytes, label: str, first: str) -> Cost | None:
+        if getattr(compiler.cached(first), "over_bytes", 0):
             return None
+        label = f"{label} for {compiler.generation.name}"
         try:
-            cost = self._compiler.compile(program, functools.partial(self._progress, label))
+            cost = compiler.compile(program, functools.partial(self._progress, label))
         finally:
             self._seconds.pop(label, None)
-        _say(f"compiling {label} for {self._compiler.generation.name}: done")
+        _say(f"compiling {label}: done")
         return cost
 
     def _progress(self, label: str, seconds: float) -> None:
@@ -83,24 +144,7 @@ class CompiledPrograms:
             raise concurrent.futures.CancelledError
         self._seconds[label] = seconds
         under_way = "; ".join(f"{program}: {passed:.0f} s" for program, passed in list(self._seconds.items()))
-        _say(f"compiling for {self._compiler.generation.name}: {under_way}", passing=True)
-
-    def _read_index(self) -> dict[str, str]:
-        try:
-            with open(self._index_file, encoding="utf-8") as file:
-                return json.load(file)
-        except (OSError, ValueError):
-            return {}
-
-
-def _wait(pending: Iterable[concurrent.futures.Future]) -> None:
-    """Waits until all are done; raises the error of the first that fails, at once."""
-    waiting = set(pending)
-    while waiting:
-        # Looks again and again: a signal that another thread receives wakes nothing that waits here.
-        done, waiting = concurrent.futures.wait(waiting, 1.0, concurrent.futures.FIRST_COMPLETED)
-        for future in done:
-            future.result()
+        _say(f"compiling {under_way}", passing=True)
 
 
 def fingerprint(built: Run, generation: Generation) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from conadv_tf import config
 from conadv_tf.errors import ConfigError
 from conadv_tf.preflight import preflight, tpu_compiler
-from conadv_tf.preflight.compiled import CompiledPrograms
+from conadv_tf.preflight.compiled import Asked, CompiledPrograms, costs_of
 from conadv_tf.preflight.passes import END, Passes, share
 from conadv_tf.preflight.programs import Programs
 from conadv_tf.preflight.table import CostRow, aligned, calibration_text, figure
@@ -92,22 +92,23 @@ def compare(built: Run, generations: Iterable[str] = OFFERED) -> tuple[list[Slic
     update = functools.cache(lambda rows: Programs(built, rows).update(method))
     end = functools.cache(lambda: Programs(built, built.plan.rows).end_of_update())
     # Made first: each holds what the run was set to by now, which tells what has been compiled before.
-    compiled = {name: _Costs(built, _generation(name), update, end) for name in generations}
-    found, left_out = [], []
-    for name, costs in compiled.items():
-        for size in OFFERED[name]:
-            tpu = f"{name}-{size}"
+    costs = {name: _Costs(built, _generation(name), update, end) for name in generations}
+    planned, left_out = [], []
+    for name in costs:
+        for tpu in (f"{name}-{size}" for size in OFFERED[name]):
             try:
                 plan = plan_for(built.settings, method, built.data.num_train, replicas_of(tpu, built.strategy))
             except ConfigError:  # numbers that do not divide
                 left_out.append(tpu)
                 continue
-            found.append(_slice_cost(dataclasses.replace(built, plan=plan), tpu, costs))
+            planned.append((dataclasses.replace(built, plan=plan), tpu, costs[name]))
+    _compile(dict.fromkeys((of_generation, on_slice.plan.rows) for on_slice, _, of_generation in planned))
+    found = [_slice_cost(*of_slice) for of_slice in planned]
     return sorted(found, key=lambda slice_: -slice_.images_per_second_a_chip), left_out
 
 
 class _Costs:
-    """The costs of a run's update and of the end of one on a generation, compiled when they are asked for.
+    """The costs of a run's update and of the end of one on a generation.
 
     Args:
       built: the run.
@@ -119,14 +120,24 @@ class _Costs:
     def __init__(self, built: Run, generation: Generation, update: Callable[[int], bytes], end: Callable[[], bytes]):
         self.generation, self.programs = generation, CompiledPrograms(built, Compiler(generation))
         self._kind, self._update, self._end = built.model.method.kind, update, end
-        self._of_end: dict[str, Cost] = {}
+        self.found: dict[int, dict[str, Cost]] = {}  # by the images of a micro-batch
+
+    def asked(self, rows: int) -> Asked:
+        """What is to be compiled for micro-batches of `rows` images."""
+        return self.programs, {self._kind: functools.partial(self._update, rows), END: self._end}, rows
 
     def of(self, rows: int) -> dict[str, Cost]:
         """The costs by the names of the programs; of the update alone where it exceeds HBM."""
-        wanted = {self._kind: functools.partial(self._update, rows)}
-        found = self.programs.costs(wanted if self._of_end else {**wanted, END: self._end}, rows)
-        self._of_end = {END: found[END]} if END in found else self._of_end
-        return {**found, **self._of_end}
+        if rows not in self.found:
+            _compile([(self, rows)])
+        return self.found[rows]
+
+
+def _compile(asked: Iterable[tuple[_Costs, int]]) -> None:
+    """Compiles updates of micro-batches of so many images, all beside each other."""
+    asked = list(asked)
+    for (costs, rows), found in zip(asked, costs_of([costs.asked(rows) for costs, rows in asked]), strict=True):
+        costs.found[rows] = found
 
 
 def _generation(name: str) -> Generation:
