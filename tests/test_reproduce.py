@@ -318,6 +318,8 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
         (["--table=1", "--batches=33k"], "33k"),
         (["--table=1", "--rows=resnet"], "resnet"),
         (["--table=1", "--seeds=0"], "--seeds=0"),
+        (["--table=1", "--rates=10,fast"], "argument --rates: invalid numbers above 0 value: '10,fast'"),
+        (["--table=1", "--epsilons=4,-1"], "argument --epsilons: invalid numbers above 0 value: '4,-1'"),
         (["--table=1", "--gin_param=train.epoch=3"], "did you mean epochs?"),
         (["--table=1", "--scale=mnist"], "mnist"),
         (["--table=1", "--table=5"], "table5 has nothing to show of --rows=vanilla --scale=digits"),

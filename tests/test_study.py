@@ -135,6 +135,17 @@ def test_a_rate_that_is_given_is_not_chosen():
     assert {cell.rate for cell in study.needed([dataclasses.replace(group, method="paired")])} == {0.8}
 
 
+def test_other_rates_and_epsilons_are_chosen_from_in_the_place_of_the_scales():
+    group = Group("cifar10", "256k", "paired")
+    tried = [Cell("cifar10", "256k", "paired", 0, rate, 4.0) for rate in (24.0, 32.0)]
+    known = Records(dict(zip(tried, (60.0, 59.0), strict=True)))
+    scale = dataclasses.replace(SCALES["cifar10"], rates=(24.0, 32.0), epsilons=(4.0,))
+    unknown = Study(2, Records({}).result, Records({}).settled, scale=scale)
+    assert unknown.needed([group]) == tried  # and no run that chooses the one epsilon there is
+    study = Study(2, known.result, known.settled, scale=scale)
+    assert study.final(group) == [tried[0], dataclasses.replace(tried[0], seed=1)]
+
+
 @pytest.mark.parametrize("method", ["vanilla", "conadv_aa"])
 def test_the_guess_names_as_many_runs_as_there_will_be(method):
     groups = [Group("cifar10", batch, method) for batch in ("32k", "96k")]

@@ -12,6 +12,7 @@ that do not leak labels, see study.py.
 
 import argparse
 import dataclasses
+import math
 import operator
 import os
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 from conadv_tf import terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.experiments import figure4, jobs, paper, plots, tpu_times
-from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Study
+from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Scale, Study
 from conadv_tf.experiments.tables import Table, Tables
 from conadv_tf.preflight.tpu_generations import GENERATIONS
 
@@ -66,11 +67,11 @@ EXPERIMENTS = {
     "rates": Experiment(Tables.by_rate, lambda table, path, _: plots.gaps(table, path, table.corner)),
     "figure2": _accuracy("figure2", "Figure 2", paper.FIGURE2, "vanilla", "aa"),
     "gain": Experiment(
-        lambda tables: tables.gains(tables.shown("aa", "disadv", "conadv", "paired", "conadv_aa")),
+        lambda tables: tables.gains(tables.compared("aa", "disadv", "conadv", "paired", "conadv_aa")),
         lambda table, path, _: plots.by_batch(table, path, "points over ResNet"),
     ),
     "controls": Experiment(
-        lambda tables: tables.controls(tables.shown(*_OTHERS)),
+        lambda tables: tables.controls(tables.compared(*_OTHERS)),
         lambda table, path, _: plots.by_line(table, path, "gain", "points of test top-1 over ResNet"),
     ),
     "curves": dataclasses.replace(
@@ -98,6 +99,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help=f"methods, of {','.join(METHOD_ROWS)}; default: all of the table")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each number")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: run nothing, print what is there")
+    for flag in ("rates", "epsilons"):
+        parser.add_argument(f"--{flag}", type=_numbers, help="what to choose from, such as 10,16; default: the scale's")
     leaking = "choose rate and epsilon among runs that leak labels too (docs/method.md), not only where all do"
     parser.add_argument("--leaking", action="store_true", help=leaking)
     parser.add_argument("--results", type=terminal.path, default="results", help="where tables, plots and logs go")
@@ -114,6 +117,27 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     if not parsed.table and not parsed.figure:
         parser.error("nothing to reproduce: pass --table=1 or --figure=2")
     return parsed
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers above 0 of a text such as "10,16"."""
+    numbers = tuple(float(number) for number in text.split(","))
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError
+    return numbers
+
+
+_numbers.__name__ = "numbers above 0"  # argparse puts it into its line about an invalid value
+
+
+def _scale(arguments: argparse.Namespace) -> Scale:
+    """The scale of a call, with the learning rates and ε that it gives to choose from in the place of the scale's."""
+    scale = SCALES[arguments.scale]
+    if not (arguments.rates or arguments.epsilons):
+        return scale
+    # The one rate and ε at which the scale holds methods against each other give way to those that are chosen.
+    rates, epsilons = arguments.rates or scale.rates, arguments.epsilons or scale.epsilons
+    return dataclasses.replace(scale, rates=rates, epsilons=epsilons, control=None)
 
 
 def _chosen(given: str | None, known: Sequence[str], flag: str) -> tuple[str, ...]:
@@ -133,17 +157,17 @@ class Reproduction:
 
     def __init__(self, arguments: argparse.Namespace):
         self._arguments, self._scale = arguments, arguments.scale
-        scale = SCALES[self._scale]
+        scale = _scale(arguments)
         self._folder = os.path.join(arguments.results, self._scale)
         local = os.path.join(self._folder, "runs")
         self._folders = jobs.Folders(local, arguments.runs or local, arguments.gin_param)
         self._failed: dict[Cell, str] = {}
         self._not_compiled: list[str] = []
-        self._study = Study(arguments.seeds, self._folders.result, self._is_settled, arguments.leaking)
+        self._study = Study(arguments.seeds, self._folders.result, self._is_settled, arguments.leaking, scale)
         batches = _chosen(arguments.batches, scale.batches, "--batches")
-        methods = _chosen(arguments.rows, scale.methods, "--rows")
+        methods = _chosen(arguments.rows, scale.methods, "--rows") if arguments.rows else None
         self._tables = Tables(
-            self._scale, batches, methods, self._study, arguments.seeds, self._folder, failed=self._has_failed
+            scale, batches, methods, self._study, arguments.seeds, self._folder, failed=self._has_failed
         )
         asked = arguments.table + arguments.figure
         self._experiments = [EXPERIMENTS[name] for name in asked if name in EXPERIMENTS]
@@ -153,7 +177,7 @@ class Reproduction:
         self._has_estimates = self._scale == "imagenet" and EXPERIMENTS["table3"] in self._experiments
         for table in self._made():
             if not table.lines or not table.columns:
-                shown = f"--rows={','.join(methods)} --scale={self._scale}"
+                shown = f"--rows={','.join(methods or scale.methods)} --scale={self._scale}"
                 raise ConfigError(f"{table.name} has nothing to show of {shown}: drop it, or choose others")
 
     def run(self) -> None:

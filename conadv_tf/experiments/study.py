@@ -206,10 +206,19 @@ class Study:
       result: (cell) → result.json of the run, None where it has not finished.
       settled: (cell) → whether the run is over: finished, or failed.
       leaking: whether a run that leaks is chosen like others.
+      scale: a scale with other learning rates and ε to choose from; None: each group's own.
     """
 
-    def __init__(self, seeds: int, result: Results, settled: Callable[[Cell], bool], leaking: bool = False):
+    def __init__(
+        self,
+        seeds: int,
+        result: Results,
+        settled: Callable[[Cell], bool],
+        leaking: bool = False,
+        scale: Scale | None = None,
+    ):
         self._seeds, self._result, self._settled, self._leaking = seeds, result, settled, leaking
+        self._scale = scale
 
     def runs(self, group: Group) -> list[dict]:
         """The results that there are of the group's seeds; none before the group's settings are chosen."""
@@ -237,15 +246,16 @@ class Study:
 
     def _chosen(self, group: Group, guess: bool) -> tuple[list[Cell], Cell | None]:
         """Runs that choose the group's settings, and its first seed's run once they are chosen."""
-        scale, row = SCALES[group.scale], METHOD_ROWS[group.method]
+        scale, row = self._scale or SCALES[group.scale], METHOD_ROWS[group.method]
         if group.rate is not None and (group.epsilon is not None or not row.is_adversarial):
             return [], Cell(scale.name, group.batch, group.method, 0, group.rate, group.epsilon, group.tau)
         choosing: list[Cell] = []
         own_epsilon = None  # the ε at which the learning rate is chosen
         if row.is_adversarial and scale.epsilons:
             first = Cell(scale.name, "96k", "paired", 0, scale.epsilon_rate)
-            choosing = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
-            best = self._best(choosing, guess)
+            candidates = [dataclasses.replace(first, epsilon=epsilon) for epsilon in scale.epsilons]
+            choosing = candidates if len(candidates) > 1 else []  # of one there is no choice
+            best = self._best(candidates, guess) if choosing else candidates[0]
             if not best:
                 return choosing, None
             own_epsilon = best.epsilon

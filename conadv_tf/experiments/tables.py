@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from conadv_tf.experiments import labels, paper, power, tpu_times
-from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Group, Study
+from conadv_tf.experiments.study import METHOD_ROWS, Group, Scale, Study
 from conadv_tf.run import leak
 
 Value = Callable[[dict], float]
@@ -133,9 +133,9 @@ class Tables:
     """Makes tables of a scale from the results there are; a table's `groups` tell which runs it needs.
 
     Args:
-      scale: name of the scale.
+      scale: the scale.
       batches: the paper's batch sizes to show, as far as the scale has them.
-      methods: the methods to show, as far as the scale has them.
+      methods: the methods to show, as far as the scale has them; None: all that a table has of itself.
       study: knows the results.
       seeds: runs of an entry.
       folder: folder of the scale's results.
@@ -144,21 +144,31 @@ class Tables:
 
     def __init__(
         self,
-        scale: str,
+        scale: Scale,
         batches: Sequence[str],
-        methods: Sequence[str],
+        methods: Sequence[str] | None,
         study: Study,
         seeds: int,
         folder: str,
         failed: Callable[[Group], bool],
     ):
-        self._scale, self._study, self._seeds, self._folder, self._failed = scale, study, seeds, folder, failed
-        self.batches = tuple(batch for batch in SCALES[scale].batches if batch in batches)
-        self._methods = tuple(method for method in SCALES[scale].methods if method in methods)
+        self._of_scale, self._scale = scale, scale.name
+        self._study, self._seeds, self._folder, self._failed = study, seeds, folder, failed
+        self.batches = tuple(batch for batch in scale.batches if batch in batches)
+        self._asked = methods
+        self._methods = tuple(method for method in scale.methods if methods is None or method in methods)
 
     def shown(self, *methods: str) -> tuple[str, ...]:
         """The methods of these that are to be shown."""
         return tuple(method for method in methods if method in self._methods)
+
+    def compared(self, *methods: str) -> tuple[str, ...]:
+        """What is to be shown beside plain training: the methods asked for, these where none are."""
+        return (
+            self.shown(*methods)
+            if self._asked is None
+            else tuple(method for method in self._methods if method != "vanilla")
+        )
 
     def number(self, group: Group, value: Value, digits: int = 2) -> Number:
         """The number that the runs of a group make, each read by `value`."""
@@ -244,7 +254,7 @@ class Tables:
 
     def by_epsilon(self) -> Table:
         """Table 5: accuracy by perturbation."""
-        scale, lines = SCALES[self._scale], []
+        scale, lines = self._of_scale, []
         for method, batch in itertools.product(self.shown("conadv", "conadv_aa"), self.batches):
             groups = {f"{epsilon:g}": Group(scale.name, batch, method, epsilon) for epsilon in scale.table5}
             measured = {column: self.number(group, _test_top1) for column, group in groups.items()}
@@ -256,10 +266,14 @@ class Tables:
         return Table("table5", caption, "epsilon", columns, tuple(lines), self._seeds)
 
     def controls(self, methods: Sequence[str]) -> Table:
-        """Methods beside plain training, at the largest batch size shown, one learning rate and one ε."""
+        """Methods beside plain training, at the largest batch size shown.
+
+        All have the scale's one learning rate and ε, where it has those, else each the ones that are chosen for it.
+        """
         batch, lines = self.batches[-1], []
-        rate, epsilon = SCALES[self._scale].control or (None, None)
-        at = f"{batch}, peak learning rate {rate:g} and epsilon {epsilon:g}" if rate else batch
+        rate, epsilon = self._of_scale.control or (None, None)
+        chosen_by = "each at the peak learning rate that is best for it on validation images"
+        at = f"{batch}, " + (f"peak learning rate {rate:g} and epsilon {epsilon:g}" if rate else chosen_by)
         plain = Group(self._scale, batch, "vanilla", rate=rate)
         for method in ("vanilla", *methods):
             adversarial = METHOD_ROWS[method].is_adversarial
@@ -272,7 +286,9 @@ class Tables:
                 "gain": gain,
                 "detectable": Number(None, (power.detectable(gain.values),) if len(gain.values) > 1 else ()),
             }
-            lines.append(Line(METHOD_ROWS[method].label, measured, {}))
+            chosen = [] if rate else self._study.final(group)[:1]
+            at_rate = "".join(f", at {cell.rate:g}" for cell in chosen if cell.rate)
+            lines.append(Line(METHOD_ROWS[method].label + at_rate, measured, {}))
         shows = f"{power.POWER:g} (t-test at {power.SIGNIFICANCE:g})"
         caption = (
             f"What is attacked, and what is done in the place of an attack, at {at}. Top-1, %; gain in test top-1 over "
@@ -284,7 +300,7 @@ class Tables:
     def by_rate(self) -> Table:
         """Accuracy by the peak learning rates that the scale chooses from, at the largest batch size shown."""
         batch, lines = self.batches[-1], []
-        columns = {f"{rate:g}": rate for rate in SCALES[self._scale].rates}
+        columns = {f"{rate:g}": rate for rate in self._of_scale.rates}
         plain = {column: Group(self._scale, batch, "vanilla", rate=rate) for column, rate in columns.items()}
         for method in self._methods:
             label = METHOD_ROWS[method].label
