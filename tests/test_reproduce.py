@@ -11,15 +11,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import fast_python
 import pytest
 from test_fingerprint import SMALL, make_data
 
-from conadv_tf.experiments import paper, tables
+from conadv_tf.experiments import jobs, paper, tables
 from conadv_tf.experiments.reproduce import main
-from conadv_tf.experiments.study import Group
+from conadv_tf.experiments.study import Cell, Group
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -333,6 +334,39 @@ def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path,
     assert code == 2
     assert message in error.splitlines()[-1]
     assert not os.listdir(tmp_path)
+
+
+@contextlib.contextmanager
+def nobody_reads() -> Iterator[None]:
+    """Makes stdout a pipe whose reader has gone, as after `| head` or when `tee` was killed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as pipe, contextlib.redirect_stdout(pipe):
+        yield
+
+
+def test_where_nobody_reads_the_tables_are_written_all_the_same(tmp_path):
+    """Seen to fail: no table was kept, and the disk of --results was said to be full."""
+    with nobody_reads(), pytest.raises(SystemExit) as ended:
+        main([*ARGUMENTS[1:], "--table=1", "--table=4", "--jobs=0", f"--results={tmp_path}"])
+    assert ended.value.code == 0
+    assert {path.name for path in tmp_path.glob("digits/*.md")} == {"table1.md", "table4.md"}
+
+
+class Instant(jobs.Folders):
+    """Runs that end at once, without a result."""
+
+    def arguments(self, cell: Cell) -> list[str]:
+        return ["--help"]
+
+
+def test_where_nobody_reads_a_study_goes_on(tmp_path):
+    """Seen to fail: the first line about a run ended the study, and with it the others that ran."""
+    cells = [Cell("digits", "256k", "vanilla", seed) for seed in (0, 1)]
+    runner = jobs.Runner(Instant(str(tmp_path), str(tmp_path)), 1, [], lambda: 0.0)
+    with nobody_reads():
+        runner.run(lambda: [cell for cell in cells if cell not in runner.failed])
+    assert list(runner.failed) == cells
 
 
 def number(*values: float, failed: bool = False, leaking: int = 0) -> tables.Number:

@@ -171,7 +171,7 @@ class Reproduction:
         except ConfigError as error:
             if not (self._has_estimates or self._has_figure4):
                 raise
-            print(f"nothing is trained: {error}")
+            terminal.say(f"nothing is trained: {error}")
             return
         flags = {flag: getattr(self._arguments, flag) for flag in ("data_dir", "tpu", "strategy")}
         given = [f"--{flag}={value}" for flag, value in flags.items() if value]
@@ -208,7 +208,7 @@ class Reproduction:
         os.makedirs(self._folder, exist_ok=True)
         made = self._made()
         for table in made:
-            print(table.markdown())
+            terminal.say(table.markdown())
             for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
                 with open(self._file(table, suffix), "w", encoding="utf-8") as file:
                     file.write(text)
@@ -225,10 +225,10 @@ class Reproduction:
 
     def _show_figure4(self) -> None:
         if not os.path.isfile(self._scaling):
-            print("Figure 4 has not been made: run this without --jobs=0, minutes of compiling")
+            terminal.say("Figure 4 has not been made: run this without --jobs=0, minutes of compiling")
             return
         found, generation = figure4.read(self._folder)
-        print(figure4.text(found, generation))
+        terminal.say(figure4.text(found, generation))
         _draw(plots.figure4, found, generation, os.path.join(self._folder, "scaling.png"))
 
     def _curves(self, group: Group) -> list[list[dict]]:
@@ -263,7 +263,7 @@ def _draw(plot: Callable[..., None], *arguments: Any) -> None:
     try:
         plot(*arguments)
     except ConfigError as error:
-        print(error)
+        terminal.say(str(error))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -280,7 +280,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     reproduction.show()
     failures = reproduction.failures()
     for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
+        terminal.say(f"failed: {failure}", sys.stderr)
     return 1 if failures else 0
 
 
