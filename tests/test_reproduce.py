@@ -327,6 +327,7 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
         (["--table=1", "--gin_param=schedule.learning_rate.peak_learning_rate = 12"], "would replace learning_rate"),
         (["--table=1", "--scale=cifar10"], "tfrecords need --data_dir"),
         (["--table=1", "--scale=digits", "--data_dir=photos"], "data_dir='photos' does not fit"),
+        (["--table=1", "--scale=cifar10", "--data_dir=nowhere"], "--data_dir=nowhere is not there"),
     ],
 )
 def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path, capsys):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conadv_tf import terminal
+from conadv_tf import paths, terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.experiments import figure4, jobs, paper, plots, tpu_times
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Study
@@ -168,6 +168,7 @@ class Reproduction:
         try:
             for source in sources:
                 data.check_source(source, self._arguments.data_dir)
+            self._check_place_of_data()
         except ConfigError as error:
             if not (self._has_estimates or self._has_figure4):
                 raise
@@ -180,6 +181,11 @@ class Reproduction:
         if self._arguments.data_dir:
             runner.check_data(self._study.needed(self._groups()))
         runner.run(lambda: self._unsettled(guess=False))
+
+    def _check_place_of_data(self) -> None:
+        place = self._arguments.data_dir
+        if place and not paths.exists(place):
+            raise ConfigError(f"--data_dir={place} is not there: correct it, as every run would fail")
 
     def _compile(self) -> None:
         """Makes the estimates from compiled programs, which take no data; a failure is kept for the end."""
