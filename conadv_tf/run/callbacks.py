@@ -245,7 +245,7 @@ class Recorder(tf_keras.callbacks.Callback):
       plan, folder, checkpoints, throughput: the run's.
       due: (epoch, from 0) → whether the epoch ends with a checkpoint.
       every_steps: updates between two checkpoints within an epoch; 0: none.
-      first_epoch: the epoch that this fit begins with or within.
+      update: updates made before this fit.
       request: asks the run to end, which it does after the present call, saved.
     """
 
@@ -259,17 +259,17 @@ class Recorder(tf_keras.callbacks.Callback):
         throughput: Throughput,
         due: Callable[[int], bool],
         every_steps: int,
-        first_epoch: int,
+        update: int,
         request: Request,
     ):
         super().__init__()
         self._plan, self._folder, self._checkpoints, self._throughput = plan, folder, checkpoints, throughput
-        self._due, self._every_steps, self._request = due, every_steps, request
-        self._epochs = folder.read_metrics()[:first_epoch]
+        self._due, self._every_steps, self._saved, self._request = due, every_steps, update, request
+        self._epochs = folder.read_metrics()[: update // plan.steps_per_epoch]
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
         self._before = epoch * self._plan.steps_per_epoch
-        self._saved = self._before
+        self._saved = max(self._saved, self._before)
 
     def on_train_batch_end(self, batch: int, logs=None) -> None:
         made = self._before + batch + 1

@@ -196,7 +196,7 @@ def _callbacks(
             throughput,
             due=settings.checkpoint_is_due,
             every_steps=settings.checkpoint_every_steps,
-            first_epoch=epoch,
+            update=update,
             request=request,
         ),
     ]
