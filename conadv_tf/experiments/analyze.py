@@ -72,11 +72,11 @@ def _analyse_all(settings: argparse.Namespace) -> None:
 
     for path in settings.runs:
         analysis.finished(path)  # a misspelt path is told before minutes of work on the others
+    tf.io.gfile.makedirs(settings.out)
     analyses = []
     for number, path in enumerate(settings.runs, 1):
         terminal.say(f"analysing {path} ({number} of {len(settings.runs)})", sys.stderr)
         analyses.append(analysis.analyse(path, settings))
-    tf.io.gfile.makedirs(settings.out)
     content = {"arguments": vars(settings), "runs": analyses}
     for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("csv", csv_text(analyses))):
         with tf.io.gfile.GFile(os.path.join(settings.out, f"analysis.{name}"), "w") as file:
