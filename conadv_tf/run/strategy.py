@@ -146,8 +146,8 @@ def replicas_of(tpu: str | None, strategy: tf.distribute.Strategy) -> int:
     generation, count = accelerator
     counts_cores = generation in ("v2", "v3", "v4", "v5p")
     if not count or (counts_cores and count % 2):
-        comes_in = "cores, two a chip" if counts_cores else "chips"
-        raise ConfigError(f"--tpu={tpu} is no slice: {generation} comes in {comes_in}: write one such as {generation}-8")
+        unit = "cores, two a chip" if counts_cores else "chips"
+        raise ConfigError(f"--tpu={tpu} is no slice: {generation} comes in {unit}: write one such as {generation}-8")
     return count // 2 if generation in ("v4", "v5p") else count
 
 
