@@ -103,6 +103,11 @@ def test_without_jobs_it_prints_what_is_there(reproduced, capsys):
     assert ["ResNet", "–"] in table_rows(empty)
 
 
+def test_one_seed_has_no_standard_error(tmp_path, capsys):
+    _, printed, _ = printed_by(capsys, tmp_path, "--figure=gain", "--rows=conadv", "--seeds=1", "--jobs=0")
+    assert "Measured at the scale digits, one seed; paper:" in printed
+
+
 def test_runs_of_another_recipe_are_refused(reproduced, capsys):
     results, _ = reproduced
     code, _, error = printed_by(capsys, results, "--table=1", "--gin_param=lars.momentum=0.5")
