@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fast_python
 import pytest
@@ -16,7 +18,7 @@ from helpers import assert_identical, some_of
 
 from conadv_tf import config
 from conadv_tf.errors import ConfigError, Preempted
-from conadv_tf.run import callbacks, preemption
+from conadv_tf.run import callbacks, checkpoint, preemption
 from conadv_tf.run.build import build
 from conadv_tf.run.strategy import make_strategy
 from conadv_tf.run.train import train
@@ -149,6 +151,24 @@ def test_checkpoints_every_so_many_updates_change_nothing(tmp_path):
     assert checkpoints(tmp_path / "often") == {32, 39, 26}
     assert_identical(weights(tmp_path / "often"), weights(tmp_path / "whole"))
     assert lines(tmp_path / "often") == lines(tmp_path / "whole")
+
+
+def test_the_time_of_saving_within_an_epoch_is_none_of_training(tmp_path, monkeypatch):
+    """Seen to fail: with every fourth update saved, 3,000 seconds of training and half an image a second."""
+    late, save, kept = [0.0], checkpoint.Checkpoints.save, []
+
+    def slow(self, seconds=None) -> str:
+        kept.append(seconds)
+        late[0] += 1000.0
+        return save(self, seconds)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", slow)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    result = trained(tmp_path, "train.epochs=1", "learning_rate.warmup_epochs=0", "train.checkpoint_every_steps=4")
+    assert len(kept) == 4
+    assert all(0.0 < seconds < 500.0 for seconds in kept[:3])
+    assert result["wall_seconds"] < 500.0
+    assert result["images_per_second"] > 10.0
 
 
 def test_a_negative_number_of_updates_is_refused(tmp_path):

@@ -1,7 +1,8 @@
 """Callbacks that show and keep a run while it trains: speed, evaluation, progress bar, metrics.jsonl, checkpoints."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 import tf_keras
@@ -65,6 +66,16 @@ class Throughput(tf_keras.callbacks.Callback):
     def seconds(self) -> float:
         """The seconds of training in this epoch so far."""
         return self._earlier + self._end - self._begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count what is done within it, between two calls of an epoch."""
+        began = time.perf_counter()
+        yield
+        passed = time.perf_counter() - began
+        self._begin, self._measured_from, self._end = (
+            moment + passed for moment in (self._begin, self._measured_from, self._end)
+        )
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         logs.pop("input_wait_seconds", None)
@@ -279,7 +290,9 @@ class Recorder(tf_keras.callbacks.Callback):
         divergence.check(self.model, logs, made // self._plan.steps_per_epoch)
         self._saved = made
         if self._folder.writes:
-            self._request.end_if_made(self._checkpoints.save(self._throughput.seconds()))
+            with self._throughput.paused():
+                saved = self._checkpoints.save(self._throughput.seconds())
+            self._request.end_if_made(saved)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}
