@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from conadv_tf import terminal
 from conadv_tf.errors import RunError
 
 CONNECT_SECONDS = 10
@@ -78,7 +79,7 @@ def watched(
                 except OSError as error:
                     gone = isinstance(error, ConnectionRefusedError) and not may_come_back
                 if (gone or time.monotonic() - heard[place] > patience_seconds) and not left.is_set():
-                    print(f"error: {line(place)}", file=sys.stderr, flush=True)
+                    terminal.say(f"error: {line(place)}", sys.stderr)
                     os._exit(RunError.exit_code)
 
     if addresses:
@@ -93,7 +94,7 @@ def wait_for_a_signal(announcement: str) -> None:
     """Prints the announcement once signals are heard, and returns after SIGTERM or SIGINT."""
     stopped: list[int] = []
     _hear(stopped)
-    print(announcement, flush=True)
+    terminal.say(announcement)
     # Looks again and again: a signal may reach one of TensorFlow's threads, which wakes nothing that waits here. Python
     # handles the signal in this thread when this thread runs. A TensorFlow server takes SIGTERM over when somebody
     # makes a cluster of it, and would not end.

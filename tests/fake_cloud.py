@@ -59,7 +59,9 @@ case "$*" in
   *"tpu-vm create "*) cat after_create > tpu-vm ;;
   *"queued-resources create "*) echo ACTIVE > queued-resources; cat after_create > tpu-vm ;;
   *" delete "*) rm -f tpu-vm queued-resources ;;
-  "compute scp "*) [[ ! -d home ]] || cp "$3" home/ ;;
+  "compute scp "*)
+    if [[ -s refused ]]; then sed -i 1d refused; echo "ssh: connect to host 10.0.0.2 port 22: refused" >&2; exit 255; fi
+    [[ ! -d home ]] || cp "$3" home/ ;;
   *" scp "*) [[ ! -d home ]] || cp "$5" home/ ;;
   *" ssh "*)
     if [[ -e ssh_answer ]]; then cat ssh_answer; fi

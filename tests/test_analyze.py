@@ -277,6 +277,13 @@ def test_a_folder_without_a_finished_run_is_named(runs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_minutes_of_work(runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert analyze.main([str(runs[0]), f"--out={tmp_path / 'file' / 'out'}", *QUICK]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*/file is not a directory: .*space and permissions of --out\n", said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -105,6 +105,21 @@ def test_no_module_imports_in_a_circle():
         visit(module, ())
 
 
+# What a process is driven by, and progress that overwrites its line.
+PRINTING = ("conadv_tf.terminal", "conadv_tf.preflight.tpu_compiler", "conadv_tf.preflight.compiled")
+
+
+def test_lines_for_a_person_who_may_have_gone_are_terminals():
+    """Seen to fail in six tools: a pipe whose reader had ended, or a full disk behind stdout, ended their work."""
+    printed = [
+        f"{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and module not in PRINTING
+    ]
+    assert printed == []
+
+
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import resource
 import sys
 
 import numpy as np
@@ -136,6 +137,18 @@ def test_scaling_prints_beside_the_paper_and_plots(tmp_path, capsys):
     pixels = importlib.import_module("matplotlib.pyplot").imread(tmp_path / "imagenet" / "scaling.png")
     assert pixels.shape[1] >= 1800
     assert np.mean(pixels[..., :3] < 0.5) > 0.01
+
+
+def test_a_full_disk_leaves_no_half_of_figure_4(tmp_path):
+    """Seen to fail: half of the file, which every later call ended at with a traceback."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            figure4.write([figure4.Point("a", "vanilla", 512, 8, 1.0, 1.0)], V3, str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "scaling.json").exists()
 
 
 def test_figure_4_that_was_not_made_says_how(tmp_path, capsys):

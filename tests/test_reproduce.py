@@ -11,15 +11,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import fast_python
 import pytest
 from test_fingerprint import SMALL, make_data
 
-from conadv_tf.experiments import paper, tables
+from conadv_tf.experiments import jobs, paper, tables
 from conadv_tf.experiments.reproduce import main
-from conadv_tf.experiments.study import Group
+from conadv_tf.experiments.study import Cell, Group
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -100,6 +101,11 @@ def test_without_jobs_it_prints_what_is_there(reproduced, capsys):
     assert re.search(r"\| ResNet \| [\d.]+ ± [\d.]+ \(2\) \|", printed)
     _, empty, _ = printed_by(capsys, results, "--table=2", "--batches=128k", "--jobs=0")
     assert ["ResNet", "–"] in table_rows(empty)
+
+
+def test_one_seed_has_no_standard_error(tmp_path, capsys):
+    _, printed, _ = printed_by(capsys, tmp_path, "--figure=gain", "--rows=conadv", "--seeds=1", "--jobs=0")
+    assert "Measured at the scale digits, one seed; paper:" in printed
 
 
 def test_runs_of_another_recipe_are_refused(reproduced, capsys):
@@ -328,6 +334,7 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
         (["--table=1", "--gin_param=schedule.learning_rate.peak_learning_rate = 12"], "would replace learning_rate"),
         (["--table=1", "--scale=cifar10"], "tfrecords need --data_dir"),
         (["--table=1", "--scale=digits", "--data_dir=photos"], "data_dir='photos' does not fit"),
+        (["--table=1", "--scale=cifar10", "--data_dir=nowhere"], "--data_dir=nowhere is not there"),
     ],
 )
 def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path, capsys):
@@ -335,6 +342,39 @@ def test_impossible_arguments_end_with_exit_code_2(arguments, message, tmp_path,
     assert code == 2
     assert message in error.splitlines()[-1]
     assert not os.listdir(tmp_path)
+
+
+@contextlib.contextmanager
+def nobody_reads() -> Iterator[None]:
+    """Makes stdout a pipe whose reader has gone, as after `| head` or when `tee` was killed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as pipe, contextlib.redirect_stdout(pipe):
+        yield
+
+
+def test_where_nobody_reads_the_tables_are_written_all_the_same(tmp_path):
+    """Seen to fail: no table was kept, and the disk of --results was said to be full."""
+    with nobody_reads(), pytest.raises(SystemExit) as ended:
+        main([*ARGUMENTS[1:], "--table=1", "--table=4", "--jobs=0", f"--results={tmp_path}"])
+    assert ended.value.code == 0
+    assert {path.name for path in tmp_path.glob("digits/*.md")} == {"table1.md", "table4.md"}
+
+
+class Instant(jobs.Folders):
+    """Runs that end at once, without a result."""
+
+    def arguments(self, cell: Cell) -> list[str]:
+        return ["--help"]
+
+
+def test_where_nobody_reads_a_study_goes_on(tmp_path):
+    """Seen to fail: the first line about a run ended the study, and with it the others that ran."""
+    cells = [Cell("digits", "256k", "vanilla", seed) for seed in (0, 1)]
+    runner = jobs.Runner(Instant(str(tmp_path), str(tmp_path)), 1, [], lambda: 0.0)
+    with nobody_reads():
+        runner.run(lambda: [cell for cell in cells if cell not in runner.failed])
+    assert list(runner.failed) == cells
 
 
 def number(*values: float, failed: bool = False, leaking: int = 0) -> tables.Number:

@@ -16,7 +16,9 @@ from commands import ROOT, SHORT, call_command_line, command, train, weights
 from helpers import assert_identical, some_of
 from sample_data import FOLDER
 
+from conadv_tf.errors import ConfigError
 from conadv_tf.preflight import tpu_compiler
+from conadv_tf.run.strategy import replicas_of
 
 RESULT_FIELDS = {
     "classes",
@@ -323,6 +325,13 @@ def test_preflight_of_96k_needs_neither_tpu_nor_data(tpu, layout, capsys, monkey
     assert "1,170 = 90 epochs × 13" in text
     assert "25,610,152 parameters" in text
     assert "imagenet: 1,281,167 training" in text
+
+
+@pytest.mark.parametrize("tpu", ["v3-0", "v3-5", "v4-1", "v5p-7", "v6e-0"])
+def test_a_tpu_of_half_a_chip_or_none_is_refused(tpu):
+    """Seen to fail: v4-1 was a chip, v4-9 four; of v3-5 the preflight said so after minutes of compiling."""
+    with pytest.raises(ConfigError, match=f"--tpu={tpu} is no slice: {tpu.split('-')[0]} comes in"):
+        replicas_of(tpu, tf.distribute.get_strategy())
 
 
 IMAGENET_SAMPLE = FOLDER / "imagenet_sample"

@@ -211,6 +211,8 @@ check_ready() {
   if [[ $state == NOT_FOUND ]]; then
     queue=$(queue_state)
     [[ $queue != NOT_FOUND ]] || fail "there is no TPU $NAME in $ZONE: make it with $(place_command create --type=TYPE)"
+    [[ ! $queue =~ ^(FAILED|SUSPENDED|SUSPENDING|DELETING)$ ]] || fail \
+      "there is no TPU $NAME, and none will come, its queued resource is $queue: let tpu_scripts/resume.sh ask again"
     fail "TPU $NAME is not there yet, its queued resource is $queue: wait, or let tpu_scripts/resume.sh do so and start"
   fi
   [[ $state == READY ]] || fail "TPU $NAME is $state, not READY: wait, or bring it back with tpu_scripts/resume.sh"

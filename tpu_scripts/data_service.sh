@@ -32,7 +32,7 @@ END
 PORT=5050
 
 check_count() {
-  local disk=${FLAGS[boot_disk_gb]-}
+  local disk=${FLAGS[boot_disk_gb]-} longest
   COUNT=${FLAGS[count]-} MACHINE_TYPE=${FLAGS[machine_type]-n2-standard-32}
   [[ -n $COUNT ]] || usage_error "--count is missing: add the number of VMs, --count=N, or --stop"
   [[ $COUNT =~ ^[1-9][0-9]{0,2}$ ]] || usage_error "--count=$(quote "$COUNT") is no number of VMs: use 1 to 999"
@@ -40,6 +40,9 @@ check_count() {
     "--machine_type=$(quote "$MACHINE_TYPE") is no machine type: write one such as n2-standard-32"
   [[ -z $disk || $disk =~ ^[1-9][0-9]{1,4}$ ]] || usage_error \
     "--boot_disk_gb=$(quote "$disk") is no size of at least 10: write one such as --boot_disk_gb=50"
+  longest=$NAME-data-$COUNT
+  ((${#longest} <= 63)) || usage_error \
+    "$longest would be a VM's name of ${#longest} characters, and 63 are the most: choose a shorter --name for the VMs"
   check_owner
 }
 
@@ -51,6 +54,16 @@ find_vms() {
     "gcloud cannot list VMs (${listing%%$'\n'*}): run gcloud auth login, and check --project and --zone"
   VMS=()
   [[ -z $listing ]] || mapfile -t VMS <<< "$listing"
+}
+
+# A VM that runs, as Compute Engine says, may still boot: it refuses the first connections.
+copy_to_new_vm() { # FILE VM FLAG...
+  local try
+  for ((try = 1; try <= 30; try++)); do
+    if run gcloud compute scp "$1" "$2:" "${@:3}"; then return; fi
+    sleep 10
+  done
+  fail "$2 takes no connection after $((try - 1)) tries, see above: delete the VMs with $(place_command data_service --stop)"
 }
 
 start_vms() {
@@ -68,7 +81,7 @@ start_vms() {
   run mkdir -p "$ROOT/build"
   run tar -czf "$archive" --exclude=__pycache__ -C "$ROOT" "${SHIPPED[@]}"
   for vm in "${names[@]}"; do
-    run gcloud compute scp "$archive" "$vm:" "${place[@]}"
+    copy_to_new_vm "$archive" "$vm" "${place[@]}"
     run gcloud compute ssh "$vm" "${place[@]}" --command="mkdir -p conadv_tf && cd conadv_tf &&\
  tar -xzf ../conadv_tf.tar.gz && bash tpu_scripts/host/data_service.sh $vm:$PORT"
   done

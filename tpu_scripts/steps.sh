@@ -44,13 +44,15 @@ set_up_hosts() {
  tar -xzf ../conadv_tf.tar.gz && bash tpu_scripts/host/install.sh"
 }
 
+# What a host says where setup.sh has not been; before what needs it.
+INSTALLED="test -x conadv_tf/.venv/bin/conadv-train ||\
+ { echo 'error: this host is not set up: run tpu_scripts/setup.sh first' >&2; exit 1; }"
+
 # Under TPUStrategy one Python process, on the first host, drives the slice. It reaches the TPUs of the other hosts, and
 # its own, through TPU workers, TensorFlow's servers, one of which has to run on each of them.
 start_training() {
-  local installed="test -x conadv_tf/.venv/bin/conadv-train ||\
- { echo 'error: this host is not set up: run tpu_scripts/setup.sh first' >&2; exit 1; }"
   if spans_hosts; then
-    on_hosts all "$installed; bash conadv_tf/tpu_scripts/host/worker.sh $TYPE"
+    on_hosts all "$INSTALLED; bash conadv_tf/tpu_scripts/host/worker.sh $TYPE"
   fi
-  on_hosts 0 "$installed; bash conadv_tf/tpu_scripts/host/train.sh $(quote "$NAME" "$TYPE" "${TRAIN_ARGUMENTS[@]}")"
+  on_hosts 0 "$INSTALLED; bash conadv_tf/tpu_scripts/host/train.sh $(quote "$NAME" "$TYPE" "${TRAIN_ARGUMENTS[@]}")"
 }

@@ -4,6 +4,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tpu_scripts/common.sh
 source "$here/common.sh"
+# shellcheck source=tpu_scripts/steps.sh
+source "$here/steps.sh"
 
 usage() {
   cat << 'END'
@@ -26,8 +28,8 @@ check_ready
 ssh=(gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --project="$PROJECT" --worker=0)
 if [[ -n ${FLAGS[model_dir]-} ]]; then
   [[ -n ${FLAGS[dry_run]-} ]] || echo "TensorBoard: http://localhost:6006"
-  run "${ssh[@]}" --command="bash conadv_tf/tpu_scripts/host/watch.sh $(quote "${FLAGS[model_dir]%/}/tensorboard")" \
+  run "${ssh[@]}" --command="$INSTALLED; bash conadv_tf/tpu_scripts/host/watch.sh $(quote "${FLAGS[model_dir]%/}/tensorboard")" \
     -- -L 6006:localhost:6006
 else
-  run "${ssh[@]}" --command="bash conadv_tf/tpu_scripts/host/watch.sh"
+  run "${ssh[@]}" --command="$INSTALLED; bash conadv_tf/tpu_scripts/host/watch.sh"
 fi

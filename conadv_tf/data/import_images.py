@@ -101,31 +101,33 @@ def _describe(folder: str, src: str, dst: str, classes: Sequence[str], report: R
 
 def _print_report(dst: str, classes: Sequence[str], report: Report) -> None:
     for path, fault in report.bad.items():
-        print(f"left out: {shown(path)}: {fault}", file=sys.stderr)
+        terminal.say(f"left out: {shown(path)}: {fault}", sys.stderr)
     for line in left_out_lines(report.left_out):
-        print(line, file=sys.stderr)
+        terminal.say(line, sys.stderr)
     if report.whitened:
-        print(
+        terminal.say(
             f"{len(report.whitened):,} images with transparent parts have white ones in the records, such as "
             f"{shown(report.whitened[0])}",
-            file=sys.stderr,
+            sys.stderr,
         )
     if report.duplicates:
         validation_path, train_path = map(shown, report.duplicates[0])
-        print(
+        terminal.say(
             f"{len(report.duplicates):,} validation images are training images too, byte for byte, such as "
             f"{validation_path} = {train_path}",
-            file=sys.stderr,
+            sys.stderr,
         )
     for line in filter(None, (report.layout, image_recipe.advice(report.sizes))):
-        print(shown(line))
+        terminal.say(shown(line))
     train, validation = (len(report.sizes[split]) for split in ("train", "validation"))
-    print(
+    terminal.say(
         f"{dst}: {train:,} training, {validation:,} validation images of {len(classes):,} classes; "
         f"{_left_out(report)} left out"
     )
-    print(f"{os.path.join(dst, image_recipe.FILE)} suggests {image_recipe.suggestion(report.sizes)}. Train on it:")
-    print(image_recipe.command(dst, report.sizes))
+    terminal.say(
+        f"{os.path.join(dst, image_recipe.FILE)} suggests {image_recipe.suggestion(report.sizes)}. Train on it:"
+    )
+    terminal.say(image_recipe.command(dst, report.sizes))
 
 
 def _left_out(report: Report) -> str:

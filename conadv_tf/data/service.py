@@ -166,10 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         servers = serve(address)  # they live as long as this name
     except file_errors(RuntimeError) as error:
-        print(f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", file=sys.stderr)
+        terminal.say(
+            f"error: cannot serve at {address} ({str(error).splitlines()[0]}): choose another port", sys.stderr
+        )
         return DataError.exit_code
     peers.wait_for_a_signal(f"serving at {_SCHEME}{address} with {len(servers) - 1} worker")
-    print("stopped", flush=True)
+    terminal.say("stopped")
     # Shutting the servers down would wait for clients, which may never let go.
     os._exit(0)
 

@@ -240,7 +240,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _shrink(parsed: argparse.Namespace) -> None:
     made = shrink_records(**vars(parsed))
-    print(
+    terminal.say(
         f"{parsed.dst}: {made.records:,} records, {made.shrunk:,} of them with an image shrunk to a shorter side of "
         f"{parsed.max_side} pixels, {made.broken:,} with a broken one; {made.before / 1e6:,.1f} MB became "
         f"{made.after / 1e6:,.1f} MB. Train on it with {_train_on(parsed.dst)}"

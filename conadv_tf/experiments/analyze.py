@@ -72,16 +72,16 @@ def _analyse_all(settings: argparse.Namespace) -> None:
 
     for path in settings.runs:
         analysis.finished(path)  # a misspelt path is told before minutes of work on the others
+    tf.io.gfile.makedirs(settings.out)
     analyses = []
     for number, path in enumerate(settings.runs, 1):
-        print(f"analysing {path} ({number} of {len(settings.runs)})", file=sys.stderr, flush=True)
+        terminal.say(f"analysing {path} ({number} of {len(settings.runs)})", sys.stderr)
         analyses.append(analysis.analyse(path, settings))
-    tf.io.gfile.makedirs(settings.out)
     content = {"arguments": vars(settings), "runs": analyses}
     for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("csv", csv_text(analyses))):
         with tf.io.gfile.GFile(os.path.join(settings.out, f"analysis.{name}"), "w") as file:
             file.write(text)
-    print(markdown(analyses))
+    terminal.say(markdown(analyses))
     _plot(analyses, os.path.join(settings.out, "surface.png"))
 
 
@@ -89,7 +89,7 @@ def _plot(analyses: list[dict], path: str) -> None:
     try:
         from conadv_tf.experiments import surface_plot
     except ImportError:
-        print("no surface.png without matplotlib: pip install 'conadv_tf[plots]'", file=sys.stderr)
+        terminal.say("no surface.png without matplotlib: pip install 'conadv_tf[plots]'", sys.stderr)
         return
     panels = [(f"{short_name(run['run'])}\n{method_text(run)}", run["surface"]) for run in analyses]
     surface_plot.plot(panels, path)

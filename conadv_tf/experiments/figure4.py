@@ -83,11 +83,13 @@ def ratios(found: list[Point]) -> str:
 
 
 def write(found: list[Point], generation: Generation, folder: str) -> None:
-    """Keeps the points in the folder's scaling.json."""
+    """Keeps the points in the folder's scaling.json, whole or not at all: it is not made again."""
     os.makedirs(folder, exist_ok=True)
     content = [{**dataclasses.asdict(point), "images_per_ms": point.images_per_ms} for point in found]
-    with open(os.path.join(folder, "scaling.json"), "w", encoding="utf-8") as file:
+    path = os.path.join(folder, "scaling.json")
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump({"generation": generation.name, "points": content}, file, indent=1)
+    os.replace(f"{path}.partial", path)
 
 
 def read(folder: str) -> tuple[list[Point], Generation]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from conadv_tf import config
+from conadv_tf import config, terminal
 from conadv_tf.errors import ConfigError, Preempted
 from conadv_tf.experiments.study import SCALES, Cell
 from conadv_tf.run import kept_config, leak, lock
@@ -163,7 +163,8 @@ class Runner:
                     waiting = more()
         finally:
             self._stop()
-            self._bar.close()
+            with terminal.may_be_gone():
+                self._bar.close()
 
     def _start(self, waiting: list[Cell]) -> None:
         for cell in waiting:
@@ -234,8 +235,9 @@ class Runner:
         self._say(f"{cell.name}: failed, {self.failed[cell]} ({self._folders.log(cell)})")
 
     def _say(self, line: str) -> None:
-        self._bar.write(line)
-        sys.stdout.flush()
+        with terminal.may_be_gone():
+            self._bar.write(line)
+            sys.stdout.flush()
 
     def _show(self) -> None:
         if self._bar.disable:  # nobody watches
@@ -243,7 +245,8 @@ class Runner:
         self._bar.n = self._done_in_this_call()
         self._bar.total = max(self._bar.n + self._to_come(), 1e-9)
         self._bar.set_description(", ".join(cell.name for cell in self._running)[:60], refresh=False)
-        self._bar.refresh()
+        with terminal.may_be_gone():
+            self._bar.refresh()
 
     def _to_come(self) -> float:
         """The cost of what has not been run."""

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conadv_tf import terminal
+from conadv_tf import paths, terminal
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.experiments import figure4, jobs, paper, plots, tpu_times
 from conadv_tf.experiments.study import METHOD_ROWS, SCALES, Cell, Group, Scale, Study
@@ -192,10 +192,11 @@ class Reproduction:
         try:
             for source in sources:
                 data.check_source(source, self._arguments.data_dir)
+            self._check_place_of_data()
         except ConfigError as error:
             if not (self._has_estimates or self._has_figure4):
                 raise
-            print(f"nothing is trained: {error}")
+            terminal.say(f"nothing is trained: {error}")
             return
         flags = {flag: getattr(self._arguments, flag) for flag in ("data_dir", "tpu", "strategy")}
         given = [f"--{flag}={value}" for flag, value in flags.items() if value]
@@ -204,6 +205,11 @@ class Reproduction:
         if self._arguments.data_dir:
             runner.check_data(self._study.needed(self._groups()))
         runner.run(lambda: self._unsettled(guess=False))
+
+    def _check_place_of_data(self) -> None:
+        place = self._arguments.data_dir
+        if place and not paths.exists(place):
+            raise ConfigError(f"--data_dir={place} is not there: correct it, as every run would fail")
 
     def _compile(self) -> None:
         """Makes the estimates from compiled programs, which take no data; a failure is kept for the end."""
@@ -232,7 +238,7 @@ class Reproduction:
         os.makedirs(self._folder, exist_ok=True)
         made = self._made()
         for table in made:
-            print(table.markdown())
+            terminal.say(table.markdown())
             for suffix, text in (("md", table.markdown()), ("csv", table.csv())):
                 with open(self._file(table, suffix), "w", encoding="utf-8") as file:
                     file.write(text)
@@ -249,10 +255,10 @@ class Reproduction:
 
     def _show_figure4(self) -> None:
         if not os.path.isfile(self._scaling):
-            print("Figure 4 has not been made: run this without --jobs=0, minutes of compiling")
+            terminal.say("Figure 4 has not been made: run this without --jobs=0, minutes of compiling")
             return
         found, generation = figure4.read(self._folder)
-        print(figure4.text(found, generation))
+        terminal.say(figure4.text(found, generation))
         _draw(plots.figure4, found, generation, os.path.join(self._folder, "scaling.png"))
 
     def _curves(self, group: Group) -> list[list[dict]]:
@@ -287,7 +293,7 @@ def _draw(plot: Callable[..., None], *arguments: Any) -> None:
     try:
         plot(*arguments)
     except ConfigError as error:
-        print(error)
+        terminal.say(str(error))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -304,7 +310,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     reproduction.show()
     failures = reproduction.failures()
     for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
+        terminal.say(f"failed: {failure}", sys.stderr)
     return 1 if failures else 0
 
 

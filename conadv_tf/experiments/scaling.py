@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from conadv_tf import config, methods
+from conadv_tf import config, methods, terminal
 from conadv_tf.errors import RunError
 from conadv_tf.experiments.figure4 import PANELS, Point
 from conadv_tf.methods.attack import Attack
@@ -37,7 +37,7 @@ def compile_passes(built: Run, images: int, compiler: Compiler, end: Work | None
     programs = Programs(built, images)
 
     def cost(name: str, lower: Callable[[], bytes]) -> Work:
-        print(f"  {name}, {images} images", file=sys.stderr, flush=True)
+        terminal.say(f"  {name}, {images} images", sys.stderr)
         compiled = compiler.compile(lower())
         if compiled.over_bytes:
             raise RunError(f"{name} of {images} images exceeds the HBM of {compiler.generation.name}: use another one")

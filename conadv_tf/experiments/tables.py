@@ -200,8 +200,8 @@ class Tables:
             reported = {batch: round(top1[batch] - plain_top1[batch], 2) for batch in self.batches if batch in top1}
             lines.append(Line(METHOD_ROWS[method].label, measured, reported))
         caption = (
-            f"Gain over {METHOD_ROWS['vanilla'].label} of the same seed, points of test top-1. Measured at the scale "
-            f"{self._scale}, mean ± standard error of {self._seeds} seeds; paper: ResNet-50 on ImageNet."
+            f"Gain over {METHOD_ROWS['vanilla'].label} of the same seed, points of test top-1. "
+            f"{self.about('standard error')}"
         )
         return Table("gain", caption, "batch", self.batches, tuple(lines), self._seeds, tuple(plain.values()))
 
@@ -213,9 +213,9 @@ class Tables:
         failed = self._failed(group) or self._failed(plain)
         return Number(group, gains, failed=failed, of_mean=True, leaking=leaking)
 
-    def about(self) -> str:
+    def about(self, spread: str = "standard deviation") -> str:
         """The end of every caption."""
-        seeds = f"mean ± standard deviation of {self._seeds} seeds" if self._seeds > 1 else "one seed"
+        seeds = f"mean ± {spread} of {self._seeds} seeds" if self._seeds > 1 else "one seed"
         return f"Measured at the scale {self._scale}, {seeds}; paper: ResNet-50 on ImageNet."
 
     def gaps(self, methods: Sequence[str]) -> Table:

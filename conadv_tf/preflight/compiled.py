@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import conadv_tf
-from conadv_tf import config
+from conadv_tf import config, terminal
 from conadv_tf.preflight import tpu_compiler
 from conadv_tf.preflight.tpu_compiler import Compiler, Cost
 from conadv_tf.preflight.tpu_generations import Generation
@@ -160,7 +160,8 @@ def fingerprint(built: Run, generation: Generation) -> str:
 
 def _say(text: str, passing: bool = False) -> None:
     """Prints progress on stderr. The next line overwrites a passing one, which only a terminal shows."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K  {text}", end="", file=sys.stderr, flush=True)
-    elif text and not passing:
-        print(f"  {text}", file=sys.stderr, flush=True)
+    with terminal.may_be_gone():
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K  {text}", end="", file=sys.stderr, flush=True)
+        elif text and not passing:
+            print(f"  {text}", file=sys.stderr, flush=True)

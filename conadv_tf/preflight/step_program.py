@@ -37,8 +37,8 @@ def _export_recipe(arguments: argparse.Namespace) -> None:
     step_export.export(built.model, images, arguments.out, step_export.facts(built))
     if arguments.save_data:
         step_export.save_data(built, os.path.join(arguments.out, "data.npz"))
-    print(report.arithmetic(built))
-    print(f"{arguments.out}: {', '.join(sorted(os.listdir(arguments.out)))}")
+    terminal.say(report.arithmetic(built))
+    terminal.say(f"{arguments.out}: {', '.join(sorted(os.listdir(arguments.out)))}")
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

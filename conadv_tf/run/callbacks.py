@@ -1,7 +1,8 @@
 """Callbacks that show and keep a run while it trains: speed, evaluation, progress bar, metrics.jsonl, checkpoints."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 import tf_keras
@@ -65,6 +66,16 @@ class Throughput(tf_keras.callbacks.Callback):
     def seconds(self) -> float:
         """The seconds of training in this epoch so far."""
         return self._earlier + self._end - self._begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count what is done within it, between two calls of an epoch."""
+        began = time.perf_counter()
+        yield
+        passed = time.perf_counter() - began
+        self._begin, self._measured_from, self._end = (
+            moment + passed for moment in (self._begin, self._measured_from, self._end)
+        )
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         logs.pop("input_wait_seconds", None)
@@ -245,7 +256,7 @@ class Recorder(tf_keras.callbacks.Callback):
       plan, folder, checkpoints, throughput: the run's.
       due: (epoch, from 0) → whether the epoch ends with a checkpoint.
       every_steps: updates between two checkpoints within an epoch; 0: none.
-      first_epoch: the epoch that this fit begins with or within.
+      update: updates made before this fit.
       request: asks the run to end, which it does after the present call, saved.
     """
 
@@ -259,17 +270,17 @@ class Recorder(tf_keras.callbacks.Callback):
         throughput: Throughput,
         due: Callable[[int], bool],
         every_steps: int,
-        first_epoch: int,
+        update: int,
         request: Request,
     ):
         super().__init__()
         self._plan, self._folder, self._checkpoints, self._throughput = plan, folder, checkpoints, throughput
-        self._due, self._every_steps, self._request = due, every_steps, request
-        self._epochs = folder.read_metrics()[:first_epoch]
+        self._due, self._every_steps, self._saved, self._request = due, every_steps, update, request
+        self._epochs = folder.read_metrics()[: update // plan.steps_per_epoch]
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
         self._before = epoch * self._plan.steps_per_epoch
-        self._saved = self._before
+        self._saved = max(self._saved, self._before)
 
     def on_train_batch_end(self, batch: int, logs=None) -> None:
         made = self._before + batch + 1
@@ -279,7 +290,9 @@ class Recorder(tf_keras.callbacks.Callback):
         divergence.check(self.model, logs, made // self._plan.steps_per_epoch)
         self._saved = made
         if self._folder.writes:
-            self._request.end_if_made(self._checkpoints.save(self._throughput.seconds()))
+            with self._throughput.paused():
+                saved = self._checkpoints.save(self._throughput.seconds())
+            self._request.end_if_made(saved)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
         values = {name.replace("val_", "test_"): recorded(value) for name, value in logs.items()}

@@ -136,11 +136,18 @@ def replicas_of(tpu: str | None, strategy: tf.distribute.Strategy) -> int:
 
     A replica is a core on v2 and v3, whose types count cores; a chip on the later ones, of which v4 and v5p count
     two cores a chip and v5e and v6e the chips.
+
+    Raises:
+      ConfigError: if the type has no chip, or half a one.
     """
     accelerator = parse_accelerator_type(tpu or "")
     if accelerator is None:
         return strategy.num_replicas_in_sync
     generation, count = accelerator
+    counts_cores = generation in ("v2", "v3", "v4", "v5p")
+    if not count or (counts_cores and count % 2):
+        unit = "cores, two a chip" if counts_cores else "chips"
+        raise ConfigError(f"--tpu={tpu} is no slice: {generation} comes in {unit}: write one such as {generation}-8")
     return count // 2 if generation in ("v4", "v5p") else count
 
 

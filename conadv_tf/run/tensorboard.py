@@ -103,12 +103,12 @@ class TensorBoard(tf_keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _given_up_where_it_fails(self) -> Iterator[None]:
-        try:
+        whole = False
+        with _warned_of(self._directory):
             yield
-        except (tf.errors.OpError, OSError) as error:
+            whole = True
+        if not whole:
             self._writer = None
-            why = one_line(error)
-            logging.warning("%s cannot be written (%s): training goes on without TensorBoard", self._directory, why)
 
     def _write_gammas(self) -> None:
         layers = [m for m in self.model.network.submodules if isinstance(m, SplitBatchNormalization)]
@@ -129,6 +129,23 @@ class TensorBoard(tf_keras.callbacks.Callback):
             panel[None],
             description=f"clean | perturbation × {factor:.0f} around grey | adversarial, one image a row",
         )
+
+
+def write_test_results(folder: RunFolder, update: int, results: Mapping[str, float]) -> None:
+    """Shows test results of an epoch that ended at `update` in an earlier process, by the names of `evaluate`."""
+    directory = folder.file("tensorboard")
+    with _warned_of(directory), tf.summary.create_file_writer(directory).as_default(step=update):
+        for name, value in results.items():
+            tf.summary.scalar(TensorBoard.GROUPS[f"val_{name}"], value)
+
+
+@contextlib.contextmanager
+def _warned_of(directory: str) -> Iterator[None]:
+    try:
+        yield
+    except (tf.errors.OpError, OSError) as error:
+        why = one_line(error)
+        logging.warning("%s cannot be written (%s): training goes on without TensorBoard", directory, why)
 
 
 def attack_panel(images: np.ndarray, adversarial: np.ndarray, height: int = 64) -> tuple[float, np.ndarray]:

@@ -27,7 +27,7 @@ from conadv_tf.run.build import Run
 from conadv_tf.run.export import export
 from conadv_tf.run.folder import EXPORT, RunFolder, recorded
 from conadv_tf.run.strategy import is_chief
-from conadv_tf.run.tensorboard import TensorBoard
+from conadv_tf.run.tensorboard import TensorBoard, write_test_results
 from conadv_tf.training.learning_rate import peak_of, warmup_poly_decay
 
 PANEL_IMAGES = 6
@@ -196,7 +196,7 @@ def _callbacks(
             throughput,
             due=settings.checkpoint_is_due,
             every_steps=settings.checkpoint_every_steps,
-            first_epoch=epoch,
+            update=update,
             request=request,
         ),
     ]
@@ -218,6 +218,7 @@ def _evaluate_last(run: Run, folder: RunFolder, update: int, request: preemption
         results = _test_results(run, request)
         epochs[-1] |= {f"test_{name}": recorded(value) for name, value in results.items()}
         folder.write_metrics(epochs)
+        write_test_results(folder, update, results)
 
 
 def _theory_monitor(run: Run, folder: RunFolder, first_epoch: int) -> monitor.TheoryMonitor:

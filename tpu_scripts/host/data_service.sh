@@ -18,9 +18,11 @@ if ! python3 -m venv .venv; then
 fi
 # The version that runs on the TPU's hosts; one service cannot speak with another.
 version=$(sed -n 's/^tensorflow-tpu==//p' tpu_scripts/host/requirements.txt)
-.venv/bin/python -m pip install --quiet "tensorflow-cpu==$version"
+tqdm=$(sed -n '/^tqdm/p' tpu_scripts/host/requirements.txt)
+.venv/bin/python -m pip install --quiet "tensorflow-cpu==$version" "$tqdm"
 
-setsid nohup .venv/bin/conadv-data-service --address="$address" > data_service.log 2>&1 < /dev/null &
+# As a module of this folder: the checkout is not installed here, which would take all that training needs.
+setsid nohup .venv/bin/python -u -m conadv_tf.data.service --address="$address" > data_service.log 2>&1 < /dev/null &
 for ((second = 0; second < patience; second++)); do
   if grep -q "^serving at" data_service.log; then
     echo "$(hostname): $(tail -n 1 data_service.log)"
