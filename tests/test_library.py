@@ -137,6 +137,19 @@ def test_evaluation_on_replicas_equals_evaluation_on_one(model):
     assert_close(actual, expected_evaluation(model, images, labels, weights), 1e-6)
 
 
+def test_a_replica_without_an_image_of_the_last_batch_counts_nothing(model):
+    """As of a last batch of one image on two GPUs. Seen to fail: an error about the depth of a convolution."""
+    images, labels = arrays(9)
+    spread = make_model(methods.conadv(), strategy=mirrored(2))
+    for name, variable in named_variables(spread.network).items():
+        variable.assign(named_variables(model.network)[name].numpy())
+    actual = spread.evaluate(images, labels, batch_size=8, verbose=0, return_dict=True)
+    assert_close(actual, expected_evaluation(model, images, labels, np.ones(9)), 1e-6)
+    logits = model.predict(images, verbose=0)
+    np.testing.assert_allclose(spread.predict(images, batch_size=8, verbose=0), logits, atol=1e-5)
+    np.testing.assert_allclose(spread.predict(images[:1], verbose=0), logits[:1], atol=1e-5)
+
+
 def test_prediction_uses_the_main_branch_and_moving_statistics(model):
     images, _ = arrays(11)
     expected = model.network(images, branch="main", mode="moving", update_statistics=False)

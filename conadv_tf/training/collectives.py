@@ -1,4 +1,4 @@
-"""Collectives between replicas, and the clock of the input."""
+"""Collectives between replicas, the batch of a replica that was dealt none, and the clock of the input."""
 
 import tensorflow as tf
 
@@ -32,6 +32,21 @@ def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
         reduced = tf.distribute.get_replica_context().merge_call(reduce, args=tuple(alike.values()))
         sums |= dict(zip(alike, reduced, strict=True))
     return [sums[index] for index in range(len(values))]
+
+
+def with_a_row(images: tf.Tensor, strategy: tf.distribute.Strategy) -> tf.Tensor:
+    """The images, and a black one where a replica was dealt none of a last batch: on CPUs convolutions need one.
+
+    A TPU, whose shapes are static, and a batch of a known size are left as they are.
+    """
+    if (
+        images.shape[0] is not None
+        or strategy.num_replicas_in_sync == 1
+        or isinstance(strategy, tf.distribute.TPUStrategy)
+    ):
+        return images
+    missing = tf.cast(tf.equal(tf.shape(images)[0], 0), tf.int32)
+    return tf.concat([images, tf.zeros([missing, *images.shape[1:]], images.dtype)], 0)
 
 
 def timed_next(iterator):

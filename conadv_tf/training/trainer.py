@@ -75,6 +75,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         # Not the global policy, which would round pixels on their way to the network; that has a policy of its own.
         super().__init__(**{"dtype": "float32", **kwargs})
         self.network = network.create_variables()
+        refusals.check_created("the network", self.network.leaf_variables(), self.made_in, own=True)
         self.network.settle()
         refusals.check_parts(self.network)
         self._trained = network.trained()
@@ -99,12 +100,14 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits of the main branch; float32 [rows, classes]."""
-        return self.network(images, training=training, branch=MAIN)
+        filled = collectives.with_a_row(images, self.distribute_strategy)
+        logits = self.network(filled, training=training, branch=MAIN)
+        return logits if filled is images else logits[: tf.shape(images)[0]]
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
         """Compiles as Keras does. The loss, SmoothedCrossEntropy() unless given, sees (labels, logits). No metrics."""
         unusable = {name: kwargs.get(name) for name in ("metrics", "weighted_metrics")}
-        refusals.check_compiled(optimizer, loss, unusable)
+        refusals.check_compiled(optimizer, loss, unusable, self.made_in)
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
 
     def get_config(self) -> dict:
@@ -196,7 +199,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
         if weights is not None:  # padding may have any label, which must not make its loss NaN: 0 · NaN is NaN
             labels = tf.where(tf.cast(tf.reshape(weights, [-1]), tf.bool), labels, 0)
-        logits = self.network(images, training=False)
+        logits = self.call(images)
         self._test_means["loss"].update_state(self.example_losses(labels, logits), weights)
         self._test_means["top1"].update_state(metrics.top(1, labels, logits), weights)
         self._test_means["top5"].update_state(metrics.top(5, labels, logits), weights)
