@@ -11,6 +11,7 @@ from conadv_tf.methods import Method
 from conadv_tf.models.network import Network
 from conadv_tf.training.learning_rate import has_schedule
 from conadv_tf.training.optimizers import variables_of
+from conadv_tf.training.other_keras import is_of_other_keras, other_keras
 from conadv_tf.training.savable_model import check_saves
 
 PRECISIONS = ("float32", "mixed_bfloat16")
@@ -96,8 +97,8 @@ def check_compiled(optimizer: Any, loss: Any, unusable: dict[str, Any], strategy
         if value:
             raise ConfigError(f"compile({name}={value!r}): pass a loss object, no metrics; logs have loss, top1")
     for name, value in (("optimizer", optimizer), ("loss", loss)):
-        if _is_of_other_keras(value):
-            raise ConfigError(_other_keras(f"compile({name}=…)", value))
+        if is_of_other_keras(value):
+            raise other_keras(f"compile({name}=…)", value)
     if loss is not None:
         check_loss(loss)
     if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
@@ -125,7 +126,7 @@ def check_callbacks(callbacks: Any) -> None:
     """Raises ConfigError for callbacks that are not of tf_keras, or would save what cannot be read back."""
     for callback in tf.nest.flatten(callbacks or []):
         if not isinstance(callback, (tf_keras.callbacks.Callback, tf_keras.callbacks.CallbackList)):
-            raise ConfigError(_other_keras("callbacks", callback))
+            raise other_keras("callbacks", callback)
         if isinstance(callback, tf_keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
             check_saves(callback.filepath)
 
@@ -203,12 +204,3 @@ def check_still_trained(network: Network, trained: frozenset) -> None:
             f"{changed} variables of the network were frozen or released (trainable) after the model was made: do so "
             "before, or make a new ConAdvModel of model.network"
         )
-
-
-def _is_of_other_keras(value: Any) -> bool:
-    return any(base.__module__.split(".")[0] == "keras" for base in type(value).__mro__)
-
-
-def _other_keras(place: str, value: Any) -> str:
-    kind = type(value)
-    return f"{place}: {kind.__module__}.{kind.__name__} is not of tf_keras, as this model is: use tf_keras' own"

@@ -127,7 +127,7 @@ class ConAdvModel(CheckedModel, SavableModel):
             self.network.image_shape, classes, isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         )
 
-    def fit(self, *args, callbacks=None, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, *args, **kwargs):
         """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
         if kwargs.get("steps_per_epoch") is None:
             remedy = "pass steps_per_epoch, the updates of an epoch, and data.repeat()"
@@ -136,7 +136,8 @@ class ConAdvModel(CheckedModel, SavableModel):
         refusals.check_rate(getattr(self, "optimizer", None), callbacks)
         given = tf.nest.flatten(callbacks or [])
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
-        return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)
+        callbacks = [start, *given, *self._bars(given)]
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
         remedy = "use fit(data.repeat(), steps_per_epoch=N)"
