@@ -1,4 +1,6 @@
-"""Collectives between replicas, the batch of a replica that was dealt none, and the clock of the input."""
+"""Collectives between replicas, the batch of a replica that was dealt none, the clock of the input and its loop."""
+
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -71,6 +73,16 @@ def timed_next(iterator):
             return tf.identity(tensor)
 
     return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited
+
+
+def summed(count: tf.Tensor, once: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The sum of `once(index)`, float64 scalars, over the indices below `count`, in a loop of the program."""
+
+    def body(index: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return index + 1, total + once(index)
+
+    zero = tf.zeros_like(count), tf.constant(0.0, tf.float64)
+    return tf.while_loop(lambda index, _: index < count, body, zero, parallel_iterations=1)[1]
 
 
 def _has_clock() -> bool:

@@ -163,7 +163,7 @@ class ConAdvModel(CheckedModel, SavableModel):
 
             def train(iterator):
                 name = self._active.name
-                if name not in programs:
+                if name not in programs or not self._has_carry(self._active, iterator):
                     programs[name] = self._program(self._active, iterator)
                 return programs[name](iterator)
 
@@ -218,7 +218,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         if method.mixed:
             check_mixing(*places)
         self.create_optimizer_variables()
-        if method.carries and not self.carry.variables:
+        if not self._has_carry(method, iterator):
             self._begin_carry(method, iterator)
         update = self.update_by(method)
         with self.distribute_strategy.scope():
@@ -242,17 +242,20 @@ class ConAdvModel(CheckedModel, SavableModel):
 
         return execute if self.run_eagerly else tf.function(execute, autograph=False)
 
+    def _has_carry(self, method: methods.Method, iterator) -> bool:
+        """Tells whether there is what the method carries, if anything, and of batches like these."""
+        return not method.carries or self.carry.specs == self.method.carried(_images(iterator))
+
     def _begin_carry(self, method: methods.Method, iterator) -> None:
         """Makes the variables of the carry, and the carry that a run begins or goes on with."""
-        images, *_ = tf.nest.flatten(iterator.element_spec, expand_composites=True)
-        self.create_carry(images)
-        if method.batches_ahead or self._resumed_at:
+        self.create_carry(_images(iterator))
+        if method.batches_ahead or self._resumed_at or self.updates_made() % method.updates_per_batch:
             program = functools.partial(self._each_microbatch, self.update_by(method).begin)
             (program if self.run_eagerly else tf.function(program, autograph=False))(iterator)
 
     def _repeat(self, once: Callable[[], tf.Tensor]) -> tf.Tensor:
         """Calls `once` `steps_per_execution` times; returns the sum of the seconds, float64, that it returns."""
-        return _summed(tf.cast(self._steps_per_execution, tf.int64), lambda _: once())
+        return collectives.summed(tf.cast(self._steps_per_execution, tf.int64), lambda _: once())
 
     def _each_microbatch(self, replica_function: Callable, iterator) -> tf.Tensor:
         """Runs a function on every replica with (data, index) of each micro-batch; returns the seconds waited for data.
@@ -265,7 +268,9 @@ class ConAdvModel(CheckedModel, SavableModel):
             self.distribute_strategy.run(replica_function, args=(data, index))
             return waited
 
-        return once(tf.constant(0)) if self.microbatches == 1 else _summed(tf.constant(self.microbatches), once)
+        return (
+            once(tf.constant(0)) if self.microbatches == 1 else collectives.summed(tf.constant(self.microbatches), once)
+        )
 
     def _on_batches(self, update: ReplicaUpdate, replica_function: Callable, iterator) -> tf.Tensor:
         """Does what `_each_microbatch` does; where a batch lasts for several updates, on the one in the carry."""
@@ -389,11 +394,6 @@ class ConAdvModel(CheckedModel, SavableModel):
         return tf.function(program, autograph=False)
 
 
-def _summed(count: tf.Tensor, once: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """The sum of `once(index)`, float64 scalars, over the indices below `count`, in a loop of the program."""
-
-    def body(index: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return index + 1, total + once(index)
-
-    zero = tf.zeros_like(count), tf.constant(0.0, tf.float64)
-    return tf.while_loop(lambda index, _: index < count, body, zero, parallel_iterations=1)[1]
+def _images(iterator) -> tf.TensorSpec:
+    """The spec of the images that an iterator has for one replica."""
+    return tf.nest.flatten(iterator.element_spec, expand_composites=True)[0]
