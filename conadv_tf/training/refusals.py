@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
+from absl import logging
 
 from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.methods import Method
@@ -14,6 +15,7 @@ from conadv_tf.training.optimizers import variables_of
 from conadv_tf.training.other_keras import is_of_other_keras, other_keras
 from conadv_tf.training.savable_model import check_saves
 
+SMALL_EPSILON = 0.5  # pixel levels, below which an ε is probably a share of the range
 PRECISIONS = ("float32", "mixed_bfloat16")
 _SCOPE = ": make network, model and optimizer in one `with strategy.scope():`, and call the model there or in none"
 _ONE_HOT = (
@@ -54,6 +56,12 @@ def check_network(network: Network, method: Method, microbatches: int) -> None:
         )
     if method.attack is not None:
         method.attack.check(network.num_classes, network.image_shape[-1])
+        if method.attack.units == "pixels" and 0 < method.attack.epsilon_pixels < SMALL_EPSILON:
+            logging.warning(
+                "attack.epsilon_pixels=%g is less than half of one of 255 pixel levels: where 8/255 of the range is "
+                "meant, it is 8",
+                method.attack.epsilon_pixels,
+            )
     if method.record.moves and not network.can_move:
         raise ConfigError(
             f"network {network.architecture!r} reads its weights itself, {method.name} needs one that can be moved: "
