@@ -12,7 +12,7 @@ import tf_keras
 from helpers import assert_identical, make_model, mirrored, named_variables, random_batches, snapshot
 
 from conadv_tf import ConAdvModel, ResNet, methods
-from conadv_tf.errors import ConfigError, DataError
+from conadv_tf.errors import ConfigError, DataError, RunError
 from conadv_tf.run import divergence
 from conadv_tf.training import given
 from conadv_tf.training.optimizers import OPTIMIZERS
@@ -398,6 +398,19 @@ def test_callbacks_may_be_given_by_their_position(model):
     losses = tf_keras.callbacks.History()
     model.fit(IMAGES, LABELS, ROWS, 1, 0, [losses])
     assert len(losses.history["loss"]) == 1
+
+
+@pytest.mark.parametrize("entry", ["fit", "evaluate", "predict"])
+def test_memory_that_is_not_there_is_one_line(entry, model, monkeypatch):
+    """Seen to fail in a notebook: TensorFlow's error with the stack of every node."""
+
+    def exhausted(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[9,9]\n\t [[node]]")
+
+    monkeypatch.setattr(tf_keras.Model, entry, exhausted)
+    with pytest.raises(RunError, match=r"^out of memory \(OOM when .*microbatches=N") as error:
+        getattr(model, entry)(IMAGES, *[LABELS][: entry != "predict"], verbose=0)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["fit", "evaluate"])

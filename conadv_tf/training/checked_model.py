@@ -19,6 +19,7 @@ class CheckedModel(tf_keras.Model):
     Raises:
       DataError: for data, see given.py.
       ConfigError: for arguments, see refusals.py.
+      RunError: from `fit`, `evaluate` and `predict`, where a device or the host has no memory left.
     """
 
     def __init__(self, *args, **kwargs):

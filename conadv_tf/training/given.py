@@ -18,7 +18,7 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.data.records import fail_unless
-from conadv_tf.errors import DataError, data_error
+from conadv_tf.errors import DataError, data_error, out_of_memory
 from conadv_tf.training.other_keras import is_of_other_keras
 
 FIRST = 3  # batches whose range is looked at
@@ -147,7 +147,7 @@ class Checks:
         if len(shape) == 2 and shape[1] == self.num_classes:
             raise DataError(
                 f"labels are of shape {_shape(shape)}, one-hot: give sparse labels, the numbers of the classes, with "
-                "np.argmax(labels, -1) or label_mode='int'"
+                "np.argmax(labels, -1), label_mode='int' or class_mode='sparse'"
             )
         raise DataError(f"labels are of shape {_shape(shape)}: give one whole number an image, [rows]")
 
@@ -274,11 +274,11 @@ class _Countdown:
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Raises the DataError that an error of TensorFlow's carries, out of a data set's assertion or a generator."""
+    """Raises the DataError that an error carries, out of an assertion or a generator, or a RunError without memory."""
     try:
         yield
-    except tf.errors.OpError as error:
-        found = data_error(error)
+    except (tf.errors.OpError, MemoryError) as error:
+        found = data_error(error) or out_of_memory(error)
         if found is None:
             raise
         raise found from None
