@@ -69,6 +69,9 @@ def test_what_cannot_be_had_is_refused_in_one_line(arguments, error, named, monk
         '{"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "worker", "index": 2}}',
         '{"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "chief", "index": 0}}',
         '{"cluster": {"worker": ["here:1", "there:1"]}, "task": 1}',
+        # Seen to fail: a wait without an end and without a word; an abort.
+        '{"cluster": {"chief": ["here:1"], "ps": ["there:1"]}, "task": {"type": "chief", "index": 0}}',
+        '{"cluster": {"chief": ["here:1"], "evaluator": ["there:1"]}, "task": {"type": "evaluator", "index": 0}}',
     ],
 )
 def test_a_cluster_that_is_none_is_refused_before_anybody_waits(config, monkeypatch):

@@ -213,6 +213,25 @@ def test_keras_callbacks_stop_lower_and_restore(tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + 3
 
 
+def test_a_fit_that_was_killed_goes_on_from_its_backup(tmp_path):
+    images, labels = arrays(16)
+
+    def killed(epoch, logs):
+        raise KeyboardInterrupt
+
+    def fitted(*callbacks):
+        made = make_model(methods.conadv(), lars.LARS(2.0), run_eagerly=True)
+        made.fit(images, labels, batch_size=8, epochs=2, shuffle=False, callbacks=list(callbacks), verbose=0)
+        return made.get_weights()
+
+    def backup():
+        return tf_keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(backup(), tf_keras.callbacks.LambdaCallback(on_epoch_end=killed))
+    assert all(map(np.array_equal, fitted(backup()), fitted()))
+
+
 SCHEDULED = {
     "lars": lambda: lars.LARS(warmup_poly_decay(2, 20, 3.0, 1)),
     "adam": lambda: tf_keras.optimizers.Adam(tf_keras.optimizers.schedules.ExponentialDecay(0.01, 1, 0.9)),
