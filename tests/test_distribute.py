@@ -195,6 +195,13 @@ def test_parts_of_several_scopes_are_refused(scopes, message):
         made(*scopes)
 
 
+def test_a_batch_that_does_not_divide_over_replicas_says_what_would():
+    """Seen to fail: the remedy was drop_remainder=True alone, which these data have."""
+    images, labels = random_batches(3, 5)
+    with pytest.raises(ConfigError, match=r"^2 replicas need .*drop_remainder=True\), with rows a multiple of 2$"):
+        fit(make_model(methods.vanilla(), strategy=mirrored(2)), images, labels, 1)
+
+
 @pytest.mark.parametrize("scopes", [("two", "two", "two", "two"), ("one", "one", "none"), ("one", "none", "none")])
 def test_parts_of_one_scope_or_one_device_train(scopes):
     made(*scopes)
