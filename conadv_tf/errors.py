@@ -127,6 +127,7 @@ def out_of_memory(error: BaseException) -> RunError | None:
     else:
         return None
     return RunError(
-        f"out of memory ({cause}): smaller micro-batches need less, train.microbatch_size with another --model_dir, "
-        "as batch norm then spans fewer images; so does a device that no other process uses"
+        f"out of memory ({cause}): smaller micro-batches need less, train.microbatch_size with another --model_dir or "
+        "in Python smaller batches and ConAdvModel(microbatches=N), and batch norm then spans fewer images; or end "
+        "whatever else uses the device"
     )

@@ -286,3 +286,11 @@ def test_a_random_target_is_refused_where_there_is_one_class():
         make_model(methods.disadv(attack), classes=1)
     with pytest.raises(ConfigError, match=said):
         attack.adversarial_examples(lambda x: logits(x)[:, :1], 1, smoothed_loss, images, labels, (0, 0))
+
+
+@pytest.mark.parametrize(("epsilon", "warned"), [(8 / 255, True), (0.5, False), (0.0, False)])
+def test_an_epsilon_that_is_a_share_of_the_range_is_warned_of(epsilon, warned, caplog):
+    """Seen to fail: 8/255, as for images of [0, 1], trained without a word on an attack 255 times too weak."""
+    make_model(methods.conadv(Attack(epsilon)))
+    said = "attack.epsilon_pixels=0.0313725 is less than half of one of 255 pixel levels"
+    assert [said in record.getMessage() for record in caplog.records] == [True] * warned

@@ -1,5 +1,6 @@
 """Choosing a strategy, and means over groups of replicas."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -10,15 +11,18 @@ import gin
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from commands import ROOT
 from helpers import fit, make_model, mirrored, random_batches
 
-from conadv_tf import methods
+from conadv_tf import ConAdvModel, ResNet, methods
 from conadv_tf.errors import ConfigError, RunError
 from conadv_tf.models import split_batchnorm
 from conadv_tf.run.strategy import devices_text, make_strategy
 from conadv_tf.run.tpu_runtime import parse_accelerator_type
 from conadv_tf.training import collectives
+
+ONE = tf.distribute.OneDeviceStrategy("CPU:0")
 
 
 def test_one_device_without_accelerators(monkeypatch):
@@ -65,6 +69,9 @@ def test_what_cannot_be_had_is_refused_in_one_line(arguments, error, named, monk
         '{"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "worker", "index": 2}}',
         '{"cluster": {"worker": ["here:1", "there:1"]}, "task": {"type": "chief", "index": 0}}',
         '{"cluster": {"worker": ["here:1", "there:1"]}, "task": 1}',
+        # Seen to fail: a wait without an end and without a word; an abort.
+        '{"cluster": {"chief": ["here:1"], "ps": ["there:1"]}, "task": {"type": "chief", "index": 0}}',
+        '{"cluster": {"chief": ["here:1"], "evaluator": ["there:1"]}, "task": {"type": "evaluator", "index": 0}}',
     ],
 )
 def test_a_cluster_that_is_none_is_refused_before_anybody_waits(config, monkeypatch):
@@ -139,6 +146,65 @@ def test_a_notebook_trains_on_one_group_of_devices_after_another():
     losses += map(trained_loss, strategies)
     assert [strategy.num_replicas_in_sync for strategy in strategies] == [2, 4]
     assert np.isfinite(losses).all()
+
+
+SCOPES = {"none": contextlib.nullcontext, "two": lambda: mirrored(2).scope(), "one": lambda: ONE.scope()}
+
+
+def made(network: str, model: str, optimizer: str, call: str = "none") -> None:
+    """Trains what is made in these scopes."""
+    images, labels = random_batches(1, 8)
+    with SCOPES[network]():
+        layers = ResNet("digits_resnet", 10, (8, 8, 1)).create_variables()
+    with SCOPES[model]():
+        trained = ConAdvModel(layers, methods.vanilla())
+    with SCOPES[optimizer]():
+        trained.compile(tf_keras.optimizers.SGD(0.1))
+    with SCOPES[call]():
+        trained.fit(images[0], labels[0], batch_size=8, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("scopes", "message"),
+    [
+        (
+            ("none", "two", "two"),
+            "the network was made in another scope than the model, which was made in that of a Mir",
+        ),
+        (
+            ("none", "one", "one"),
+            "the network was made in another scope than the model, which was made in that of a One",
+        ),
+        (("two", "none", "none"), "the network was made in another scope than the model, which was made in no scope"),
+        (
+            ("two", "two", "none"),
+            "the optimizer was made in another scope than the model, which was made in that of a M",
+        ),
+        (("none", "none", "two"), "the optimizer was made in another scope than the model, which was made in no scope"),
+        (
+            ("none", "none", "none", "two"),
+            "the model was made in no scope, and is called in that of a MirroredStrategy",
+        ),
+    ],
+)
+def test_parts_of_several_scopes_are_refused(scopes, message):
+    """Seen to fail: 51 lines with the values of a kernel, or an AssertionError without a word."""
+    with pytest.raises(
+        ConfigError, match=f"^{message}.*: make network, model and optimizer in one `with strategy.scope"
+    ):
+        made(*scopes)
+
+
+def test_a_batch_that_does_not_divide_over_replicas_says_what_would():
+    """Seen to fail: the remedy was drop_remainder=True alone, which these data have."""
+    images, labels = random_batches(3, 5)
+    with pytest.raises(ConfigError, match=r"^2 replicas need .*drop_remainder=True\), with rows a multiple of 2$"):
+        fit(make_model(methods.vanilla(), strategy=mirrored(2)), images, labels, 1)
+
+
+@pytest.mark.parametrize("scopes", [("two", "two", "two", "two"), ("one", "one", "none"), ("one", "none", "none")])
+def test_parts_of_one_scope_or_one_device_train(scopes):
+    made(*scopes)
 
 
 def test_methods_are_known_by_name():

@@ -12,9 +12,10 @@ import tf_keras
 from helpers import assert_identical, make_model, mirrored, named_variables, random_batches, snapshot
 
 from conadv_tf import ConAdvModel, ResNet, methods
-from conadv_tf.errors import ConfigError, DataError
+from conadv_tf.errors import ConfigError, DataError, RunError
 from conadv_tf.run import divergence
 from conadv_tf.training import given
+from conadv_tf.training.optimizers import OPTIMIZERS
 
 ROWS = 8
 IMAGES, LABELS = (part.reshape(-1, *part.shape[2:]) for part in random_batches(4, ROWS))
@@ -302,6 +303,22 @@ class OfOtherKeras(keras.utils.PyDataset):
         return IMAGES[:ROWS], LABELS[:ROWS]
 
 
+class EndlessOfOtherKeras(OfOtherKeras):
+    """As `ImageDataGenerator.flow` makes."""
+
+    def __next__(self):
+        raise AssertionError("drawn from")
+
+
+class Table:
+    """As a DataFrame of pandas: a shape, and a dtype for each column."""
+
+    shape = (32, 1)
+
+    def __getitem__(self, index):
+        raise KeyError(index)
+
+
 OTHERS = {
     "no labels": (lambda: {"x": IMAGES}, "^images come without labels: "),
     "lists": (lambda: {"x": IMAGES.tolist(), "y": LABELS.tolist()}, "^images are a list: .*np.asarray"),
@@ -324,6 +341,12 @@ OTHERS = {
     "ragged": (
         lambda: {"x": tf.data.Dataset.from_tensors((tf.RaggedTensor.from_tensor(IMAGES), LABELS))},
         "^images are a RaggedTensorSpec: ",
+    ),
+    "a table of labels": (lambda: {"x": IMAGES, "y": Table()}, "^labels are a Table: .*np.asarray"),
+    # Seen to fail: an epoch without end.
+    "endless, of another Keras": (
+        lambda: {"x": EndlessOfOtherKeras()},
+        "^images are a EndlessOfOtherKeras: it is of keras, .*tf_keras.utils.Sequence",
     ),
     "of another Keras": (lambda: {"x": OfOtherKeras()}, "^images are a OfOtherKeras: .*tf_keras.utils.Sequence"),
     "one-hot, of unknown shape": (
@@ -361,6 +384,33 @@ def test_values_that_are_not_finite_are_refused_of_a_data_set_too(model):
     """Seen to fail: a loss that was finite, and no update applied."""
     with pytest.raises(DataError, match=r"^images hold values that are not finite: "):
         model.fit(data_set(np.where(IMAGES > 200, np.inf, IMAGES), LABELS), verbose=0)
+
+
+def test_a_schedule_of_another_keras_is_refused():
+    """Seen to fail: the first update's TypeError about an argument "step"."""
+    for make in OPTIMIZERS.values():
+        with pytest.raises(ConfigError, match=r"^learning_rate: keras\.\S+CosineDecay is not of tf_keras"):
+            make(keras.optimizers.schedules.CosineDecay(0.1, 10))
+
+
+def test_callbacks_may_be_given_by_their_position(model):
+    """Seen to fail: "multiple values for argument 'callbacks'"."""
+    losses = tf_keras.callbacks.History()
+    model.fit(IMAGES, LABELS, ROWS, 1, 0, [losses])
+    assert len(losses.history["loss"]) == 1
+
+
+@pytest.mark.parametrize("entry", ["fit", "evaluate", "predict"])
+def test_memory_that_is_not_there_is_one_line(entry, model, monkeypatch):
+    """Seen to fail in a notebook: TensorFlow's error with the stack of every node."""
+
+    def exhausted(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[9,9]\n\t [[node]]")
+
+    monkeypatch.setattr(tf_keras.Model, entry, exhausted)
+    with pytest.raises(RunError, match=r"^out of memory \(OOM when .*microbatches=N") as error:
+        getattr(model, entry)(IMAGES, *[LABELS][: entry != "predict"], verbose=0)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["fit", "evaluate"])

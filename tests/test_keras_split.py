@@ -406,6 +406,8 @@ def test_what_training_cannot_do_with_it_is_refused_in_one_line():
         split(small(), ("adversarial",))
     with pytest.raises(ConfigError, match="must keep the shape"):
         split(small(), preprocess=lambda images: images[:, :4])
+    with pytest.raises(ConfigError, match="preprocess gives a ndarray: write it with TensorFlow's operations"):
+        split(small(), preprocess=lambda images: np.asarray(images) / 255)
     with pytest.raises(ConfigError, match=r"trains the BN branches .'adversarial'."):
         ConAdvModel(split(small(), ("main",)), methods.conadv())
     with pytest.raises(ConfigError, match=r"attack.compute_dtype='bfloat16'"):
@@ -415,6 +417,40 @@ def test_what_training_cannot_do_with_it_is_refused_in_one_line():
         ConAdvModel(split(half), methods.vanilla())
     with pytest.raises(ValueError, match=r"8, 8, 3"):
         trained(split(small()), methods.vanilla(), *batches(1, (9, 9, 3)))
+
+
+NO_GRADIENT = {
+    "a cast": (lambda images: tf.cast(tf.cast(images, tf.uint8), tf.float32), r"\(a cast to whole numbers"),
+    "an operation without one": (
+        lambda images: tf.image.adjust_contrast(images, 2.0),
+        r"\(gradient .* AdjustContrastv2\)",
+    ),
+}
+ATTACKS = {
+    "shadow": methods.conadv(),
+    "paired": methods.conadv(schedule="paired"),
+    # Seen to fail: it trained on clean images in the place of adversarial ones.
+    "paired, smoothed": methods.conadv(Attack(label="smoothed"), schedule="paired"),
+}
+
+
+@pytest.mark.parametrize("method", ATTACKS)
+@pytest.mark.parametrize("case", NO_GRADIENT)
+def test_images_behind_which_no_gradient_lies_are_not_attacked(case, method):
+    """Seen to fail: "None values not supported." and "gradient registry has no entry"."""
+    preprocess, cause = NO_GRADIENT[case]
+    network = split(tf_keras.Sequential([L.Input((8, 8, 3)), L.Flatten(), L.Dense(CLASSES)]), preprocess=preprocess)
+    with pytest.raises(
+        ConfigError, match=f"^the gradient of the logits by the images is needed, .* {cause}.*: do that .* data.map"
+    ):
+        trained(network, ATTACKS[method], *batches(1, (8, 8, 3)))
+
+
+def test_a_network_that_no_gradient_passes_trains_without_an_attack():
+    network = split(small(), preprocess=NO_GRADIENT["a cast"][0])
+    before = values(network)
+    after = values(trained(network, methods.vanilla(), *batches(1, (8, 8, 3)), run_eagerly=True).network)
+    assert np.any(after["convolution/kernel"] != before["convolution/kernel"])
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -403,6 +403,35 @@ def test_batches_of_unknown_size_are_refused():
         make_model(methods.conadv(schedule="paired")).fit(data, verbose=0)
 
 
+@pytest.mark.parametrize("schedule", ["lookahead", "paired"])
+def test_batches_of_another_size_or_dtype_begin_a_carry_of_their_own(schedule):
+    """As a second `fit` may have. Seen to fail: "Dimension 0 in both shapes must be equal", and floats as bytes."""
+    images, labels = random_batches(3, ROWS)
+    model, other = (make_model(methods.conadv(schedule=schedule), "sgd") for _ in range(2))
+    fit(model, images, labels, 1)
+    other.set_weights(model.get_weights())
+    other.create_optimizer_variables()
+    other.optimizer.iterations.assign(model.optimizer.iterations)
+    halves = (images[:, : ROWS // 2] * np.float32(0.9), labels[:, : ROWS // 2])
+    first, second = fit(model, *halves, 2, initial=1), fit(other, *halves, 2, initial=1)
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["adversarial_loss"] == pytest.approx(theirs["adversarial_loss"], rel=1e-5)
+    assert {spec.dtype for name, spec in model.carry.specs.items() if name == "images"} <= {tf.float32}
+    unknown = tf.data.Dataset.from_tensor_slices((images[0], labels[0])).batch(4).repeat()
+    with pytest.raises(ConfigError, match="drop_remainder"):
+        model.fit(unknown, steps_per_epoch=1, verbose=0)
+
+
+def test_a_carry_of_phased_that_begins_between_two_turns_has_a_batch():
+    """As in a second `fit`, or of a loaded model. Seen to fail: half of the replicas trained on black images."""
+    images, labels = random_batches(2, ROWS)
+    model = make_model(methods.conadv(schedule="phased"), "sgd", strategy=mirrored(2))
+    fit(model, images, labels, 1)
+    fit(model, images[:, :2], labels[:, :2], 1, initial=1)
+    parts = model.distribute_strategy.experimental_local_results(model.carry.variables["images"])
+    np.testing.assert_array_equal(np.concatenate([part.numpy()[0] for part in parts]), images[0, :2])
+
+
 @pytest.mark.parametrize("schedule", ["lookahead", "phased"])
 def test_data_that_end_are_refused_where_an_update_is_not_a_batch(schedule):
     images, labels = random_batches(4, 2)

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import gin
 import tensorflow as tf
 
-from conadv_tf.errors import ConfigError, keep_whole_number
+from conadv_tf.errors import ConfigError, keep_whole_number, one_line
 from conadv_tf.models import xla
 from conadv_tf.models.resnet import IMAGENET_MEAN, IMAGENET_STDDEV
 
@@ -16,6 +17,9 @@ LABELS = ("auto", "hard", "smoothed", "predicted")
 UNITS = ("pixels", "release_units")
 BATCH_NORMS = ("main", "aux", "moving")
 COMPUTE_DTYPES = (None, "bfloat16")
+
+_NOT_DIFFERENTIABLE = "the gradient of the logits by the images is needed, and preprocess or a layer has none"
+_REMEDY = ": do that to the images before they are given, with data.map, or leave it out"
 
 # Logits float32 [rows, classes] of images float32 [rows, H, W, C] in [0, 255].
 LogitsFunction = Callable[[tf.Tensor], tf.Tensor]
@@ -217,7 +221,7 @@ class Attack:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(images)
             value, aim = self.objective(loss, logits(images), aim)
-        return tape.gradient(value, images), aim
+        return connected(differentiated(tape, value, images)), aim
 
     def _moved(self, images, delta, gradient):
         """x̂ after a step from `delta`, which is in units of ε: its ball is the unit ball, whatever ε's units are."""
@@ -232,6 +236,29 @@ class Attack:
         gradient = tf.math.divide_no_nan(gradient, tf.reduce_max(tf.abs(gradient), [1, 2, 3], keepdims=True))
         delta += self._relative_step() * tf.math.divide_no_nan(gradient, _rms(gradient))
         return delta / tf.maximum(1.0, _rms(delta))
+
+
+def differentiated(tape: tf.GradientTape, value: tf.Tensor, sources: Any) -> Any:
+    """The gradients of a scalar, None for sources that it does not depend on.
+
+    Raises:
+      ConfigError: for a network with an operation that TensorFlow cannot differentiate.
+    """
+    try:
+        return tape.gradient(value, sources)
+    except LookupError as error:
+        raise ConfigError(f"{_NOT_DIFFERENTIABLE} ({one_line(error)}){_REMEDY}") from error
+
+
+def connected(by_image: tf.Tensor | None) -> tf.Tensor:
+    """∇_x as it is.
+
+    Raises:
+      ConfigError: if there is none, as behind a cast to whole numbers, and the attack would not know where to go.
+    """
+    if by_image is None:
+        raise ConfigError(f"{_NOT_DIFFERENTIABLE} (a cast to whole numbers, a rounding, tf.stop_gradient){_REMEDY}")
+    return by_image
 
 
 def _split(seed: tf.Tensor) -> list[tf.Tensor]:

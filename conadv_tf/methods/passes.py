@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from conadv_tf.methods.attack import Attack, LogitsFunction
+from conadv_tf.methods.attack import Attack, LogitsFunction, differentiated
 from conadv_tf.methods.interface import Batch, Loss
 from conadv_tf.methods.mixture import Mixture
 from conadv_tf.models import xla
@@ -44,23 +44,23 @@ def training_pass(
 ):
     """Gradients of the mean loss of one pass through `branch`, ∇_x, the mean loss and top-1 in [0, 1].
 
-    ∇_x is that of the loss, out of the same backward pass, or of what is `ascended`, by a second one to the images.
+    ∇_x is that of the loss, out of the same backward pass, or of what is `ascended`, by a second one to the images; it
+    is None where no gradient reaches them.
     Within `moved` the pass and its gradients are at the weights that are given there.
     """
     variables = [read(variable) for variable in network.trainable_variables]
-    zero = tf.UnconnectedGradients.ZERO
     with tf.GradientTape(persistent=ascended is not None) as tape:
         tape.watch([images, *variables])
         logits = network(images, branch=branch, mode="batch", update_statistics=learns)
         value = tf.reduce_mean(loss(labels, logits))
         objective = value if ascended is None else ascended(logits)
     if ascended is None:
-        *gradients, by_image = tape.gradient(value, [*variables, images], unconnected_gradients=zero)
+        *found, by_image = differentiated(tape, value, [*variables, images])
     else:
-        gradients = tape.gradient(value, variables, unconnected_gradients=zero)
-        by_image = tape.gradient(objective, images)
+        found, by_image = differentiated(tape, value, variables), differentiated(tape, objective, images)
     correct = tf.equal(tf.argmax(logits, 1, output_type=labels.dtype), labels)
-    return gradients, by_image, value, tf.reduce_mean(tf.cast(correct, tf.float32))
+    own = [tf.zeros_like(v) if gradient is None else gradient for v, gradient in zip(variables, found, strict=True)]
+    return own, by_image, value, tf.reduce_mean(tf.cast(correct, tf.float32))
 
 
 def train_on(network: Network, loss: Loss, parts: list[Part]):

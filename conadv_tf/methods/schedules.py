@@ -16,7 +16,7 @@ end of the page say the rest: costs, carries, delays, and the settings that a sc
 
 import tensorflow as tf
 
-from conadv_tf.methods.attack import Attack
+from conadv_tf.methods.attack import Attack, connected, differentiated
 from conadv_tf.methods.interface import (
     Batch,
     Begin,
@@ -114,7 +114,7 @@ def begin_paired(attack: Attack, mixture: Mixture) -> Begin:
             tape.watch(batch.images)
             logits = stale(batch.images, mode="batch")
             value = ascended(logits) if ascended else tf.reduce_mean(loss(batch.labels, logits))
-        return _crafted(attack, mixture, batch, tape.gradient(value, batch.images))
+        return _crafted(attack, mixture, batch, differentiated(tape, value, batch.images))
 
     return begin
 
@@ -154,10 +154,10 @@ def begin_phased(attack: Attack, mixture: Mixture) -> Begin:
     return begin
 
 
-def _crafted(attack: Attack, mixture: Mixture, batch: Batch, by_image: tf.Tensor) -> Carry:
+def _crafted(attack: Attack, mixture: Mixture, batch: Batch, by_image: tf.Tensor | None) -> Carry:
     """The carry of `paired`: x̂ from the gradient of the clean pass."""
     images, labels, *_ = attacked(mixture, batch)
-    adversarial = attack.one_step(images, by_image[: images.shape[0]])
+    adversarial = attack.one_step(images, connected(by_image)[: images.shape[0]])
     return {"adversarial": adversarial, "adversarial_labels": labels, "begun": tf.constant(True)}
 
 

@@ -102,8 +102,13 @@ def _check_logits(model: tf_keras.Model) -> None:
         )
 
 
-def check_preprocessed(images: tf.Tensor, image_shape: tuple[int, ...]) -> None:
+def check_preprocessed(images: Any, image_shape: tuple[int, ...]) -> None:
     """Raises ConfigError unless `preprocess` gave a float image of the shape it was given."""
+    if not tf.is_tensor(images):
+        raise ConfigError(
+            f"preprocess gives a {type(images).__name__}: write it with TensorFlow's operations, of which programs and "
+            "their gradients are made"
+        )
     if tuple(images.shape[1:]) != image_shape or not images.dtype.is_floating:
         raise ConfigError(
             f"preprocess gives {images.dtype.name} of shape {tuple(images.shape[1:])} for an image of {image_shape}: "

@@ -168,6 +168,8 @@ def _line(path: str, likeliest: Likeliest) -> str:
 @contextlib.contextmanager
 def _table(path: str) -> Iterator[Callable[[str, Likeliest], None]]:
     """Gives a function that writes the rows of an image; the file appears at the end."""
+    if os.path.isdir(path):
+        raise ConfigError(f"--csv={path} is a folder: name a file in it")
     partial = f"{path}.partial"
     try:
         # The name of a file may be any bytes.

@@ -78,7 +78,10 @@ def _other_workers(config: dict) -> list[str]:
     """Addresses of the workers beside this one; an error of Python's own where `config` is no TF_CONFIG."""
     task, jobs = config["task"], tf.train.ClusterSpec(config["cluster"])
     own = jobs.task_address(task["type"], task["index"])
-    addresses = [address for job in ("chief", "worker") if job in jobs.jobs for address in jobs.job_tasks(job)]
+    idle = set(jobs.jobs) - {"chief", "worker"}
+    if idle:  # TensorFlow would wait for them without an end, and abort in their own processes
+        raise ValueError(f"there is nothing to do for a {', '.join(sorted(idle))}, only for chief and worker")
+    addresses = [address for job in jobs.jobs for address in jobs.job_tasks(job)]
     return [address for address in addresses if address != own]
 
 

@@ -1,4 +1,6 @@
-"""Collectives between replicas, and the clock of the input."""
+"""Collectives between replicas, the batch of a replica that was dealt none, the clock of the input and its loop."""
+
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -34,6 +36,21 @@ def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
     return [sums[index] for index in range(len(values))]
 
 
+def with_a_row(images: tf.Tensor, strategy: tf.distribute.Strategy) -> tf.Tensor:
+    """The images, and a black one where a replica was dealt none of a last batch: on CPUs convolutions need one.
+
+    A TPU, whose shapes are static, and a batch of a known size are left as they are.
+    """
+    if (
+        images.shape[0] is not None
+        or strategy.num_replicas_in_sync == 1
+        or isinstance(strategy, tf.distribute.TPUStrategy)
+    ):
+        return images
+    missing = tf.cast(tf.equal(tf.shape(images)[0], 0), tf.int32)
+    return tf.concat([images, tf.zeros([missing, *images.shape[1:]], images.dtype)], 0)
+
+
 def timed_next(iterator):
     """The next element and the seconds (float64) it took to arrive; host operations only.
 
@@ -56,6 +73,16 @@ def timed_next(iterator):
             return tf.identity(tensor)
 
     return tf.nest.map_structure(after_the_clock, data, expand_composites=True), waited
+
+
+def summed(count: tf.Tensor, once: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """The sum of `once(index)`, float64 scalars, over the indices below `count`, in a loop of the program."""
+
+    def body(index: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return index + 1, total + once(index)
+
+    zero = tf.zeros_like(count), tf.constant(0.0, tf.float64)
+    return tf.while_loop(lambda index, _: index < count, body, zero, parallel_iterations=1)[1]
 
 
 def _has_clock() -> bool:

@@ -18,7 +18,8 @@ import tensorflow as tf
 import tf_keras
 
 from conadv_tf.data.records import fail_unless
-from conadv_tf.errors import DataError, data_error
+from conadv_tf.errors import DataError, data_error, out_of_memory
+from conadv_tf.training.other_keras import is_of_other_keras
 
 FIRST = 3  # batches whose range is looked at
 LOOKED_AT = 1 << 30  # bytes of an array; of a larger one every so many-th image is looked at
@@ -64,6 +65,8 @@ class Checks:
             return self._distributed(x)
         if isinstance(x, tf_keras.utils.Sequence):
             return _Watched(x, self._watching())
+        if is_of_other_keras(x):  # such as what ImageDataGenerator makes, a generator without end
+            raise DataError(f"images are a {_kind(x)}: it is of keras, and the model of tf_keras: give {_FORMS}")
         if hasattr(x, "__next__"):
             return map(self._watching(), x)
         if isinstance(x, tf_keras.utils.experimental.DatasetCreator):
@@ -76,7 +79,7 @@ class Checks:
 
         Images of which no pixel is above `darkest` are taken for images of another scale; where they are few, 1 is.
         """
-        if not hasattr(images, "shape") or not hasattr(images, "__getitem__"):
+        if not _is_array(images):
             raise DataError(f"images are a {_kind(images)}: give {_FORMS}; np.asarray makes an array of a list")
         rows = tuple(images.shape)[:1]
         self._check_images(tuple(images.shape), images.dtype)
@@ -87,7 +90,7 @@ class Checks:
             return
         if labels is None:
             raise DataError(f"images come without labels: give {_FORMS}, of images and labels")
-        if not hasattr(labels, "shape"):
+        if not _is_array(labels):
             raise DataError(f"labels are a {_kind(labels)}: make an array of them with np.asarray")
         self._check_labels(tuple(labels.shape), labels.dtype)
         if tuple(labels.shape)[:1] != rows:
@@ -144,7 +147,7 @@ class Checks:
         if len(shape) == 2 and shape[1] == self.num_classes:
             raise DataError(
                 f"labels are of shape {_shape(shape)}, one-hot: give sparse labels, the numbers of the classes, with "
-                "np.argmax(labels, -1) or label_mode='int'"
+                "np.argmax(labels, -1), label_mode='int' or class_mode='sparse'"
             )
         raise DataError(f"labels are of shape {_shape(shape)}: give one whole number an image, [rows]")
 
@@ -271,11 +274,11 @@ class _Countdown:
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Raises the DataError that an error of TensorFlow's carries, out of a data set's assertion or a generator."""
+    """Raises the DataError that an error carries, out of an assertion or a generator, or a RunError without memory."""
     try:
         yield
-    except tf.errors.OpError as error:
-        found = data_error(error)
+    except (tf.errors.OpError, MemoryError) as error:
+        found = data_error(error) or out_of_memory(error)
         if found is None:
             raise
         raise found from None
@@ -311,6 +314,15 @@ def _of_one_replica(part: Any) -> Any:
 
 def _text(value: tf.Tensor) -> tf.Tensor:
     return tf.strings.as_string(value, shortest=True)
+
+
+def _is_array(value: Any) -> bool:
+    """Tells whether a value has what an array has, numbers or text of a dtype that TensorFlow knows."""
+    try:
+        tf.as_dtype(value.dtype)
+    except (AttributeError, TypeError):  # a list, a table, an array of another framework
+        return False
+    return hasattr(value, "shape") and hasattr(value, "__getitem__")
 
 
 def _kind(value: Any) -> str:

@@ -6,6 +6,7 @@ import tf_keras
 from official.modeling.optimization import lr_schedule
 
 from conadv_tf.errors import ConfigError
+from conadv_tf.training.other_keras import is_of_other_keras, other_keras
 
 
 class WarmupPolyDecay(tf_keras.optimizers.schedules.LearningRateSchedule):
@@ -107,7 +108,16 @@ def next_rate(optimizer):
 
 
 class RebuiltWithSchedule:
-    """What makes an optimizer anew from its configuration, with the schedule of its learning rate."""
+    """An optimizer whose learning rate is a number or a schedule of tf_keras; made anew it has the schedule again.
+
+    Raises:
+      ConfigError: for a schedule of Keras 3.
+    """
+
+    def __init__(self, learning_rate, *args, **kwargs):
+        if is_of_other_keras(learning_rate):
+            raise other_keras("learning_rate", learning_rate)
+        super().__init__(learning_rate, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None):

@@ -165,6 +165,12 @@ def _check(optimizer: str, epsilon: float, weight_decay: float, **shares: float)
 OPTIMIZERS = {"lars": make_lars, "sgd": make_sgd, "adamw": make_adamw, "lamb": make_lamb, "rmsprop": make_rmsprop}
 
 
+def variables_of(optimizer: tf_keras.optimizers.Optimizer) -> list[tf.Variable]:
+    """The variables that an optimizer has made so far."""
+    own: Any = optimizer.variables  # a method of Keras' legacy optimizers
+    return list(own() if callable(own) else own)
+
+
 def apply_if(
     optimizer: tf_keras.optimizers.Optimizer,
     condition: tf.Tensor,
@@ -179,8 +185,7 @@ def apply_if(
     if isinstance(optimizer, LARS):
         optimizer.apply_if(condition, pairs)  # within the update of each variable, so that XLA fuses it
         return
-    own: Any = optimizer.variables
-    held = [*variables, *(own() if callable(own) else own)]
+    held = [*variables, *variables_of(optimizer)]
     before = [tf.identity(variable) for variable in held]
     optimizer.apply_gradients(pairs, experimental_aggregate_gradients=False)
 

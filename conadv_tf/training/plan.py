@@ -86,7 +86,8 @@ def make_plan(
         below = global_batch_size // num_replicas * num_replicas
         raise ConfigError(
             f"train.global_batch_size={global_batch_size} does not divide into {num_replicas} replicas: use "
-            f"{below or num_replicas} or {below + num_replicas}, or another number of replicas"
+            f"{below or num_replicas} or {below + num_replicas}, or another number of replicas (--strategy=one_device "
+            "has one)"
         )
     share = global_batch_size * updates_per_batch // num_replicas
     rows = min(share, microbatch_size)

@@ -1,17 +1,23 @@
 """Refusals: what Keras lets through and training here could not do, or would do as something else."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
+from absl import logging
 
 from conadv_tf.errors import ConfigError, whole_number
 from conadv_tf.methods import Method
 from conadv_tf.models.network import Network
 from conadv_tf.training.learning_rate import has_schedule
+from conadv_tf.training.optimizers import variables_of
+from conadv_tf.training.other_keras import is_of_other_keras, other_keras
 from conadv_tf.training.savable_model import check_saves
 
+SMALL_EPSILON = 0.5  # pixel levels, below which an ε is probably a share of the range
 PRECISIONS = ("float32", "mixed_bfloat16")
+_SCOPE = ": make network, model and optimizer in one `with strategy.scope():`, and call the model there or in none"
 _ONE_HOT = (
     *(tf_keras.losses.CategoricalCrossentropy, tf_keras.losses.CategoricalFocalCrossentropy),
     *(tf_keras.losses.BinaryCrossentropy, tf_keras.losses.BinaryFocalCrossentropy),
@@ -50,6 +56,12 @@ def check_network(network: Network, method: Method, microbatches: int) -> None:
         )
     if method.attack is not None:
         method.attack.check(network.num_classes, network.image_shape[-1])
+        if method.attack.units == "pixels" and 0 < method.attack.epsilon_pixels < SMALL_EPSILON:
+            logging.warning(
+                "attack.epsilon_pixels=%g is less than half of one of 255 pixel levels: where 8/255 of the range is "
+                "meant, it is 8",
+                method.attack.epsilon_pixels,
+            )
     if method.record.moves and not network.can_move:
         raise ConfigError(
             f"network {network.architecture!r} reads its weights itself, {method.name} needs one that can be moved: "
@@ -81,20 +93,28 @@ def check_precision(network: Network) -> None:
         )
 
 
-def check_compiled(optimizer: Any, loss: Any, unusable: dict[str, Any]) -> None:
-    """Raises ConfigError for arguments of `compile` that training cannot use; `unusable`: those that must be empty."""
+def check_compiled(optimizer: Any, loss: Any, unusable: dict[str, Any], strategy: tf.distribute.Strategy) -> None:
+    """Raises ConfigError for arguments of `compile` that training cannot use.
+
+    Args:
+      optimizer, loss: those of `compile`.
+      unusable: by name, arguments that must be empty.
+      strategy: the model's.
+    """
     for name, value in {**unusable, "loss": loss if isinstance(loss, str) else None}.items():
         if value:
             raise ConfigError(f"compile({name}={value!r}): pass a loss object, no metrics; logs have loss, top1")
     for name, value in (("optimizer", optimizer), ("loss", loss)):
-        if _is_of_other_keras(value):
-            raise ConfigError(_other_keras(f"compile({name}=…)", value))
+        if is_of_other_keras(value):
+            raise other_keras(f"compile({name}=…)", value)
     if loss is not None:
         check_loss(loss)
     if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
         raise ConfigError(
             "compile(optimizer=LossScaleOptimizer): the loss has no scale here: pass the optimizer inside it"
         )
+    if isinstance(optimizer, tf_keras.optimizers.Optimizer):
+        check_created("the optimizer", variables_of(optimizer), strategy, own=False)
 
 
 def check_loss(loss: Any) -> None:
@@ -114,7 +134,7 @@ def check_callbacks(callbacks: Any) -> None:
     """Raises ConfigError for callbacks that are not of tf_keras, or would save what cannot be read back."""
     for callback in tf.nest.flatten(callbacks or []):
         if not isinstance(callback, (tf_keras.callbacks.Callback, tf_keras.callbacks.CallbackList)):
-            raise ConfigError(_other_keras("callbacks", callback))
+            raise other_keras("callbacks", callback)
         if isinstance(callback, tf_keras.callbacks.ModelCheckpoint) and not callback.save_weights_only:
             check_saves(callback.filepath)
 
@@ -130,6 +150,40 @@ def check_rate(optimizer: Any, callbacks: Any) -> None:
                     f"callbacks: {type(callback).__name__} sets the learning rate, and the optimizer has a schedule, "
                     "which sets it at every update: pass a number as its learning_rate, or leave the callback out"
                 )
+
+
+def check_created(part: str, variables: Iterable[tf.Variable], strategy: tf.distribute.Strategy, own: bool) -> None:
+    """Raises ConfigError unless a part of a model can be trained by its strategy.
+
+    Args:
+      part: "the network", "the optimizer".
+      variables: those of the part.
+      strategy: the one in whose scope the model was made.
+      own: whether one device needs variables of its own scope too, as Keras asks of a network; others need them always.
+    """
+    one_device = _is_none(strategy) or (isinstance(strategy, tf.distribute.OneDeviceStrategy) and not own)
+    for variable in variables:
+        plain = not isinstance(variable, tf.distribute.DistributedValues)
+        if not (strategy.extended.variable_created_in_scope(variable) or (one_device and plain)):
+            raise ConfigError(
+                f"{part} was made in another scope than the model, which was made {_place(strategy)}{_SCOPE}"
+            )
+
+
+def check_called(strategy: tf.distribute.Strategy) -> None:
+    """Raises ConfigError where a model made in the scope of `strategy` is called in the scope of another one."""
+    present = tf.distribute.get_strategy()
+    if tf.distribute.has_strategy() and present is not strategy:
+        raise ConfigError(f"the model was made {_place(strategy)}, and is called {_place(present)}{_SCOPE}")
+
+
+def _is_none(strategy: tf.distribute.Strategy) -> bool:
+    """Tells whether this is what TensorFlow has in the place of a strategy."""
+    return type(strategy).__name__ == "_DefaultDistributionStrategy"
+
+
+def _place(strategy: tf.distribute.Strategy) -> str:
+    return "in no scope" if _is_none(strategy) else f"in that of a {type(strategy).__name__}"
 
 
 def check_parts(network: Network) -> None:
@@ -158,12 +212,3 @@ def check_still_trained(network: Network, trained: frozenset) -> None:
             f"{changed} variables of the network were frozen or released (trainable) after the model was made: do so "
             "before, or make a new ConAdvModel of model.network"
         )
-
-
-def _is_of_other_keras(value: Any) -> bool:
-    return any(base.__module__.split(".")[0] == "keras" for base in type(value).__mro__)
-
-
-def _other_keras(place: str, value: Any) -> str:
-    kind = type(value)
-    return f"{place}: {kind.__module__}.{kind.__name__} is not of tf_keras, as this model is: use tf_keras' own"

@@ -54,9 +54,13 @@ class CarryVariables:
       microbatches: how many there are; their index is an int32 scalar.
       mixed: names whose rows are mixed.
       stride: s.
+
+    Attributes:
+      specs: as given.
     """
 
     def __init__(self, specs: dict[str, tf.TensorSpec], microbatches: int, mixed: Sequence[str] = (), stride: int = 1):
+        self.specs = specs
         self._microbatches, self._mixed, self._stride = microbatches, frozenset(mixed), stride
         self._dtypes = {name: spec.dtype for name, spec in sorted(specs.items())}
         self.variables = {

@@ -75,6 +75,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         # Not the global policy, which would round pixels on their way to the network; that has a policy of its own.
         super().__init__(**{"dtype": "float32", **kwargs})
         self.network = network.create_variables()
+        refusals.check_created("the network", self.network.leaf_variables(), self.made_in, own=True)
         self.network.settle()
         refusals.check_parts(self.network)
         self._trained = network.trained()
@@ -99,12 +100,14 @@ class ConAdvModel(CheckedModel, SavableModel):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits of the main branch; float32 [rows, classes]."""
-        return self.network(images, training=training, branch=MAIN)
+        filled = collectives.with_a_row(images, self.distribute_strategy)
+        logits = self.network(filled, training=training, branch=MAIN)
+        return logits if filled is images else logits[: tf.shape(images)[0]]
 
     def compile(self, optimizer="rmsprop", loss=None, **kwargs) -> None:
         """Compiles as Keras does. The loss, SmoothedCrossEntropy() unless given, sees (labels, logits). No metrics."""
         unusable = {name: kwargs.get(name) for name in ("metrics", "weighted_metrics")}
-        refusals.check_compiled(optimizer, loss, unusable)
+        refusals.check_compiled(optimizer, loss, unusable, self.made_in)
         super().compile(optimizer=optimizer, loss=loss or SmoothedCrossEntropy(), **kwargs)
 
     def get_config(self) -> dict:
@@ -124,7 +127,7 @@ class ConAdvModel(CheckedModel, SavableModel):
             self.network.image_shape, classes, isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         )
 
-    def fit(self, *args, callbacks=None, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, *args, **kwargs):
         """Trains as Keras does; the epoch decides whether adversarial examples have begun (`Mixture.start_epoch`)."""
         if kwargs.get("steps_per_epoch") is None:
             remedy = "pass steps_per_epoch, the updates of an epoch, and data.repeat()"
@@ -133,7 +136,8 @@ class ConAdvModel(CheckedModel, SavableModel):
         refusals.check_rate(getattr(self, "optimizer", None), callbacks)
         given = tf.nest.flatten(callbacks or [])
         start = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self._begin_epoch(epoch))
-        return super().fit(*args, callbacks=[start, *given, *self._bars(given)], **kwargs)
+        callbacks = [start, *given, *self._bars(given)]
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
         remedy = "use fit(data.repeat(), steps_per_epoch=N)"
@@ -159,7 +163,7 @@ class ConAdvModel(CheckedModel, SavableModel):
 
             def train(iterator):
                 name = self._active.name
-                if name not in programs:
+                if name not in programs or not self._has_carry(self._active, iterator):
                     programs[name] = self._program(self._active, iterator)
                 return programs[name](iterator)
 
@@ -196,7 +200,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
         if weights is not None:  # padding may have any label, which must not make its loss NaN: 0 · NaN is NaN
             labels = tf.where(tf.cast(tf.reshape(weights, [-1]), tf.bool), labels, 0)
-        logits = self.network(images, training=False)
+        logits = self.call(images)
         self._test_means["loss"].update_state(self.example_losses(labels, logits), weights)
         self._test_means["top1"].update_state(metrics.top(1, labels, logits), weights)
         self._test_means["top5"].update_state(metrics.top(5, labels, logits), weights)
@@ -214,7 +218,7 @@ class ConAdvModel(CheckedModel, SavableModel):
         if method.mixed:
             check_mixing(*places)
         self.create_optimizer_variables()
-        if method.carries and not self.carry.variables:
+        if not self._has_carry(method, iterator):
             self._begin_carry(method, iterator)
         update = self.update_by(method)
         with self.distribute_strategy.scope():
@@ -238,17 +242,20 @@ class ConAdvModel(CheckedModel, SavableModel):
 
         return execute if self.run_eagerly else tf.function(execute, autograph=False)
 
+    def _has_carry(self, method: methods.Method, iterator) -> bool:
+        """Tells whether there is what the method carries, if anything, and of batches like these."""
+        return not method.carries or self.carry.specs == self.method.carried(_images(iterator))
+
     def _begin_carry(self, method: methods.Method, iterator) -> None:
         """Makes the variables of the carry, and the carry that a run begins or goes on with."""
-        images, *_ = tf.nest.flatten(iterator.element_spec, expand_composites=True)
-        self.create_carry(images)
-        if method.batches_ahead or self._resumed_at:
+        self.create_carry(_images(iterator))
+        if method.batches_ahead or self._resumed_at or self.updates_made() % method.updates_per_batch:
             program = functools.partial(self._each_microbatch, self.update_by(method).begin)
             (program if self.run_eagerly else tf.function(program, autograph=False))(iterator)
 
     def _repeat(self, once: Callable[[], tf.Tensor]) -> tf.Tensor:
         """Calls `once` `steps_per_execution` times; returns the sum of the seconds, float64, that it returns."""
-        return _summed(tf.cast(self._steps_per_execution, tf.int64), lambda _: once())
+        return collectives.summed(tf.cast(self._steps_per_execution, tf.int64), lambda _: once())
 
     def _each_microbatch(self, replica_function: Callable, iterator) -> tf.Tensor:
         """Runs a function on every replica with (data, index) of each micro-batch; returns the seconds waited for data.
@@ -261,7 +268,9 @@ class ConAdvModel(CheckedModel, SavableModel):
             self.distribute_strategy.run(replica_function, args=(data, index))
             return waited
 
-        return once(tf.constant(0)) if self.microbatches == 1 else _summed(tf.constant(self.microbatches), once)
+        return (
+            once(tf.constant(0)) if self.microbatches == 1 else collectives.summed(tf.constant(self.microbatches), once)
+        )
 
     def _on_batches(self, update: ReplicaUpdate, replica_function: Callable, iterator) -> tf.Tensor:
         """Does what `_each_microbatch` does; where a batch lasts for several updates, on the one in the carry."""
@@ -385,11 +394,6 @@ class ConAdvModel(CheckedModel, SavableModel):
         return tf.function(program, autograph=False)
 
 
-def _summed(count: tf.Tensor, once: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-    """The sum of `once(index)`, float64 scalars, over the indices below `count`, in a loop of the program."""
-
-    def body(index: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return index + 1, total + once(index)
-
-    zero = tf.zeros_like(count), tf.constant(0.0, tf.float64)
-    return tf.while_loop(lambda index, _: index < count, body, zero, parallel_iterations=1)[1]
+def _images(iterator) -> tf.TensorSpec:
+    """The spec of the images that an iterator has for one replica."""
+    return tf.nest.flatten(iterator.element_spec, expand_composites=True)[0]

@@ -175,10 +175,12 @@ class ReplicaUpdate:
                 "and repeat the images that are to count more"
             )
         images, labels = tf.cast(images, tf.float32), tf.reshape(tf.cast(labels, tf.int32), [-1])
-        if images.shape[0] is None and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
+        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
+        if images.shape[0] is None and replicas > 1:
             # Keras would deal a last, smaller batch out unevenly, and a replica without rows has no mean.
             raise ConfigError(
-                "replicas need batches of one fixed size that divides over them: batch with drop_remainder=True"
+                f"{replicas} replicas need batches of one fixed size that divides over them: data.batch(rows, "
+                f"drop_remainder=True), with rows a multiple of {replicas}"
             )
         two = images.shape.rank == 5
         if two != ("augmented" in self.whole.images):
