@@ -56,12 +56,16 @@ def test_a_program_serves_all_slices_of_a_generation_that_have_its_micro_batch(t
     assert by_chips[1]["cost"]["allreduce_seconds"] == 0
     best = [slice_["cost"]["images_per_second"] / slice_["chips"] for slice_ in saved]
     assert best == sorted(best, reverse=True)
+    factors = set()
     for slice_ in saved:
         assert slice_["chip_hours"] == pytest.approx(slice_["cost"]["hours"] * slice_["chips"])
         (line,) = re.findall(rf"^  {slice_['tpu']} .*$", text, re.MULTILINE)
-        by = "roofline" if slice_["cost"]["compiler_seconds"] is None else "compiler"
-        assert by in line
+        # Every row by the same measure: a table of two would order by measure.
+        computing = slice_["cost"]["update_seconds"] - slice_["cost"]["allreduce_seconds"]
+        factors.add(round(computing / slice_["cost"]["roofline_seconds"], 9))
         assert f" {slice_['microbatches']} × {slice_['rows']} " in line
+    assert [round(factor, 2) for factor in factors] == [1.62]  # of the roofline, as the legend says
+    assert "ms/update: 1.62 × roofline + all-reduce" in text
     assert "do not divide over them: v5litepod-256" in text
     monkeypatch.setattr(sys, "executable", "/bin/false")
     lowered.clear()

@@ -59,8 +59,8 @@ class Passes:
             known = sum((self._passes[part] * count for part, count in parts.items() if part != name), Work())
             self._passes[name] = (Work.of(costs[own.kind]) - self._end - known) * (1 / parts[name])
 
-    def row(self, method: methods.Method, generation: Generation) -> CostRow:
-        """The row of one method."""
+    def row(self, method: methods.Method, generation: Generation, roofline: bool = False) -> CostRow:
+        """The row of one method; `roofline`: see `make_row`."""
         plan = self._built.plan
         return make_row(
             _label(method),
@@ -70,6 +70,7 @@ class Passes:
             reduced_bytes(self._built, method),
             generation,
             Workload(plan.num_replicas, plan.global_batch_size, plan.total_steps * plan.global_batch_size),
+            roofline,
         )
 
     def work(self, method: methods.Method) -> Work:

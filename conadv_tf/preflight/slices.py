@@ -22,7 +22,7 @@ from conadv_tf.run.folder import RunFolder
 from conadv_tf.run.report import versions as run_versions
 from conadv_tf.run.strategy import replicas_of
 
-HEAD = ["TPU", "chips", "fits", "micro-batches", "HBM", "ms/update", "from"]
+HEAD = ["TPU", "chips", "fits", "micro-batches", "HBM", "ms/update", "by compiler"]
 HEAD += ["hours", "chip-hours", "images/s", "images/s a chip"]
 
 
@@ -153,7 +153,8 @@ def _slice_cost(on_slice: Run, tpu: str, costs: _Costs) -> SliceCost:
         rows = preflight.fitting_rows(on_slice, update, costs.programs, generation)
         if not rows:
             return SliceCost(tpu, chips, on_slice.plan.rows, on_slice.plan.microbatches, False, None)
-    row = Passes(on_slice, rows, [method], costs.of(rows)).row(method, generation)
+    # By the one measure that there is for all of them: the two disagree by more than most slices differ.
+    row = Passes(on_slice, rows, [method], costs.of(rows)).row(method, generation, roofline=True)
     return SliceCost(tpu, chips, rows, share(on_slice) // rows, fits, row)
 
 
@@ -162,8 +163,8 @@ def _text(found: Sequence[SliceCost], left_out: Sequence[str]) -> str:
     legend = [
         "Best first: most images a second for each chip, which is fewest chip-hours; a chip-hour costs more of some",
         "generations than of others. fits: the recipe's micro-batch; where it does not, the largest that does follows.",
-        "from: the compiler's lower bound, or the roofline where the compiler's sum is rounded too coarsely.",
-        *calibration_text(),
+        *calibration_text(roofline=True),
+        "by compiler: the same from the compiler's lower bound, as --tpu=TYPE has it; –: that is rounded too coarsely.",
     ]
     if left_out:
         legend.append(f"left out, because the recipe's numbers do not divide over them: {', '.join(left_out)}")
@@ -182,7 +183,7 @@ def _cells(slice_: SliceCost) -> list[str]:
         layout,
         f"{cost.used_bytes / GIB:.2f} of {cost.available_bytes / GIB:.2f} GiB",
         figure(1000 * cost.update_seconds),
-        "roofline" if cost.compiler_seconds is None else "compiler",
+        "–" if cost.seconds_by_compiler is None else figure(1000 * cost.seconds_by_compiler),
         figure(cost.hours),
         figure(slice_.chip_hours),
         f"{cost.images_per_second:,.0f}",

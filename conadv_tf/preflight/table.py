@@ -130,6 +130,12 @@ class CostRow:
     def fits(self) -> bool:
         return self.used_bytes <= self.available_bytes
 
+    @property
+    def seconds_by_compiler(self) -> float | None:
+        """The time of an update from the compiler's estimate, calibrated; None where that cannot be used."""
+        by_compiler, _ = calibration()
+        return None if self.compiler_seconds is None else by_compiler * self.compiler_seconds + self.allreduce_seconds
+
 
 def calibration() -> tuple[float, float]:
     """The measured time of an update without its all-reduce, over the compiler's estimate and over the roofline."""
@@ -146,10 +152,10 @@ def left_out_seconds() -> float:
     return computing + LEFT_OUT.allreduce_seconds
 
 
-def estimated_seconds(work: Work, generation: Generation) -> float:
-    """Calibrated time of some work on one replica: from the compiler's estimate, or else from the roofline."""
+def estimated_seconds(work: Work, generation: Generation, roofline: bool = False) -> float:
+    """Calibrated time of some work on one replica: from the compiler's estimate, or else, or always, the roofline."""
     by_compiler, by_roofline = calibration()
-    seconds = work.compiler_seconds()
+    seconds = None if roofline else work.compiler_seconds()
     return by_roofline * work.roofline_seconds(generation) if seconds is None else by_compiler * seconds
 
 
@@ -161,6 +167,7 @@ def make_row(
     reduced_bytes: int,
     generation: Generation,
     workload: Workload,
+    roofline: bool = False,
 ) -> CostRow:
     """The row of a method.
 
@@ -172,9 +179,10 @@ def make_row(
       reduced_bytes: what each replica adds to the all-reduce.
       generation: the slice's generation.
       workload: the size of the run.
+      roofline: whether the time is the roofline's even where the compiler's estimate is usable.
     """
     moving = allreduce_seconds(generation, workload.replicas, reduced_bytes)
-    update = estimated_seconds(work, generation) + moving
+    update = estimated_seconds(work, generation, roofline) + moving
     images_per_second = workload.global_batch_size / update
     hours = workload.images / images_per_second / 3600
     return CostRow(
@@ -238,17 +246,20 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def calibration_text() -> list[str]:
-    """Three lines on what the times of an update come from."""
+def calibration_text(roofline: bool = False) -> list[str]:
+    """Three lines on what the times of an update come from: `estimated_seconds` has the argument."""
     by_compiler, by_roofline = calibration()
+    of_roofline = f"{by_roofline:.2f} × roofline"
+    times = of_roofline if roofline else f"{by_compiler:.2f} × compiler (or {of_roofline})"
     estimate = left_out_seconds()
+    error = 100 * (estimate / LEFT_OUT.seconds - 1)
     return [
-        f"ms/update: {by_compiler:.2f} × compiler (or {by_roofline:.2f} × roofline) + all-reduce. These factors make "
-        f"a plain ResNet-50 take the {1000 * MEASURED.seconds:g} ms that MLPerf v0.7 measured",
+        f"ms/update: {times} + all-reduce. {'This factor makes' if roofline else 'These factors make'} a plain "
+        f"ResNet-50 take the {1000 * MEASURED.seconds:g} ms that MLPerf v0.7 measured",
         f"(TF2, v3-{MEASURED.replicas}, {MEASURED.rows} images a core); nothing was measured for this table. Input, "
         "collectives of distributed BN, evaluation and start-up are not in it.",
-        f"A point left out of it, {LEFT_OUT.source}, {LEFT_OUT.rows} images a chip: {1000 * estimate:.3g} ms by these "
-        f"factors, {1000 * LEFT_OUT.seconds:.3g} ms measured, {100 * (estimate / LEFT_OUT.seconds - 1):+.0f} %.",
+        f"A point left out of it, {LEFT_OUT.source}, {LEFT_OUT.rows} images a chip: {1000 * estimate:.3g} ms by "
+        f"{'it' if roofline else 'these factors'}, {1000 * LEFT_OUT.seconds:.3g} ms measured, {error:+.0f} %.",
     ]
 
 
