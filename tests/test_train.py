@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -236,7 +237,7 @@ MISTAKES = {
     "TPU beside another strategy": (["--strategy=mirrored", "--tpu=local"], 2, "drop one"),
     "multiworker without a cluster": (["--strategy=multiworker"], 2, "TF_CONFIG"),
     "no TPU of this type": (["--tpu=v3-512"], 1, "v3-512"),
-    "TPU that does not answer": (["--tpu=grpc://127.0.0.1:1"], 1, "refused"),
+    "TPU that does not answer": (["--tpu=grpc://127.0.0.1:{closed}"], 1, "refused"),
     "no data folder": (["--gin_file=cifar10_conadv.gin"], 2, "--data_dir"),
     "empty data folder": (["--gin_file=cifar10_conadv.gin", "--data_dir={empty}"], 1, "train-*"),
     "data folder for digits": (["--data_dir={empty}"], 2, "digits"),
@@ -249,7 +250,10 @@ def test_mistake_ends_at_once_with_one_line(mistake, tmp_path, monkeypatch, capf
     flags, code, expected = MISTAKES[mistake]
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    refused(code, *[flag.format(empty=tmp_path / "empty") for flag in flags])
+    with socket.socket() as held:  # nobody listens on it, and nobody else can have it
+        held.bind(("127.0.0.1", 0))
+        places = {"empty": tmp_path / "empty", "closed": held.getsockname()[1]}
+        refused(code, *[flag.format(**places) for flag in flags])
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert expected in line
