@@ -98,6 +98,15 @@ def test_an_unchanged_program_is_not_compiled_again(program, tmp_path, monkeypat
         compiler.compile(program)
 
 
+def test_a_compiler_that_the_system_kills_is_no_fault_of_its_version(program, tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(RunError, match=r"^the TPU compiler for v3 was killed, by the system where memory runs out: "):
+        Compiler(GENERATIONS["v3"], str(tmp_path)).compile(program)
+
+
 def test_a_damaged_program_is_one_clear_line(tmp_path):
     with pytest.raises(RunError, match="the TPU compiler for v3 ended with") as raised:
         Compiler(GENERATIONS["v3"], str(tmp_path)).compile(b"no program")

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,11 @@ def _wait(process: subprocess.Popen, tick: Callable[[], None]) -> str:
 
 
 def _failure(code: int, errors: str, generation: Generation) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            f"the TPU compiler for {generation.name} was killed, by the system where memory runs out: end what else "
+            "needs memory, and start the same command again, which keeps what has been compiled"
+        )
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"Error|error:|Check failed|^F\d{4}", line)] or lines
     cause = telling[-1][:300] if telling else "it said nothing"
