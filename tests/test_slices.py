@@ -11,7 +11,7 @@ import tensorflow as tf
 from commands import ROOT, call_command_line
 
 from conadv_tf import config
-from conadv_tf.preflight import preflight, slices, tpu_compiler
+from conadv_tf.preflight import compiled, preflight, slices, tpu_compiler
 from conadv_tf.preflight.programs import Programs
 from conadv_tf.preflight.tpu_generations import GENERATIONS, OFFERED
 from conadv_tf.run.build import Run
@@ -86,11 +86,19 @@ def test_generations_are_compiled_beside_each_other(tmp_path, monkeypatch):
         return compile_one(self, program, progress)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(compiled, "compilers_at_once", lambda: 5)
     monkeypatch.setattr(tpu_compiler.Compiler, "compile", begin)
     found, _ = slices.compare(build(), ["v3", "v6e"])
     assert set(begun[:5]) == {"v3", "v6e"}
     assert {slice_.tpu.split("-")[0] for slice_ in found} == {"v3", "v6e"}
+
+
+@pytest.mark.parametrize(("cores", "gigabytes", "expected"), [(2, 24, 2), (16, 32, 4), (64, 512, 64), (8, 4, 1)])
+def test_as_many_compilers_as_cores_and_memory_allow(cores, gigabytes, expected, monkeypatch):
+    pages = {"SC_PHYS_PAGES": gigabytes << 18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    assert compiled.compilers_at_once() == expected
 
 
 @pytest.mark.long

@@ -24,6 +24,10 @@ Lowerings = Mapping[str, Callable[[], bytes]]
 Asked = tuple["CompiledPrograms", Lowerings, int]
 
 
+# An update of ResNet-50 takes a compiler up to 7 GB.
+_COMPILER_BYTES = 8 << 30
+
+
 class CompiledPrograms:
     """The costs of a run's programs; lowered and compiled once for each state of the run and of this package."""
 
@@ -88,8 +92,14 @@ def _begun(pool: "_Pool", programs: CompiledPrograms, lowerings: Lowerings, rows
     return finish
 
 
+def compilers_at_once() -> int:
+    """The number of compilers that this machine runs beside each other: one a core, as far as its memory goes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, memory // _COMPILER_BYTES))
+
+
 class _Pool:
-    """Threads that each drive a compiler, as many as there are cores."""
+    """Threads that each drive a compiler."""
 
     def __init__(self, threads: concurrent.futures.Executor):
         self._threads = threads
@@ -101,7 +111,7 @@ class _Pool:
     @contextlib.contextmanager
     def opened(cls) -> "Iterator[_Pool]":
         """A pool of which an error or a signal, in one of its threads or here, ends all at once."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        with concurrent.futures.ThreadPoolExecutor(compilers_at_once()) as threads:
             pool = cls(threads)
             try:
                 yield pool
