@@ -114,17 +114,24 @@ def lost_worker(error: Exception) -> RunError | None:
     )
 
 
-def out_of_memory(error: BaseException) -> RunError | None:
-    """The one-line error for memory that a device or the host does not have; None if the error is about something else.
+def lacks_memory(error: BaseException) -> str | None:
+    """What lacks memory, of a device or the host, by an error's own words; None if it is about something else.
 
     TensorFlow's ResourceExhaustedError is also about full disks and quotas, which are not meant here.
     """
-    found = re.search(r"(?i)(?:OOM when|(?:ran )?out of memory|failed to allocate).*", str(error))
     if isinstance(error, MemoryError):
-        cause = one_line(error) or "the host has no more"
-    elif found and "tensorflow" in sys.modules and isinstance(error, sys.modules["tensorflow"].errors.OpError):
-        cause = found.group()[:200]
-    else:
+        return one_line(error) or "the host has no more"
+    tensorflow = sys.modules.get("tensorflow")
+    if tensorflow is None or not isinstance(error, tensorflow.errors.OpError):
+        return None
+    found = re.search(r"(?i)(?:OOM when|(?:ran )?out of memory|failed to allocate).*", str(error))
+    return found.group()[:200] if found else None
+
+
+def out_of_memory(error: BaseException) -> RunError | None:
+    """The one-line error for memory that training does not have; None if the error is about something else."""
+    cause = lacks_memory(error)
+    if cause is None:
         return None
     return RunError(
         f"out of memory ({cause}): smaller micro-batches need less, train.microbatch_size with another --model_dir or "

@@ -17,7 +17,7 @@ from typing import NoReturn, TextIO
 import tqdm
 
 from conadv_tf import paths
-from conadv_tf.errors import ConfigError, DataError, RunError, data_error, file_errors, one_line
+from conadv_tf.errors import ConfigError, DataError, RunError, data_error, file_errors, lacks_memory, one_line
 
 # What has no likeness in ASCII of its own; Greek letters are written out.
 _IN_ASCII = {
@@ -156,10 +156,11 @@ def exit_code(work: Callable[[], int | None], interrupted: str, remedy: str) -> 
         return work() or 0
     except (ConfigError, DataError, RunError) as error:
         failure: ConfigError | DataError | RunError = error
-    except file_errors() as error:
-        failure = data_error(error) or RunError(f"{one_line(error)}: {remedy}")
-    except MemoryError:
-        failure = RunError(f"out of memory; {interrupted}: free some, and start it again")
+    except file_errors(MemoryError) as error:
+        if lacks_memory(error):
+            failure = RunError(f"out of memory; {interrupted}: free some, and start it again")
+        else:
+            failure = data_error(error) or RunError(f"{one_line(error)}: {remedy}")
     except KeyboardInterrupt:
         say(f"\ninterrupted: {interrupted}", sys.stderr)
         return 130

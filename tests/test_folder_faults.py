@@ -19,7 +19,7 @@ from commands import ROOT, call_command_line, weights
 from helpers import assert_identical, make_model
 from record_data import make_folder, stream, take
 
-from conadv_tf import methods
+from conadv_tf import methods, terminal
 from conadv_tf.errors import RunError, data_error, lost_worker, out_of_memory
 from conadv_tf.run import callbacks, lock
 from conadv_tf.run.folder import RunFolder
@@ -433,6 +433,14 @@ def test_memory_that_is_not_there_is_one_line(asks, cause):
     assert said.startswith(f"out of memory ({cause}")
     assert "train.microbatch_size" in said
     assert "\n" not in said
+
+
+def test_a_tool_says_memory_where_tensorflow_lacks_it(capsys):
+    def work():
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[64,112,112,64]")
+
+    assert terminal.exit_code(work, "nothing is lost", "check space and permissions") == RunError.exit_code
+    assert capsys.readouterr().err == "error: out of memory; nothing is lost: free some, and start it again\n"
 
 
 def test_a_full_disk_is_not_memory():
