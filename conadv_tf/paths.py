@@ -18,6 +18,8 @@ from conadv_tf.errors import ConfigError, RunError, one_line
 # On Windows the backslash parts folders, and TensorFlow's patterns know no brackets.
 _SPECIAL = re.compile(r"[*?[\\]" if os.sep == "/" else r"[*?]")
 
+PARTIAL = ".partial"  # the end of the name of what is not whole yet
+
 
 def given(path: str, any_bytes: bool = False) -> str:
     """The path that a person has written: `~` and `~user` at its beginning are home folders.
@@ -69,6 +71,22 @@ def read_text(path: str) -> str | None:
         return None
     with opened(path) as file:
         return file.read().decode("utf-8-sig")
+
+
+def write_whole(path: str, content: str | bytes) -> None:
+    """Writes a file, local or gs://, whole or not at all: who reads it finds what was there before, or all of this.
+
+    What is stopped on the way leaves PATH.partial. Two processes must not write one path at once.
+
+    Raises:
+      OSError, tf.errors.OpError: if the file cannot be written.
+    """
+    import tensorflow as tf
+
+    partial = path + PARTIAL
+    with tf.io.gfile.GFile(partial, "w" if isinstance(content, str) else "wb") as file:
+        file.write(content)
+    tf.io.gfile.rename(partial, path, overwrite=True)
 
 
 def exists(path: str) -> bool:

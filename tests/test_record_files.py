@@ -65,6 +65,21 @@ def test_an_index_is_kept_and_read_instead_of_the_files(folder, warnings):
     assert len(warnings) == 1
 
 
+def test_hosts_that_begin_at_once_are_not_told_of_an_index_that_cannot_be_written(folder, warnings, monkeypatch):
+    rename = tf.io.gfile.rename
+
+    def another_was_faster(*arguments, **settings):
+        rename(*arguments, **settings)
+        rename(*arguments, **settings)
+
+    monkeypatch.setattr(tf.io.gfile, "rename", another_was_faster)
+    paths = files_of(folder, (3, 1))
+    index(paths)
+    assert "reads them whole" in warnings[0]
+    assert [file.num_records for file in index(paths)] == [3, 1]
+    assert len(warnings) == 1
+
+
 def test_changed_and_new_files_are_indexed_anew(folder, warnings):
     paths = files_of(folder, (3, 1))
     index(paths)

@@ -25,7 +25,7 @@ from absl import logging
 
 from conadv_tf.data.fingerprint import checksum
 from conadv_tf.errors import DataError, whole_number
-from conadv_tf.paths import is_remote, matching, opened
+from conadv_tf.paths import is_remote, matching, opened, write_whole
 
 INDEX = "conadv_index_"  # what the names of kept indices begin with
 _GZIP_MAGIC = b"\x1f\x8b\x08"
@@ -273,8 +273,8 @@ def _write_index(files: Sequence[RecordFile]) -> None:
         bounds=np.concatenate([np.zeros(0, np.int64), *(file.bounds for file in kept)]),
     )
     try:
-        with tf.io.gfile.GFile(path + ".partial", "wb") as file:
-            file.write(stream.getvalue())
-        tf.io.gfile.rename(path + ".partial", path, overwrite=True)
+        write_whole(path, stream.getvalue())
+    except tf.errors.NotFoundError:
+        pass  # another host, which starts with the same files, has just given its own the name
     except (OSError, tf.errors.OpError):
         logging.warning("%s cannot be written: every run will read the files whole before it starts", path)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 
+from conadv_tf import paths
 from conadv_tf.experiments import labels, paper
 from conadv_tf.preflight.tpu_generations import GENERATIONS, Generation
 
@@ -86,10 +87,8 @@ def write(found: list[Point], generation: Generation, folder: str) -> None:
     """Keeps the points in the folder's scaling.json, whole or not at all: it is not made again."""
     os.makedirs(folder, exist_ok=True)
     content = [{**dataclasses.asdict(point), "images_per_ms": point.images_per_ms} for point in found]
-    path = os.path.join(folder, "scaling.json")
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump({"generation": generation.name, "points": content}, file, indent=1)
-    os.replace(f"{path}.partial", path)
+    text = json.dumps({"generation": generation.name, "points": content}, indent=1)
+    paths.write_whole(os.path.join(folder, "scaling.json"), text)
 
 
 def read(folder: str) -> tuple[list[Point], Generation]:

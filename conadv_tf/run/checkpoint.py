@@ -197,10 +197,7 @@ class Checkpoints:
         kept = sorted(number for number in numbers(self._directory) if number <= newest)[-KEEP:]
         names = [f"{_PREFIX}{number}" for number in kept]
         lines = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
-        listed = os.path.join(self._directory, "checkpoint")
-        with tf.io.gfile.GFile(listed + ".partial", "w") as file:
-            file.write("\n".join(lines) + "\n")
-        tf.io.gfile.rename(listed + ".partial", listed, overwrite=True)
+        paths.write_whole(os.path.join(self._directory, "checkpoint"), "\n".join(lines) + "\n")
         for entry in tf.io.gfile.listdir(self._directory):
             name = entry.rstrip("/")
             whole = _FILE.fullmatch(name)

@@ -46,7 +46,7 @@ class RunFolder:
         try:
             self._write(name, "yes\n")  # not empty: a full disk has room for an empty file
         finally:
-            for left in (name, name + ".partial"):
+            for left in (name, name + paths.PARTIAL):
                 with contextlib.suppress(*file_errors()):
                     tf.io.gfile.remove(self.file(left))
 
@@ -122,13 +122,8 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         if not self.writes:
             return
-        import tensorflow as tf
-
-        partial = self.file(name + ".partial")
         try:
-            with tf.io.gfile.GFile(partial, "w") as file:
-                file.write(text)
-            tf.io.gfile.rename(partial, self.file(name), overwrite=True)
+            paths.write_whole(self.file(name), text)
         except file_errors() as error:
             raise RunError(
                 f"--model_dir={self.path} cannot be written ({one_line(error)}): make room, or choose a folder you may "
