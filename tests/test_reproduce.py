@@ -44,6 +44,11 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+def first_column(text: str) -> list[str]:
+    """The labels of a table's lines, without its head."""
+    return [row[0] for row in table_rows(text)[2:]]
+
+
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory) -> tuple[Path, str]:
     """(results, what was printed) of Table 1 with one method, two seeds."""
@@ -314,6 +319,17 @@ def test_a_failed_run_is_shown_with_its_log_and_the_others_go_on(reproduced, tmp
     assert table_rows(printed) == table_rows(outcome.stdout)
     for said in (outcome.stderr, error):
         assert re.search(r"failed: 256k/vanilla_lr5_s0, exit code 1: .*cannot be written.* \(.*log\.txt\)", said)
+
+
+def test_figure_2_shows_the_rows_asked_for_and_table_1_the_papers_among_them(tmp_path, capsys):
+    """Figure 2 in small is of attacks that cannot leak, with AutoAugment too, and of SAM."""
+    asked = "--rows=vanilla,aa,paired_predicted_aa,sam"
+    given = ("--scale=cifar10_crop_flip", "--batches=16k,256k", asked, "--jobs=0")
+    _, figure, _ = printed_by(capsys, tmp_path, "--figure=2", *given)
+    ours = ["+ ConAdv, paired, predicted label + AA", "+ SAM"]
+    assert first_column(figure) == ["ResNet", "paper", "+ AA", "paper", *ours]
+    _, table, _ = printed_by(capsys, tmp_path, "--table=1", *given)
+    assert first_column(table) == ["ResNet", "paper", "+ AA", "paper"]
 
 
 @pytest.mark.parametrize(

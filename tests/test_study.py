@@ -146,6 +146,21 @@ def test_other_rates_and_epsilons_are_chosen_from_in_the_place_of_the_scales():
     assert study.final(group) == [tried[0], dataclasses.replace(tried[0], seed=1)]
 
 
+def test_plain_training_chooses_the_rate_of_all_methods_where_that_is_asked_for():
+    scale = dataclasses.replace(SCALES["cifar10"], epsilons=(4.0,))
+    group = Group("cifar10", "64k", "sam")
+    plain, own = candidates("vanilla", "64k"), candidates("sam", "64k")
+    known = Records(dict(zip(plain + own, (50.0, 60.0, 55.0, 70.0, 65.0, 60.0), strict=True)))
+    first = Study(1, Records({}).result, Records({}).settled, scale=scale, plain_rates=True)
+    assert first.needed([group]) == plain
+    study = Study(1, known.result, known.settled, scale=scale, plain_rates=True)
+    assert study.final(group) == [own[1]]
+    assert study.final(dataclasses.replace(group, method="vanilla")) == [plain[1]]
+    assert Study(1, known.result, known.settled, scale=scale).final(group) == [own[0]]
+    adversarial = study.final(dataclasses.replace(group, method="paired_predicted"))
+    assert [(cell.rate, cell.epsilon) for cell in adversarial] == [(plain[1].rate, 4.0)]
+
+
 @pytest.mark.parametrize("method", ["vanilla", "conadv_aa"])
 def test_the_guess_names_as_many_runs_as_there_will_be(method):
     groups = [Group("cifar10", batch, method) for batch in ("32k", "96k")]
@@ -220,7 +235,7 @@ def test_costs_are_the_methods_own():
     costs = {method: row.cost() for method, row in METHOD_ROWS.items()}
     papers = {"vanilla": 3, "aa": 4.5, "disadv": 8, "conadv": 8, "paired": 6, "conadv_aa": 9.5}
     others = {"paired_predicted": 7, "paired_target": 7, "conadv_predicted": 8, "noise": 6, "sam": 6, "sam_stale": 6}
-    assert costs == papers | others
+    assert costs == papers | others | {"paired_predicted_aa": 8.5}
 
 
 def test_a_recipe_is_read_once_however_often_progress_is_shown(monkeypatch):

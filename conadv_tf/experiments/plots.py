@@ -29,6 +29,7 @@ TABLE_STYLES = {
     METHOD_ROWS["conadv"].label: ("#c78a1b", "^", "--"),
     METHOD_ROWS["paired"].label: ("#2b6ca3", "D", "-"),
     METHOD_ROWS["paired_predicted"].label: ("#1f9aa3", "d", "-"),
+    METHOD_ROWS["paired_predicted_aa"].label: ("#145f66", "h", "-."),
     METHOD_ROWS["paired_target"].label: ("#6f9fd0", "<", "--"),
     METHOD_ROWS["conadv_predicted"].label: ("#a0741a", ">", ":"),
     METHOD_ROWS["noise"].label: ("#999999", "x", "--"),

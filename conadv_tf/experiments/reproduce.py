@@ -43,16 +43,19 @@ class Experiment:
 
 
 def _accuracy(name: str, caption: str, reported: dict, *methods: str) -> Experiment:
+    # A table of the paper has the paper's rows, or fewer; a figure those that are asked for.
+    select = Tables.shown if name.startswith("table") else Tables.chosen
+
     def table(tables: Tables) -> Table:
         value = operator.itemgetter("test_top1")
-        return tables.by_batch(name, f"{caption}. Test top-1, %.", tables.shown(*methods), value, reported)
+        return tables.by_batch(name, f"{caption}. Test top-1, %.", select(tables, *methods), value, reported)
 
     return Experiment(table, lambda table, path, _: plots.by_batch(table, path, "test top-1, %"))
 
 
-# The paper's methods and `paired`; attacks that cannot leak, and what ConAdv is held against.
+# The paper's methods and `paired`; attacks that cannot leak, and what ConAdv is held against, all without AutoAugment.
 _PAPERS = ("vanilla", "aa", "disadv", "conadv", "paired", "conadv_aa")
-_OTHERS = tuple(name for name in METHOD_ROWS if name not in _PAPERS)
+_OTHERS = tuple(name for name in METHOD_ROWS if name not in _PAPERS and not METHOD_ROWS[name].is_augmented)
 
 EXPERIMENTS = {
     "table1": _accuracy("table1", "Table 1", paper.TOP1, "vanilla", "aa", "disadv", "conadv", "paired"),
@@ -103,6 +106,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{flag}", type=_numbers, help="what to choose from, such as 10,16; default: the scale's")
     leaking = "choose rate and epsilon among runs that leak labels too (docs/method.md), not only where all do"
     parser.add_argument("--leaking", action="store_true", help=leaking)
+    plain = "every method at the learning rate that is best for plain training at its batch, not at its own best"
+    parser.add_argument("--plain_rates", action="store_true", help=plain)
     parser.add_argument("--results", type=terminal.path, default="results", help="where tables, plots and logs go")
     parser.add_argument(
         "--runs", type=terminal.path, help="where the runs are kept, local or gs://; default: RESULTS/SCALE/runs"
@@ -163,7 +168,9 @@ class Reproduction:
         self._folders = jobs.Folders(local, arguments.runs or local, arguments.gin_param)
         self._failed: dict[Cell, str] = {}
         self._not_compiled: list[str] = []
-        self._study = Study(arguments.seeds, self._folders.result, self._is_settled, arguments.leaking, scale)
+        self._study = Study(
+            arguments.seeds, self._folders.result, self._is_settled, arguments.leaking, scale, arguments.plain_rates
+        )
         batches = _chosen(arguments.batches, scale.batches, "--batches")
         methods = _chosen(arguments.rows, scale.methods, "--rows") if arguments.rows else None
         self._tables = Tables(

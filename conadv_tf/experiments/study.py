@@ -61,6 +61,9 @@ METHOD_ROWS = {
     "paired": MethodRow("+ ConAdv, paired", "conadv", (_PAIRED, TRUE_LABEL)),
     "paired_predicted": MethodRow("+ ConAdv, paired, predicted label", "conadv", (_PAIRED, "attack.label='predicted'")),
     "paired_target": MethodRow("+ ConAdv, paired, random target", "conadv", (_PAIRED, "attack.goal='random_target'")),
+    "paired_predicted_aa": MethodRow(
+        "+ ConAdv, paired, predicted label + AA", "conadv_aa", (_PAIRED, "attack.label='predicted'")
+    ),
     "conadv_predicted": MethodRow("+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",)),
     "noise": MethodRow("+ noise", "noise"),
     "sam": MethodRow("+ SAM", "sam"),
@@ -207,6 +210,7 @@ class Study:
       settled: (cell) → whether the run is over: finished, or failed.
       leaking: whether a run that leaks is chosen like others.
       scale: a scale with other learning rates and ε to choose from; None: each group's own.
+      plain_rates: whether every method has the learning rate that is best for plain training at its batch, not its own.
     """
 
     def __init__(
@@ -216,9 +220,10 @@ class Study:
         settled: Callable[[Cell], bool],
         leaking: bool = False,
         scale: Scale | None = None,
+        plain_rates: bool = False,
     ):
         self._seeds, self._result, self._settled, self._leaking = seeds, result, settled, leaking
-        self._scale = scale
+        self._scale, self.plain_rates = scale, plain_rates
 
     def runs(self, group: Group) -> list[dict]:
         """The results that there are of the group's seeds; none before the group's settings are chosen."""
@@ -261,12 +266,13 @@ class Study:
             own_epsilon = best.epsilon
         cell = Cell(scale.name, group.batch, group.method, 0, group.rate, own_epsilon)
         if scale.rates and group.rate is None:
-            candidates = [dataclasses.replace(cell, rate=rate) for rate in scale.rates]
+            tried = Cell(scale.name, group.batch, "vanilla") if self.plain_rates else cell
+            candidates = [dataclasses.replace(tried, rate=rate) for rate in scale.rates]
             choosing = choosing + candidates
             best = self._best(candidates, guess)
             if not best:
                 return choosing, None
-            cell = best
+            cell = dataclasses.replace(cell, rate=best.rate)
         # The recipe's own ε stays unnamed, so that what Table 1 has run is not run again for Table 5.
         usual = own_epsilon if scale.epsilons else _recipe_epsilon(*cell.gin_files())
         epsilon = own_epsilon if group.epsilon in (None, usual) else group.epsilon

@@ -162,13 +162,13 @@ class Tables:
         """The methods of these that are to be shown."""
         return tuple(method for method in methods if method in self._methods)
 
+    def chosen(self, *methods: str) -> tuple[str, ...]:
+        """The methods asked for; these where none are."""
+        return self.shown(*methods) if self._asked is None else self._methods
+
     def compared(self, *methods: str) -> tuple[str, ...]:
-        """What is to be shown beside plain training: the methods asked for, these where none are."""
-        return (
-            self.shown(*methods)
-            if self._asked is None
-            else tuple(method for method in self._methods if method != "vanilla")
-        )
+        """As `chosen`, of what is to be shown beside plain training."""
+        return tuple(method for method in self.chosen(*methods) if method != "vanilla")
 
     def number(self, group: Group, value: Value, digits: int = 2) -> Number:
         """The number that the runs of a group make, each read by `value`."""
@@ -216,7 +216,16 @@ class Tables:
     def about(self, spread: str = "standard deviation") -> str:
         """The end of every caption."""
         seeds = f"mean ± {spread} of {self._seeds} seeds" if self._seeds > 1 else "one seed"
-        return f"Measured at the scale {self._scale}, {seeds}; paper: ResNet-50 on ImageNet."
+        return f"Measured at the scale {self._scale}, {seeds}{self._plain_rates()}; paper: ResNet-50 on ImageNet."
+
+    def _plain_rates(self) -> str:
+        """Of a caption: the learning rates that plain training has chosen for all; empty where each has its own."""
+        if not self._study.plain_rates:
+            return ""
+        label = METHOD_ROWS["vanilla"].label
+        chosen = {batch: self._study.final(Group(self._scale, batch, "vanilla"))[:1] for batch in self.batches}
+        rates = [f"{cell.rate:g} at {batch}" for batch, cells in chosen.items() for cell in cells if cell.rate]
+        return f", all at the peak learning rates that are best for {label}, {', '.join(rates) or 'not yet chosen'}"
 
     def gaps(self, methods: Sequence[str]) -> Table:
         """Table 4: training and test accuracy and their difference."""
@@ -272,7 +281,8 @@ class Tables:
         """
         batch, lines = self.batches[-1], []
         rate, epsilon = self._of_scale.control or (None, None)
-        chosen_by = "each at the peak learning rate that is best for it on validation images"
+        best_for = METHOD_ROWS["vanilla"].label if self._study.plain_rates else "it"
+        chosen_by = f"each at the peak learning rate that is best for {best_for} on validation images"
         at = f"{batch}, " + (f"peak learning rate {rate:g} and epsilon {epsilon:g}" if rate else chosen_by)
         plain = Group(self._scale, batch, "vanilla", rate=rate)
         for method in ("vanilla", *methods):
