@@ -132,6 +132,12 @@ def test_run_drives_a_slice_from_one_process_with_its_flags_intact(cloud, host):
     assert again.returncode == 1
     assert "error: training runs on pod already" in again.stderr
     assert len((host / "worker_starts").read_text().splitlines()) == 1
+    running = host / "gin" / "of_the_run.gin"
+    running.touch()
+    replaced = cloud.run("setup", *PLACE)
+    assert replaced.returncode == 1
+    assert "error: training runs on this host, and the code under it would change: wait for it" in replaced.stderr
+    assert running.exists()  # seen to fail: it was removed
     resumed = cloud.run("resume", *PLACE, "--type=v3-512", "--", *TRAIN)
     assert resumed.stdout.startswith("training runs on pod: nothing to do"), resumed.stderr
 

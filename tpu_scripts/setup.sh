@@ -11,7 +11,7 @@ usage() {
   cat << 'END'
 Usage: tpu_scripts/setup.sh --name=NAME --zone=ZONE [FLAG...]
 Copies this checkout to ~/conadv_tf on every host of the TPU and installs it there, with TensorFlow 2.20 for TPUs, into
-~/conadv_tf/.venv. Again after a change of the checkout: the same command.
+~/conadv_tf/.venv. Again after a change of the checkout: the same command, while no training runs there.
 
   --name=NAME        the TPU
   --zone=ZONE        where it is
@@ -20,9 +20,16 @@ Copies this checkout to ~/conadv_tf on every host of the TPU and installs it the
 END
 }
 
+# What the first host says where training runs, which holds a lock there for as long as it lives. A host that
+# was never set up has no folder for the lock.
+IDLE="mkdir -p conadv_tf; flock --nonblock conadv_tf/train.lock true ||\
+ { echo 'error: training runs on this host, and the code under it would change: wait for it (tpu_scripts/watch.sh),\
+ or end it with pkill -f train.py there, which saves it' >&2; exit 1; }"
+
 parse_flags "" "" "$@"
 check_place
 check_gcloud
 check_ready
+on_hosts 0 "$IDLE"
 set_up_hosts
 [[ -n ${FLAGS[dry_run]-} ]] || echo "next: $(place_command run) -- --tpu=$TYPE --gin_file=RECIPE ..."

@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 exec 9> train.lock
 if ! flock --nonblock 9; then
-  echo "error: training runs on $name already: watch it with tpu_scripts/watch.sh, or end it first" >&2
+  echo "error: training runs on $name already: watch it with tpu_scripts/watch.sh, or end it with pkill -f train.py" \
+    "there, which saves it" >&2
   exit 1
 fi
 
