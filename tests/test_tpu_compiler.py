@@ -1,5 +1,11 @@
+import contextlib
 import dataclasses
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -105,6 +111,46 @@ def test_a_compiler_that_the_system_kills_is_no_fault_of_its_version(program, tm
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(RunError, match=r"^the TPU compiler for v3 was killed, by the system where memory runs out: "):
         Compiler(GENERATIONS["v3"], str(tmp_path)).compile(program)
+
+
+def child_of(parent: int, loaded: str) -> int | None:
+    """A child of a process, once it has loaded a library."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if (
+                int(stat.read_text().rpartition(")")[2].split()[1]) == parent
+                and loaded in (stat.parent / "maps").read_text()
+            ):
+                return int(stat.parent.name)
+    return None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libtpu is for Linux")
+def test_the_compiler_ends_with_the_process_that_was_killed_while_it_waited(tmp_path):
+    """Seen to fail: `kill` of a preflight left compilers, of up to 7 GB, at work for minutes."""
+    code = (
+        "from conadv_tf.preflight.tpu_compiler import Compiler, GENERATIONS\n"
+        f"Compiler(GENERATIONS['v3'], {str(tmp_path)!r}).compile(b'no program')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    child = None
+    try:
+        while child is None:
+            assert parent.poll() is None
+            time.sleep(0.1)
+            child = child_of(parent.pid, "jaxlib")
+        os.kill(child, signal.SIGSTOP)  # it would end soon, with an error, by itself
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{child}/maps").exists() and Path(f"/proc/{child}/maps").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+        if child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_a_damaged_program_is_one_clear_line(tmp_path):

@@ -8,6 +8,7 @@ its process where something is amiss.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -29,6 +30,7 @@ from conadv_tf.preflight.tpu_generations import GENERATIONS, GIB, Generation
 
 PACKAGES = ("jax", "jaxlib", "libtpu")
 INSTALL = "pip install 'conadv_tf[preflight]'"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     # Otherwise libtpu asks Google Cloud's metadata server which TPU this machine has, and waits.
@@ -220,8 +222,15 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2 or arguments[1] not in GENERATIONS:
         print(f"usage: python -m conadv_tf.preflight.tpu_compiler PROGRAM {{{','.join(GENERATIONS)}}}", file=sys.stderr)
         sys.exit(2)
+    _end_with_parent()
     with open(arguments[0], "rb") as file:
         print(json.dumps(dataclasses.asdict(_compile_here(file.read(), GENERATIONS[arguments[1]]))))
+
+
+def _end_with_parent() -> None:
+    """Lets the system end this process when the one that waits for it is killed: it holds gigabytes, for minutes."""
+    if sys.platform == "linux":  # where there is a libtpu
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _compile_here(program: bytes, generation: Generation) -> Cost:
