@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from conadv_tf import methods
 from conadv_tf.experiments import figure4, reproduce, scaling
@@ -144,7 +145,7 @@ def test_a_full_disk_leaves_no_half_of_figure_4(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(tf.errors.OpError, match="File too large"):
             figure4.write([figure4.Point("a", "vanilla", 512, 8, 1.0, 1.0)], V3, str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
