@@ -64,13 +64,11 @@ recreate() { # NODE_STATE QUEUE_STATE
   wait_until_ready
 }
 
-# Training holds a lock on its host for as long as it lives. A dry run does not ask: the first ssh registers a key.
+# A dry run does not ask: the first ssh registers a key.
 check_not_running() {
-  local ask answer
+  local answer
   [[ -z ${FLAGS[dry_run]-} ]] || return 0
-  # A host that was never set up has no folder for the lock; nothing runs there either.
-  ask="mkdir -p conadv_tf; flock --nonblock conadv_tf/train.lock true && echo IDLE || echo BUSY"
-  answer=$(on_hosts 0 "$ask") || fail "ssh to $NAME failed, which is READY: see above, then try again"
+  answer=$(on_hosts 0 "$(idle_or "echo BUSY")") || fail "ssh to $NAME failed, which is READY: see above, then try again"
   if [[ $answer == *BUSY* ]]; then
     echo "training runs on $NAME: nothing to do; watch it with $(place_command watch)"
     exit 0

@@ -20,16 +20,13 @@ Copies this checkout to ~/conadv_tf on every host of the TPU and installs it the
 END
 }
 
-# What the first host says where training runs, which holds a lock there for as long as it lives. A host that
-# was never set up has no folder for the lock.
-IDLE="mkdir -p conadv_tf; flock --nonblock conadv_tf/train.lock true ||\
- { echo 'error: training runs on this host, and the code under it would change: wait for it (tpu_scripts/watch.sh),\
- or end it with pkill -f train.py there, which saves it' >&2; exit 1; }"
+IN_THE_WAY="error: training runs on this host, and the code under it would change: wait for it (tpu_scripts/watch.sh),\
+ or end it with pkill -f train.py there, which saves it"
 
 parse_flags "" "" "$@"
 check_place
 check_gcloud
 check_ready
-on_hosts 0 "$IDLE"
+on_hosts 0 "$(idle_or "{ echo '$IN_THE_WAY' >&2; exit 1; }")"
 set_up_hosts
 [[ -n ${FLAGS[dry_run]-} ]] || echo "next: $(place_command run) -- --tpu=$TYPE --gin_file=RECIPE ..."

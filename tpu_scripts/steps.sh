@@ -44,6 +44,12 @@ set_up_hosts() {
  tar -xzf ../conadv_tf.tar.gz && bash tpu_scripts/host/install.sh"
 }
 
+# A command that succeeds on a host where no training runs, and does OTHERWISE on one where it does: training holds a lock
+# on its host for as long as it lives. A host that was never set up has no folder for the lock; nothing runs there either.
+idle_or() { # OTHERWISE
+  echo "mkdir -p conadv_tf; flock --nonblock conadv_tf/train.lock true || $1"
+}
+
 # What a host says where setup.sh has not been; before what needs it.
 INSTALLED="test -x conadv_tf/.venv/bin/conadv-train ||\
  { echo 'error: this host is not set up: run tpu_scripts/setup.sh first' >&2; exit 1; }"
