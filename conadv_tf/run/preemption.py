@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from conadv_tf.errors import Preempted
 
+PATIENCE_SECONDS = 10
+_NOTHING_LOST = "nothing was lost: the same command goes on"
 _NAMES = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
 
 
@@ -98,5 +100,18 @@ def _handlers_put_back() -> Iterator[dict]:
 
 
 def end_at_once(number: int, frame) -> None:
-    """Handles SIGTERM where there is nothing to save. Raises Preempted."""
-    raise Preempted("nothing was lost: the same command goes on")
+    """Handles SIGTERM where there is nothing to save. Raises Preempted.
+
+    The signal may come in Python that C code calls, as while TensorFlow is loaded, and C code may drop whatever is
+    raised there: a process that still runs PATIENCE_SECONDS later is ended without further ado.
+    """
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.signal(signal.SIGALRM, _end_without_ado)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
+    raise Preempted(_NOTHING_LOST)
+
+
+def _end_without_ado(number: int, frame) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"\npreempted: {_NOTHING_LOST}\n".encode())
+    os._exit(Preempted.exit_code)
