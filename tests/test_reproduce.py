@@ -332,6 +332,14 @@ def test_figure_2_shows_the_rows_asked_for_and_table_1_the_papers_among_them(tmp
     assert first_column(table) == ["ResNet", "paper", "+ AA", "paper"]
 
 
+def test_controls_at_plain_trainings_rates_are_not_at_the_scales_one(tmp_path, capsys):
+    """Seen to fail: the caption named the scale's one rate and plain training's."""
+    given = ("--figure=controls", "--scale=cifar10_crop_flip", "--batches=96k", "--plain_rates", "--jobs=0")
+    _, printed, _ = printed_by(capsys, tmp_path, *given)
+    assert "each at the peak learning rate that is best for ResNet on validation images" in printed
+    assert "peak learning rate 16" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

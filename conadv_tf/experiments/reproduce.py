@@ -138,7 +138,7 @@ _numbers.__name__ = "numbers above 0"  # argparse puts it into its line about an
 def _scale(arguments: argparse.Namespace) -> Scale:
     """The scale of a call, with the learning rates and ε that it gives to choose from in the place of the scale's."""
     scale = SCALES[arguments.scale]
-    if not (arguments.rates or arguments.epsilons):
+    if not (arguments.rates or arguments.epsilons or arguments.plain_rates):
         return scale
     # The one rate and ε at which the scale holds methods against each other give way to those that are chosen.
     rates, epsilons = arguments.rates or scale.rates, arguments.epsilons or scale.epsilons

@@ -53,18 +53,17 @@ AUTOAUGMENT_UNITS = 1.5
 _PAIRED = "conadv.schedule='paired'"
 # The training gradient's own, in 6 forward units: what the paired schedule had when its runs were made.
 TRUE_LABEL = "attack.label='smoothed'"
+_PREDICTED = "attack.label='predicted'"
 METHOD_ROWS = {
     "vanilla": MethodRow("ResNet", "vanilla"),
     "aa": MethodRow("+ AA", "aa"),
     "disadv": MethodRow("+ DisAdv", "disadv"),
     "conadv": MethodRow("+ ConAdv", "conadv"),
     "paired": MethodRow("+ ConAdv, paired", "conadv", (_PAIRED, TRUE_LABEL)),
-    "paired_predicted": MethodRow("+ ConAdv, paired, predicted label", "conadv", (_PAIRED, "attack.label='predicted'")),
+    "paired_predicted": MethodRow("+ ConAdv, paired, predicted label", "conadv", (_PAIRED, _PREDICTED)),
     "paired_target": MethodRow("+ ConAdv, paired, random target", "conadv", (_PAIRED, "attack.goal='random_target'")),
-    "paired_predicted_aa": MethodRow(
-        "+ ConAdv, paired, predicted label + AA", "conadv_aa", (_PAIRED, "attack.label='predicted'")
-    ),
-    "conadv_predicted": MethodRow("+ ConAdv, predicted label", "conadv", ("attack.label='predicted'",)),
+    "paired_predicted_aa": MethodRow("+ ConAdv, paired, predicted label + AA", "conadv_aa", (_PAIRED, _PREDICTED)),
+    "conadv_predicted": MethodRow("+ ConAdv, predicted label", "conadv", (_PREDICTED,)),
     "noise": MethodRow("+ noise", "noise"),
     "sam": MethodRow("+ SAM", "sam"),
     "sam_stale": MethodRow("+ SAM, stale ascent", "sam", ("train.method='sam_stale'",)),
