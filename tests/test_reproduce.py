@@ -85,8 +85,12 @@ def test_the_table_is_kept_as_markdown_csv_and_plot(reproduced):
 
 def printed_by(capsys, results: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a call that has nothing to train."""
+    return called(capsys, *ARGUMENTS[1:], *arguments, f"--results={results}")
+
+
+def called(capsys, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
-        main([*ARGUMENTS[1:], *arguments, f"--results={results}"])
+        main(arguments)
     return ended.value.code, *capsys.readouterr()
 
 
@@ -332,12 +336,21 @@ def test_figure_2_shows_the_rows_asked_for_and_table_1_the_papers_among_them(tmp
     assert first_column(table) == ["ResNet", "paper", "+ AA", "paper"]
 
 
-def test_controls_at_plain_trainings_rates_are_not_at_the_scales_one(tmp_path, capsys):
-    """Seen to fail: the caption named the scale's one rate and plain training's."""
-    given = ("--figure=controls", "--scale=cifar10_crop_flip", "--batches=96k", "--plain_rates", "--jobs=0")
-    _, printed, _ = printed_by(capsys, tmp_path, *given)
-    assert "each at the peak learning rate that is best for ResNet on validation images" in printed
+def test_controls_at_plain_trainings_rates_have_a_column_of_them_and_a_plot(tmp_path, capsys):
+    """Seen to fail: the caption named the scale's one rate and plain training's; the plot ended with a traceback."""
+    kept = f"--runs={ROOT / 'results' / 'cifar10_crop_flip' / 'controls'}"
+    given = ("--figure=controls", "--scale=cifar10_crop_flip", "--batches=16k", "--rows=vanilla,paired_predicted")
+    choice = ("--rates=10,16", "--epsilons=4", "--plain_rates", "--jobs=0")
+    code, printed, error = called(capsys, *given, *choice, "--seeds=2", kept, f"--results={tmp_path}")
+    assert code == 0, error
+    assert "all at the peak learning rates that are best for ResNet, 10 at 16k" in printed
     assert "peak learning rate 16" not in printed
+    assert [row[:2] for row in table_rows(printed) if "---" not in row] == [
+        ["method", "rate"],
+        ["ResNet", "10"],
+        ["+ ConAdv, paired, predicted label", "10"],
+    ]
+    assert (tmp_path / "cifar10_crop_flip" / "controls.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -281,24 +281,25 @@ class Tables:
         """
         batch, lines = self.batches[-1], []
         rate, epsilon = self._of_scale.control or (None, None)
-        best_for = METHOD_ROWS["vanilla"].label if self._study.plain_rates else "it"
-        chosen_by = f"each at the peak learning rate that is best for {best_for} on validation images"
-        at = f"{batch}, " + (f"peak learning rate {rate:g} and epsilon {epsilon:g}" if rate else chosen_by)
+        at = batch
+        if rate:
+            at += f", peak learning rate {rate:g} and epsilon {epsilon:g}"
+        elif not self._study.plain_rates:  # which `about` has
+            at += ", each at the peak learning rate that is best for it on validation images"
         plain = Group(self._scale, batch, "vanilla", rate=rate)
         for method in ("vanilla", *methods):
             adversarial = METHOD_ROWS[method].is_adversarial
             group = dataclasses.replace(plain, method=method, epsilon=epsilon if adversarial else None)
             gain = Number(None, ()) if method == "vanilla" else self._gain(group, plain)
-            measured = {
+            measured = {} if rate else {"rate": self._rate(group)}
+            measured |= {
                 "training": self.number(group, operator.itemgetter("train_top1")),
                 "validation": self.number(group, operator.itemgetter("validation_top1")),
                 "test": self.number(group, _test_top1),
                 "gain": gain,
                 "detectable": Number(None, (power.detectable(gain.values),) if len(gain.values) > 1 else ()),
             }
-            chosen = [] if rate else self._study.final(group)[:1]
-            at_rate = "".join(f", at {cell.rate:g}" for cell in chosen if cell.rate)
-            lines.append(Line(METHOD_ROWS[method].label + at_rate, measured, {}))
+            lines.append(Line(METHOD_ROWS[method].label, measured, {}))
         shows = f"{power.POWER:g} (t-test at {power.SIGNIFICANCE:g})"
         caption = (
             f"What is attacked, and what is done in the place of an attack, at {at}. Top-1, %; gain in test top-1 over "
@@ -306,6 +307,11 @@ class Tables:
             f"so many seeds would show with probability {shows}. {self.about()}"
         )
         return Table("controls", caption, "method", tuple(measured), tuple(lines), self._seeds, (plain,))
+
+    def _rate(self, group: Group) -> Number:
+        """The peak learning rate that was chosen for a group; none where its recipe has the only one."""
+        rates = tuple(cell.rate for cell in self._study.final(group)[:1] if cell.rate)
+        return Number(None, rates, digits=0 if all(rate.is_integer() for rate in rates) else 2)
 
     def by_rate(self) -> Table:
         """Accuracy by the peak learning rates that the scale chooses from, at the largest batch size shown."""
