@@ -2,11 +2,16 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # as conadv_tf does; here TensorFlow comes first
 # Test processes share the machine with each other; more threads in each would only wait.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
+# A suite in the background (`nohup make test &`) ignores SIGINT, and so would the programs that tests end with Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import gin
 import pytest

@@ -249,7 +249,7 @@ def shown_text(start: str) -> Block:
 def test_a_picture_is_drawn_and_the_readme_says_what_it_shows(name, tmp_path):
     picture = tmp_path / f"{name}.png"
     line = [sys.executable, str(ROOT / "docs" / "pictures" / f"{name}.py"), f"--out={picture}"]
-    outcome = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    outcome = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=550)  # beside two other tests
     assert outcome.returncode == 0, outcome.stderr
     assert Image.open(picture).size == Image.open(ROOT / "docs" / "pictures" / f"{name}.png").size
     if name == "attack_panel":

@@ -5,7 +5,7 @@
 Trains a ResNet-8, without adversarial examples, to tell whether a crop of a photograph stands upright or upside down.
 The photograph is one of the two that scikit-learn ships (BSD licence, nothing to download). Crops of its left are
 trained on, crops of its right are tested. The whole photograph is then attacked: the network is convolutional and takes
-images of any size. Less than a minute on two cores.
+images of any size. One to two minutes of a core.
 """
 
 import argparse
