@@ -7,7 +7,7 @@ import tf_keras
 from commands import call_command_line
 
 from conadv_tf import methods
-from conadv_tf.methods.attack import LABELS, Attack
+from conadv_tf.methods.attack import Attack
 from conadv_tf.models.keras_split import SplitNetwork, split
 from conadv_tf.models.resnet import ResNet
 from conadv_tf.run import callbacks, leak
@@ -15,8 +15,6 @@ from conadv_tf.run.folder import RunFolder
 from conadv_tf.training import metrics
 from conadv_tf.training.plan import make_plan
 from conadv_tf.training.trainer import ConAdvModel
-
-needs_predicted = pytest.mark.skipif("predicted" not in LABELS, reason="there is no attack.label='predicted' here")
 
 # A linear model on two pixels. The weights of its ten classes lie on a circle, 36 degrees apart and none near an axis,
 # so that the signs of a class are (+, +) for three of them, (-, +) for two, (-, -) for three and (+, -) for two.
@@ -53,7 +51,7 @@ def leak_of_reading(attack: Attack) -> dict[str, float]:
     [
         ({"label": "hard"}, 4 / 10, True),
         ({"goal": "random_target"}, 1 / 9, False),
-        pytest.param({"label": "predicted"}, 1 / 10, False, marks=needs_predicted),
+        ({"label": "predicted"}, 1 / 10, False),
     ],
     ids=str,
 )
@@ -156,7 +154,6 @@ def test_a_network_that_learns_to_read_the_attack_is_reported_once(caplog):
     assert "\n" not in line
 
 
-@needs_predicted
 def test_the_same_network_cannot_read_an_attack_on_its_own_prediction():
     logs = trained_on_noise(Attack(32.0, label="predicted", random_start_probability=0.0))
     assert [line["adversarial_top1"] for line in logs[1:]] == [pytest.approx(0.5, abs=0.1)] * 7
