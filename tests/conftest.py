@@ -1,6 +1,7 @@
 """Eight logical CPUs in every test process, so that replicas can be tested without an accelerator."""
 
 import gc
+import logging
 import os
 import signal
 
@@ -18,6 +19,10 @@ import pytest
 import tensorflow as tf
 
 LOGICAL_CPUS = 8
+
+# TensorFlow counts the tracings of a function over all models of a process and warns of the fifth: what a test finds in
+# the log would depend on the tests before it. That one model is traced once is held by tests/test_step.py.
+logging.getLogger("tensorflow").addFilter(lambda record: "triggered tf.function retracing" not in record.getMessage())
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS
